@@ -1,0 +1,39 @@
+"""What every test runs under: 8 simulated CPU devices, strict ranks, no network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+DEVICES = 8
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", DEVICES)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# What a test starts in another process inherits the platform; nothing may reach for a model hub.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_report_header() -> str:
+    """Versions and devices, so that a log says what was tested."""
+    return f"jax {jax.__version__}, {jax.device_count()} {jax.default_backend()} devices"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips a test marked `torch` where torch is not installed."""
+    if item.get_closest_marker("torch"):
+        pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[torch]'")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of golden cases and data beside the checkout; without it the test is skipped."""
+    path = Path(__file__).resolve().parents[1].parent / "shared"
+    if not path.is_dir():
+        pytest.skip("the folder shared/ (golden cases, data) is not beside the checkout")
+    return path
