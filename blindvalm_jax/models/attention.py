@@ -1,0 +1,224 @@
+"""Attention as pure functions: which keys a query sees, which softmax they enter, which kernel runs.
+
+Two patterns cover every model here. `Causal` is the decoder's. `Packed` is the CLIP tower's: many
+short texts side by side in one row behind one shared start token (reference.md, fact 2). Either can
+be given a `Memory`: extra keys that belong to one query each and share its softmax (VALM, section
+3.3; the fusion layer of BLIND-VALM, and the <eos> side tokens of the tower).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+
+@struct.dataclass
+class Memory:
+    """K extra keys and values for each query, visible to that query alone.
+
+    k_BTKNH, v_BTKNH: projected; bias_N: added to their logits, per head, or None.
+    """
+
+    k_BTKNH: Array
+    v_BTKNH: Array
+    bias_N: Array | None = None
+
+
+@struct.dataclass
+class Dropout:
+    """Dropout of attention weights, over text and memory together."""
+
+    key: Array
+    rate: float = struct.field(pytree_node=False)
+
+    def __call__(self, weights: Array) -> Array:
+        """Zeroes a share `rate` of the weights and scales the others by 1 / (1 - rate)."""
+        keep = jax.random.bernoulli(self.key, 1.0 - self.rate, weights.shape)
+        return jnp.where(keep, weights / (1.0 - self.rate), 0.0)
+
+
+@struct.dataclass
+class Attended:
+    """Result of an attention: out_BTNH, and the mean weight each query gave its memory, or None."""
+
+    out_BTNH: Array
+    memory_share_BT: Array | None = None
+
+
+def joint_attention(
+    q_BTNH: Array,
+    k_BSNH: Array,
+    v_BSNH: Array,
+    *,
+    mask_BTS: Array,
+    scale: float,
+    memory: Memory | None = None,
+    dropout: Dropout | None = None,
+) -> Attended:
+    """softmax(scale * q [k ; memory.k]^T) [v ; memory.v], one softmax in fp32 (VALM, eq. 5).
+
+    mask_BTS: True where a query sees a key; its leading axis may be 1. Every query must see one key.
+    """
+    scores_BNTS = jnp.einsum(
+        "btnh,bsnh->bnts", q_BTNH, k_BSNH, preferred_element_type=jnp.float32
+    )
+    lowest = jnp.finfo(jnp.float32).min
+    scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS * scale, lowest)
+    if memory is None:
+        weights_BNTS = jax.nn.softmax(scores_BNTS)
+        if dropout is not None:
+            weights_BNTS = dropout(weights_BNTS)
+        weights_BNTS = weights_BNTS.astype(v_BSNH.dtype)
+        return Attended(jnp.einsum("bnts,bsnh->btnh", weights_BNTS, v_BSNH))
+
+    scores_BNTK = scale * jnp.einsum(
+        "btnh,btknh->bntk", q_BTNH, memory.k_BTKNH, preferred_element_type=jnp.float32
+    )
+    if memory.bias_N is not None:
+        scores_BNTK = scores_BNTK + memory.bias_N[None, :, None, None]
+    weights = jax.nn.softmax(jnp.concatenate([scores_BNTS, scores_BNTK], axis=-1))
+    length = k_BSNH.shape[1]
+    share_BT = jnp.mean(jnp.sum(weights[..., length:], axis=-1), axis=1)
+    if dropout is not None:
+        weights = dropout(weights)
+    weights = weights.astype(v_BSNH.dtype)
+    out_BTNH = jnp.einsum("bnts,bsnh->btnh", weights[..., :length], v_BSNH)
+    out_BTNH += jnp.einsum("bntk,btknh->btnh", weights[..., length:], memory.v_BTKNH)
+    return Attended(out_BTNH, jax.lax.stop_gradient(share_BT))
+
+
+@struct.dataclass
+class Causal:
+    """Each position sees itself and what came before; positions that are not valid are never keys.
+
+    valid_BT: True at real tokens, or None when all are (or when pads only end a row, where the
+    causal mask hides them already). kernel: "xla", or "cudnn" for plain attention without dropout.
+    """
+
+    valid_BT: Array | None = None
+    kernel: str = struct.field(pytree_node=False, default="xla")
+
+    def attend(
+        self,
+        q_BTNH: Array,
+        k_BTNH: Array,
+        v_BTNH: Array,
+        *,
+        scale: float,
+        memory: Memory | None = None,
+        dropout: Dropout | None = None,
+    ) -> Attended:
+        """Attention under this pattern; see `joint_attention`."""
+        length = q_BTNH.shape[1]
+        if self.kernel == "cudnn" and memory is None and self.valid_BT is None and dropout is None:
+            out_BTNH = jax.nn.dot_product_attention(
+                q_BTNH, k_BTNH, v_BTNH, scale=scale, is_causal=True, implementation="cudnn"
+            )
+            return Attended(out_BTNH)
+        mask_BTS = jnp.tril(jnp.ones((length, length), bool))[None]
+        if self.valid_BT is not None:
+            mask_BTS = mask_BTS & self.valid_BT[:, None, :]
+        return joint_attention(
+            q_BTNH, k_BTNH, v_BTNH, mask_BTS=mask_BTS, scale=scale, memory=memory, dropout=dropout
+        )
+
+
+@struct.dataclass
+class Packed:
+    """Many short causal texts in one row, behind one start token at position 0.
+
+    A token sees the start token, and its own segment up to itself. Because CLIP's text tower is
+    causal, that is all it would see alone in a row of its own. segment_BT: number of the segment
+    of each position, 0 for the start token, rising; longest: most tokens of a segment. Keys are
+    gathered in blocks of at least that length, so cost grows with T, not its square.
+
+    With `side`, the second half of the positions are <eos> tokens, the t-th of which sees what
+    position t sees, and itself: what the tower would say if the text ended there.
+    """
+
+    segment_BT: Array
+    longest: int = struct.field(pytree_node=False)
+    side: bool = struct.field(pytree_node=False, default=False)
+
+    def attend(
+        self,
+        q_BTNH: Array,
+        k_BTNH: Array,
+        v_BTNH: Array,
+        *,
+        scale: float,
+        memory: Memory | None = None,
+        dropout: Dropout | None = None,
+    ) -> Attended:
+        """Attention under this pattern; takes neither memory nor dropout."""
+        if memory is not None or dropout is not None:
+            raise ValueError("packed attention takes neither a memory nor dropout")
+        if not self.side:
+            return Attended(self._local(q_BTNH, k_BTNH, v_BTNH, scale, None))
+        length = self.segment_BT.shape[1]
+        q_main, q_side = q_BTNH[:, :length], q_BTNH[:, length:]
+        k_main, k_side = k_BTNH[:, :length], k_BTNH[:, length:]
+        v_main, v_side = v_BTNH[:, :length], v_BTNH[:, length:]
+        itself = Memory(k_side[:, :, None], v_side[:, :, None])
+        main_BTNH = self._local(q_main, k_main, v_main, scale, None)
+        side_BTNH = self._local(q_side, k_main, v_main, scale, itself)
+        return Attended(jnp.concatenate([main_BTNH, side_BTNH], axis=1))
+
+    def _local(
+        self, q_BTNH: Array, k_BTNH: Array, v_BTNH: Array, scale: float, memory: Memory | None
+    ) -> Array:
+        batch, length = q_BTNH.shape[:2]
+        block = min(_power_of_two(self.longest), length)
+        blocks = -(-length // block)
+
+        def cut(x: Array) -> Array:
+            """[B, T, ...] to [B * blocks, block, ...], the tail filled with zeros."""
+            pad = [(0, 0), (0, blocks * block - length)] + [(0, 0)] * (x.ndim - 2)
+            return jnp.pad(x, pad).reshape(batch * blocks, block, *x.shape[2:])
+
+        def window(x: Array, first: Array) -> Array:
+            """Keys of each block: the start token, the block before, the block itself."""
+            own = cut(x).reshape(batch, blocks, block, *x.shape[2:])
+            before = jnp.pad(own[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (own.ndim - 2))
+            start = jnp.broadcast_to(first[:, None], (batch, blocks, 1, *x.shape[2:]))
+            joined = jnp.concatenate([start, before, own], axis=2)
+            return joined.reshape(batch * blocks, 2 * block + 1, *x.shape[2:])
+
+        # Number 1 is the start token, 0 is filling: no query's segment, so never seen.
+        number_BT = self.segment_BT + 1
+        query_segment = cut(number_BT)[:, :, None]
+        key_segment = window(number_BT, number_BT[:, :1])[:, None, :]
+        query_at = jnp.arange(block)[None, :, None] + block
+        key_at = jnp.arange(-1, 2 * block)[None, None, :]
+        same = (query_segment == key_segment) & (key_at <= query_at) & (key_at >= 0)
+        start = (key_at < 0) & (query_segment != 1)
+        if memory is not None:
+            memory = jax.tree.map(cut, memory)
+        attended = joint_attention(
+            cut(q_BTNH),
+            window(k_BTNH, k_BTNH[:, :1]),
+            window(v_BTNH, v_BTNH[:, :1]),
+            mask_BTS=same | start,
+            scale=scale,
+            memory=memory,
+        )
+        out = attended.out_BTNH
+        return out.reshape(batch, blocks * block, *out.shape[2:])[:, :length]
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def resolve_kernel(setting: str, *, platform: str, dtype: str, head_width: int, dropout: float) -> str:
+    """The kernel of plain attention that `auto` means on this platform: "xla" or "cudnn".
+
+    cuDNN's flash attention takes half precision, head widths up to 128 in multiples of 8, and no
+    dropout of weights.
+    """
+    if setting != "auto":
+        return setting
+    fits = dtype == "bfloat16" and head_width <= 128 and head_width % 8 == 0 and dropout == 0
+    return "cudnn" if platform == "gpu" and fits else "xla"

@@ -1,0 +1,104 @@
+"""CLIP's text tower, over many texts packed into one row (Radford et al. 2021; reference.md, 1).
+
+The tower is causal: its start token sees only itself and no token sees the <eos> that follows it.
+So texts can share one start token and stand side by side without padding, each at the positions it
+would have alone; `attention.Packed` keeps them apart.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from blindvalm_jax.config import TowerConfig
+from blindvalm_jax.models import attention, initializers
+from blindvalm_jax.models.transformer import BlockShape, Stack, layer_norm
+
+Readout = Literal["token", "eos"]
+
+
+class TextTower(nn.Module):
+    """Text tower with a packed row as input; features are L2-normalised, as in CLIP's space."""
+
+    config: TowerConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens_BS: Array, starts_BS: Array, *, readout: Readout) -> Array:
+        """Features [B, 1 + S, E] in fp32, of the start token and then of each token.
+
+        tokens_BS: ids without start or end tokens; starts_BS: True where a text begins (a text has
+        at most `config.longest_segment` tokens). readout "token": the tower's output at the token
+        itself (the paper). "eos": at an <eos> put right after it, i.e. CLIP's embedding of the text
+        up to that token; index 0 is then the empty text.
+        """
+        config = self.config
+        batch = tokens_BS.shape[0]
+        start_B1 = jnp.full((batch, 1), config.start_id, tokens_BS.dtype)
+        tokens_BT = jnp.concatenate([start_B1, tokens_BS], axis=1)
+        segment_BT, position_BT = packed_positions(starts_BS)
+        if readout == "eos":
+            eos_BT = jnp.full_like(tokens_BT, config.end_id)
+            tokens_BT = jnp.concatenate([tokens_BT, eos_BT], axis=1)
+            position_BT = jnp.concatenate([position_BT, position_BT + 1], axis=1)
+
+        init = initializers.clip(width=config.width, layers=config.layers)
+        table_init = nn.with_logical_partitioning(init.embedding, (None, "embed"))
+        size = (config.vocab_size, config.width)
+        table = self.param("token_embedding", table_init, size, jnp.float32)
+        position_init = nn.with_logical_partitioning(init.position, (None, "embed"))
+        size = (config.context, config.width)
+        positions = self.param("position_embedding", position_init, size, jnp.float32)
+        table = nn.with_logical_constraint(table, (None, None))
+        positions = nn.with_logical_constraint(positions, (None, None))
+        x_BTD = jnp.take(table, tokens_BT, axis=0) + jnp.take(positions, position_BT, axis=0)
+        x_BTD = nn.with_logical_constraint(
+            x_BTD.astype(self.dtype), ("batch", "length", "activation")
+        )
+
+        shape = BlockShape(
+            width=config.width,
+            heads=config.heads,
+            mlp_width=config.mlp_width,
+            activation=config.activation,
+            norm_epsilon=config.norm_epsilon,
+            init=init,
+            dtype=self.dtype,
+        )
+        pattern = attention.Packed(segment_BT, config.longest_segment, side=readout == "eos")
+        x_BTD, _ = Stack(shape, config.layers, deterministic=True, name="h")(x_BTD, pattern)
+        if readout == "eos":
+            x_BTD = x_BTD[:, segment_BT.shape[1] :]
+        x_BTD = layer_norm(config.norm_epsilon, self.dtype, "ln_final")(x_BTD)
+        projection_init = nn.with_logical_partitioning(
+            nn.initializers.normal(config.width**-0.5), ("embed", None)
+        )
+        size = (config.width, config.projection)
+        projection = self.param("text_projection", projection_init, size, jnp.float32)
+        features_BTE = jnp.einsum(
+            "btd,de->bte",
+            x_BTD,
+            projection.astype(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        norm = jax.lax.rsqrt(jnp.sum(jnp.square(features_BTE), axis=-1, keepdims=True))
+        return features_BTE * norm
+
+
+def packed_positions(starts_BS: Array) -> tuple[Array, Array]:
+    """Segment number and position of each place of a packed row, the start token in front.
+
+    starts_BS: True where a text begins. Returns two int32 [B, 1 + S]: 0 for the start token; the
+    texts are numbered from 1 and each one's positions from 1.
+    """
+    starts_BS = starts_BS.at[:, 0].set(True)
+    segment_BS = jnp.cumsum(starts_BS, axis=1, dtype=jnp.int32)
+    at_S = jnp.arange(1, starts_BS.shape[1] + 1, dtype=jnp.int32)[None, :]
+    begin_BS = jax.lax.cummax(jnp.where(starts_BS, at_S, 0), axis=1)
+    position_BS = at_S - begin_BS + 1
+    zero = ((0, 0), (1, 0))
+    return jnp.pad(segment_BS, zero), jnp.pad(position_BS, zero)
