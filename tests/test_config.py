@@ -1,0 +1,258 @@
+"""What `config.parse` accepts; every refusal names the field, what was expected and what came."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from blindvalm_jax import config
+from blindvalm_jax.errors import UserError
+
+Field = dataclasses.Field[Any]
+WRONG_TYPE: dict[type, tuple[Any, ...]] = {
+    str: (3, None),
+    int: ("8", 1.5, True, None),
+    float: ("0.1", True, None),
+    bool: (1, "true", None),
+    tuple: (1, "1", None),
+}
+
+
+def leaves(cls: type = config.Config, prefix: str = "") -> Iterator[tuple[str, Field]]:
+    """Every field that holds a value, with its dotted key."""
+    for field in dataclasses.fields(cls):
+        key = f"{prefix}{field.name}"
+        if field.default is dataclasses.MISSING:
+            section = field.default_factory
+            assert isinstance(section, type)
+            yield from leaves(section, f"{key}.")
+        else:
+            yield key, field
+
+
+FIELDS = dict(leaves())
+
+
+def edited(**changes: Any) -> dict[str, Any]:
+    """The defaults as nested dicts with some dotted keys changed."""
+    values: dict[str, Any] = config.default().to_dict()
+    for key, value in changes.items():
+        *sections, name = key.split(".")
+        holder = values
+        for section in sections:
+            holder = holder[section]
+        holder[name] = value
+    return values
+
+
+def refusal(**changes: Any) -> str:
+    """The message with which the changed defaults are refused."""
+    with pytest.raises(UserError) as error:
+        config.from_dict(edited(**changes))
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_defaults_parse_to_the_defaults() -> None:
+    assert config.parse(config.default()) == config.Config()
+
+
+def test_survives_json() -> None:
+    written = json.dumps(edited(**{"decoder.fusion_layers": (1, -1)}))
+    parsed = config.from_dict(json.loads(written))
+    assert parsed.decoder.fusion_layers == (1, -1)
+    assert config.fusion_layers(parsed) == (1, 11)
+
+
+def test_int_is_taken_for_a_float() -> None:
+    rate = config.from_dict(edited(**{"optimizer.learning_rate": 1})).optimizer.learning_rate
+    assert type(rate) is float
+
+
+@pytest.mark.parametrize("key", FIELDS)
+def test_wrong_type(key: str) -> None:
+    expected = type(FIELDS[key].default)
+    for value in WRONG_TYPE[expected]:
+        assert refusal(**{key: value}) == f"config.{key} must be {expected.__name__}, got {value!r}"
+
+
+@pytest.mark.parametrize("key", [key for key, field in FIELDS.items() if field.metadata["choices"]])
+def test_value_that_is_no_choice(key: str) -> None:
+    message = refusal(**{key: "nonsense"})
+    assert message.startswith(f"config.{key} must be one of ")
+    assert message.endswith(", got 'nonsense'")
+    for choice in FIELDS[key].metadata["choices"]:
+        assert choice in message
+
+
+@pytest.mark.parametrize(
+    ("key", "bound"),
+    [
+        (key, bound)
+        for key, field in FIELDS.items()
+        for bound in ("low", "high")
+        if field.metadata[bound] is not None
+    ],
+)
+def test_value_out_of_range(key: str, bound: str) -> None:
+    field = FIELDS[key]
+    limit = field.metadata[bound]
+    kind: Any = type(field.default)
+    value = kind(limit + (1 if bound == "high" else -1))
+    message = refusal(**{key: value})
+    assert f"config.{key} is {value!r}" in message
+    assert f"{limit:g}" in message.partition("range")[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        pytest.param(
+            {"decoder.width": 100, "decoder.heads": 12},
+            ["decoder.width 100", "multiple of decoder.heads 12"],
+            id="width-heads",
+        ),
+        pytest.param(
+            {"decoder.width": 15, "decoder.heads": 3},
+            ["even decoder.width", "got 15"],
+            id="odd-sinusoidal-width",
+        ),
+        pytest.param(
+            {
+                "decoder.positions": "learned",
+                "decoder.max_positions": 256,
+                "data.sequence_length": 257,
+            },
+            ["data.sequence_length 257", "decoder.max_positions 256"],
+            id="learned-positions",
+        ),
+        pytest.param(
+            {"decoder.layers": 4, "decoder.fusion_layers": (4,)},
+            ["decoder.fusion_layers holds 4", "0 to 3", "-1 to -4"],
+            id="fusion-layer-too-high",
+        ),
+        pytest.param(
+            {"decoder.layers": 4, "decoder.fusion_layers": (-5,)},
+            ["decoder.fusion_layers holds -5", "0 to 3", "-1 to -4"],
+            id="fusion-layer-too-low",
+        ),
+        pytest.param(
+            {"decoder.fusion_layers": ("2",)},
+            ["decoder.fusion_layers holds '2'"],
+            id="fusion-layer-no-int",
+        ),
+        pytest.param(
+            {"decoder.fusion_layers": ()},
+            ["decoder.fusion_layers is empty", "grounding.source=none"],
+            id="no-fusion-layer",
+        ),
+        pytest.param(
+            {"decoder.layers": 4, "decoder.fusion_layers": (2, -2)},
+            ["decoder.fusion_layers", "twice", "(2, -2)"],
+            id="fusion-layer-twice",
+        ),
+        pytest.param(
+            {"grounding.neighbours": 4},
+            ["grounding.neighbours must be 1", "got 4"],
+            id="neighbours-of-text",
+        ),
+        pytest.param(
+            {"train.batch_size": 8, "train.microbatches": 3},
+            ["train.batch_size 8", "multiple of train.microbatches 3"],
+            id="microbatches",
+        ),
+        pytest.param(
+            {"train.loss_chunk": 100, "data.sequence_length": 512},
+            ["train.loss_chunk 100", "data.sequence_length 512"],
+            id="loss-chunk",
+        ),
+        pytest.param(
+            {
+                "grounding.control": "shuffled",
+                "train.batch_size": 8,
+                "train.microbatches": 8,
+            },
+            ["grounding.control=shuffled", "at least 2 rows"],
+            id="nothing-to-shuffle",
+        ),
+        pytest.param(
+            {"data.files": "a.txt", "data.tfds": "lm1b"},
+            ["one source of text", "data.files", "data.tfds"],
+            id="two-sources",
+        ),
+        pytest.param(
+            {"mesh.data": -1, "mesh.tensor": -1},
+            ["mesh", "at most one -1", "data=-1", "tensor=-1"],
+            id="mesh-two-unknowns",
+        ),
+        pytest.param({"mesh.fsdp": 0}, ["mesh", "positive", "fsdp=0"], id="mesh-zero"),
+        pytest.param(
+            {"train.attention": "cudnn"},
+            ["train.attention=cudnn", "decoder.attention_dropout=0"],
+            id="cudnn-dropout",
+        ),
+    ],
+)
+def test_values_that_do_not_fit_together(changes: dict[str, Any], parts: list[str]) -> None:
+    message = refusal(**changes)
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"decoder.positions": "learned", "decoder.max_positions": 512},
+        {"decoder.layers": 4, "decoder.fusion_layers": (-4, 3)},
+        {"grounding.source": "none", "decoder.fusion_layers": ()},
+        {"train.loss_chunk": 128, "data.sequence_length": 512},
+        {"grounding.control": "shuffled", "train.batch_size": 8, "train.microbatches": 4},
+        {"mesh.data": 2, "mesh.fsdp": -1, "mesh.tensor": 2},
+        {"train.attention": "cudnn", "decoder.attention_dropout": 0.0},
+    ],
+)
+def test_values_at_the_edge_of_fitting_are_accepted(changes: dict[str, Any]) -> None:
+    parsed = dataclasses.asdict(config.from_dict(edited(**changes)))
+    assert parsed == edited(**changes)
+
+
+def test_fusion_layers_without_grounding_are_none() -> None:
+    parsed = config.from_dict(edited(**{"grounding.source": "none"}))
+    assert config.fusion_layers(parsed) == ()
+
+
+@pytest.mark.parametrize("section", ["", "decoder.", "grounding.random."])
+def test_unknown_key(section: str) -> None:
+    message = refusal(**{f"{section}layerz": 3})
+    assert f"unknown setting config.{section}layerz" in message
+    known = "seed" if not section else "layers"
+    assert known in message.partition("known here")[2]
+
+
+def test_missing_key() -> None:
+    values = edited()
+    del values["decoder"]["layers"]
+    with pytest.raises(UserError, match=r"config\.decoder\.layers is missing"):
+        config.from_dict(values)
+
+
+def test_value_in_place_of_a_section() -> None:
+    assert refusal(decoder=3) == "config.decoder must be a section with fields, got 3"
+
+
+def test_describe_lists_every_field_with_its_default_and_range() -> None:
+    described = {key: (default, meaning) for key, default, meaning in config.describe()}
+    assert list(described) == list(FIELDS)
+    for key, (default, meaning) in described.items():
+        metadata = FIELDS[key].metadata
+        assert default == FIELDS[key].default
+        assert meaning.startswith(metadata["meaning"])
+        for choice in metadata["choices"]:
+            assert choice in meaning.removeprefix(metadata["meaning"])
+        for bound in (metadata["low"], metadata["high"]):
+            assert bound is None or f"{bound:g}" in meaning.removeprefix(metadata["meaning"])
