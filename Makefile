@@ -1,0 +1,64 @@
+# make train     trains the small example model
+# make test      format, lint, types, and the tests that do not take long; needs no torch
+# make test-all  the same with torch and the slow tests
+#
+# Everything runs in $(VENV), made on first use and brought up to date when pyproject.toml or
+# constraints.txt changes. With another Python: make test PYTHON=python3.12 VENV=.venv312
+
+PYTHON ?= python3.11
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+# constraints.txt holds the tested versions of Python 3.11; other Pythons follow pyproject.toml.
+VENV_VERSION = $(shell $(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+PIP_INSTALL = $(BIN)/python -m pip install $(if $(filter 3.11,$(VENV_VERSION)),-c constraints.txt)
+
+.DEFAULT_GOAL := test
+.PHONY: train test test-all checks install torch
+
+train: $(VENV)/installed
+	$(BIN)/python -m blindvalm_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: checks
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: torch checks
+	$(BIN)/python -m pytest
+
+checks: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+install: $(VENV)/installed-test
+
+torch: $(VENV)/installed-torch
+
+$(VENV)/installed: pyproject.toml constraints.txt $(VENV)/created
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/installed-test: pyproject.toml constraints.txt $(VENV)/created
+	$(PIP_INSTALL) -e '.[test]'
+	@touch $@
+
+$(VENV)/installed-torch: $(VENV)/installed-test
+	$(PIP_INSTALL) $(TORCH)
+	@touch $@
+
+$(VENV)/created:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || \
+	  { echo "error: needs Python 3.11, 3.12 or 3.13, and '$(PYTHON)' is none of them here;" \
+	    "set PYTHON, e.g. make test PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# A Python that was asked for must not be passed over because the environment has another.
+ifneq ($(origin PYTHON),file)
+ifneq ($(wildcard $(VENV)/created),)
+ifneq ($(shell $(PYTHON) -V 2>&1),$(shell $(BIN)/python -V))
+$(error $(VENV) holds $(shell $(BIN)/python -V), not $(PYTHON): remove it, or name another with VENV=)
+endif
+endif
+endif
