@@ -1,0 +1,210 @@
+"""GPT-2's byte-level BPE and tokenizers of its kind, through the `tokenizers` library."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from blindvalm_jax.data import tokenizer_files as files
+from blindvalm_jax.data.token_ends import Encoded, complete_characters
+from blindvalm_jax.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCABULARY = 257
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class ByteLevelTokenizer:
+    """A byte-level BPE whose `<|endoftext|>` separates documents; ids are the model's own."""
+
+    lm_offset = 0
+
+    def __init__(self, kind: str, serialized: str) -> None:
+        """Takes the content of a tokenizer.json that is known to fit."""
+        self.kind = kind
+        self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.vocab_size = self._tokenizer.get_vocab_size()
+        self.eos_id = self.pad_id = self._tokenizer.token_to_id(END_OF_TEXT)
+        self.fingerprint = _fingerprint(json.loads(self._tokenizer.to_str()))
+        self._symbols = files.byte_symbols()
+        self._byte_lengths = self._lengths()
+
+    @classmethod
+    def from_directory(cls, kind: str, directory: Path) -> ByteLevelTokenizer:
+        """Reads tokenizer.json, or for kind gpt2 also vocab.json and merges.txt."""
+        whole = directory / "tokenizer.json"
+        if whole.exists():
+            content = files.read_json(whole)
+            vocab, merges = files.model_of(content, directory)
+            specials = [token["content"] for token in content.get("added_tokens", [])]
+            serialized = json.dumps(content)
+        elif kind == "gpt2":
+            if not (directory / "vocab.json").exists() and not (directory / "merges.txt").exists():
+                raise UserError(
+                    f"{directory} holds no GPT-2 tokenizer: expected vocab.json and merges.txt, "
+                    f"or tokenizer.json"
+                )
+            vocab, merges = files.read_pair(directory)
+            specials = [END_OF_TEXT]
+            serialized = ""
+        else:
+            raise UserError(
+                f"{directory} holds no trained tokenizer: expected the tokenizer.json that "
+                f"training writes; for GPT-2's own files set tokenizer.kind=gpt2"
+            )
+        _check(vocab, merges, specials, directory)
+        return cls(kind, serialized or _assemble(vocab, merges).to_str())
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        """Pickles by content, so that no file is needed where it is read back."""
+        return type(self), (self.kind, self._tokenizer.to_str())
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; nothing is added in front or behind."""
+        return self._tokenizer.encode(_valid(text), add_special_tokens=False).ids
+
+    def encode_lm(self, text: str) -> np.ndarray:
+        """int32[n] ids of a text."""
+        return np.array(self.encode(text), np.int32)
+
+    def encode_lm_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode_lm` of each text, on as many threads as RAYON_NUM_THREADS allows."""
+        valid = [_valid(text) for text in texts]
+        encodings = self._tokenizer.encode_batch_fast(valid, add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def encode_with_ends(self, text: str) -> Encoded:
+        """Ids and the end of each token: that of the last character it completes.
+
+        Raises:
+          UserError: the tokenizer changes the text, so that tokens have no place in it.
+        """
+        valid = _valid(text)
+        ids = self.encode_lm(valid)
+        ends = np.cumsum(self._byte_lengths[ids], dtype=np.int32)
+        covered = int(ends[-1]) if ends.size else 0
+        if covered != (len(valid) if valid.isascii() else len(valid.encode())):
+            raise UserError(
+                f"this {self.kind} tokenizer normalises text, so its tokens cannot be aligned "
+                f"with CLIP's: use one without normaliser and prefix space"
+            )
+        return Encoded(ids, ends if valid.isascii() else complete_characters(valid)[ends])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; bytes that are no UTF-8 become U+FFFD."""
+        wrong = [index for index in ids if not 0 <= index < self.vocab_size]
+        if wrong:
+            raise UserError(f"token id {wrong[0]} is outside 0 to {self.vocab_size - 1}")
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def token_to_id(self, token: str) -> int | None:
+        """Id of the piece that is exactly this text, or None."""
+        piece = "".join(self._symbols[byte] for byte in token.encode())
+        return self._tokenizer.token_to_id(piece)
+
+    def save(self, directory: Path) -> None:
+        """Writes tokenizer.json."""
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "tokenizer.json").write_text(self._tokenizer.to_str(), encoding="utf-8")
+
+    def _lengths(self) -> np.ndarray:
+        lengths = np.zeros(self.vocab_size, np.int32)
+        for piece, index in self._tokenizer.get_vocab().items():
+            lengths[index] = len(piece)
+        for index, token in self._tokenizer.get_added_tokens_decoder().items():
+            lengths[index] = len(token.content.encode())
+        return lengths
+
+
+def train(texts: Iterator[str], *, vocab_size: int) -> ByteLevelTokenizer:
+    """Learns a byte-level BPE from texts in any language; the same texts give the same result.
+
+    The vocabulary is smaller than asked for when the texts have no more pairs to merge.
+
+    Raises:
+      UserError: `vocab_size` cannot hold the 256 bytes and `<|endoftext|>`, or there is no text.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"tokenizer.train_vocab_size is {vocab_size}; it must be at least "
+            f"{SMALLEST_VOCABULARY}, 256 bytes and {END_OF_TEXT}"
+        )
+    tokenizer = _assemble({}, [])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    characters = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal characters
+        for text in texts:
+            characters += len(text)
+            yield _valid(text)
+
+    tokenizer.train_from_iterator(counted(), trainer)
+    if not characters:
+        raise UserError("there is no text to learn a tokenizer from; check data.files")
+    return ByteLevelTokenizer("train", tokenizer.to_str())
+
+
+def _assemble(vocab: dict[str, int], merges: files.Merges) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if vocab:
+        tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+def _check(
+    vocab: dict[str, int], merges: files.Merges, specials: list[str], directory: Path
+) -> None:
+    if any(piece.endswith(files.WORD_END) for piece in vocab):
+        raise UserError(f"{directory} holds a CLIP tokenizer; set tokenizer.kind=clip")
+    missing = [symbol for symbol in files.byte_symbols() if symbol not in vocab]
+    if missing:
+        raise UserError(f"{directory} holds no byte-level BPE: there is no piece {missing[0]!r}")
+    if END_OF_TEXT not in vocab and END_OF_TEXT not in specials:
+        raise UserError(f"the vocabulary in {directory} has no {END_OF_TEXT} to separate documents")
+    files.check_belong(vocab, merges, files.byte_symbols(), specials, directory)
+
+
+def _valid(text: str) -> str:
+    """The text with lone surrogates, which UTF-8 cannot hold, as U+FFFD."""
+    return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
+
+
+def _fingerprint(content: dict[str, Any]) -> str:
+    """sha256 of the parts of a tokenizer.json that decide ids."""
+    added = [
+        [token[key] for key in ("id", "content", "lstrip", "rstrip", "single_word")]
+        for token in content["added_tokens"]
+    ]
+    model = content["model"]
+    parts = [
+        sorted(model["vocab"].items()),
+        model["merges"],
+        sorted(added),
+        content["normalizer"],
+        _without_offsets(content["pre_tokenizer"]),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _without_offsets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_offsets(v) for k, v in sorted(value.items()) if k != "trim_offsets"}
+    return [_without_offsets(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,185 @@
+"""Vocabularies and merges on disk: reading them, and refusing what does not fit together."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from blindvalm_jax.errors import UserError
+
+OPENAI_CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
+OPENAI_CLIP_MERGES = 49152 - 256 - 2
+WORD_END = "</w>"
+CLIP_SPECIALS = ("<|startoftext|>", "<|endoftext|>")
+_FILES = ["vocab.json", "merges.txt", "tokenizer.json"]
+
+Merges = list[tuple[str, str]]
+
+
+def byte_symbols() -> list[str]:
+    """One printable character per byte value, as GPT-2 and CLIP write bytes in their pieces."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    symbols = {byte: chr(byte) for byte in printable}
+    symbols.update((byte, chr(256 + index)) for index, byte in enumerate(others))
+    return [symbols[byte] for byte in range(256)]
+
+
+def openai_order() -> list[int]:
+    """Byte values in the order in which OpenAI's vocabularies list them."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return [*printable, *(byte for byte in range(256) if byte not in set(printable))]
+
+
+def find_directory(path: str) -> Path:
+    """The directory a path or hub id names; the network is used only for a hub id.
+
+    Raises:
+      UserError: there is no such directory, and no such repository can be reached.
+    """
+    if not path:
+        raise UserError("tokenizer.path is empty: give a directory or a hub id")
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise UserError(f"tokenizer.path {path} is a file; give the directory that holds it")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
+        raise UserError(f"tokenizer.path {path} does not exist; give a directory or a hub id")
+    import huggingface_hub
+    import huggingface_hub.errors
+
+    try:
+        found = huggingface_hub.snapshot_download(path, allow_patterns=_FILES)
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        raise UserError(
+            f"tokenizer.path {path} is no directory here, and as a hub id it cannot be had "
+            f"({type(error).__name__}): check the name, or download it and give the directory"
+        ) from error
+    return Path(found)
+
+
+def read_clip(directory: Path) -> tuple[dict[str, int], Merges]:
+    """Vocabulary and merges of a CLIP tokenizer, from whichever of its three forms is there."""
+    if (directory / "vocab.json").exists() or (directory / "merges.txt").exists():
+        vocab, merges = read_pair(directory)
+    elif (directory / OPENAI_CLIP_FILE).exists():
+        vocab, merges = _read_openai(directory / OPENAI_CLIP_FILE)
+    elif (directory / "tokenizer.json").exists():
+        vocab, merges = model_of(read_json(directory / "tokenizer.json"), directory)
+    else:
+        raise UserError(
+            f"{directory} holds no CLIP tokenizer: expected vocab.json and merges.txt, "
+            f"tokenizer.json, or {OPENAI_CLIP_FILE}"
+        )
+    if not any(piece.endswith(WORD_END) for piece in vocab):
+        raise UserError(
+            f"{directory} holds no CLIP tokenizer: its pieces have no {WORD_END!r} form; "
+            f"for a byte-level BPE set tokenizer.kind=gpt2"
+        )
+    symbols = byte_symbols()
+    alphabet = [*symbols, *(symbol + WORD_END for symbol in symbols)]
+    missing = [piece for piece in (*CLIP_SPECIALS, *alphabet) if piece not in vocab]
+    if missing:
+        raise UserError(f"the vocabulary in {directory} lacks {missing[0]!r}, which CLIP needs")
+    check_belong(vocab, merges, alphabet, CLIP_SPECIALS, directory)
+    return vocab, merges
+
+
+def read_pair(directory: Path) -> tuple[dict[str, int], Merges]:
+    """Reads vocab.json and merges.txt."""
+    vocab = read_json(directory / "vocab.json")
+    if not isinstance(vocab, dict) or not all(isinstance(index, int) for index in vocab.values()):
+        raise UserError(f"{directory / 'vocab.json'} is not a table of piece: id")
+    return vocab, _parse_merges(_read_text(directory / "merges.txt"), directory / "merges.txt")
+
+
+def model_of(content: Any, directory: Path) -> tuple[dict[str, int], Merges]:
+    """Vocabulary and merges inside a tokenizer.json."""
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict) or not {"vocab", "merges"} <= model.keys():
+        raise UserError(f"{directory / 'tokenizer.json'} holds no BPE with vocab and merges")
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+    return model["vocab"], merges
+
+
+def read_json(path: Path) -> Any:
+    """Parses a JSON file."""
+    try:
+        return json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+
+
+def check_belong(
+    vocab: dict[str, int],
+    merges: Merges,
+    alphabet: Iterable[str],
+    specials: Iterable[str],
+    directory: Path,
+) -> None:
+    """Checks that the vocabulary is exactly alphabet, merge results and specials, ids 0 to V-1.
+
+    Raises:
+      UserError: a piece is missing or cannot come about, or the ids have gaps.
+    """
+    made = {left + right for left, right in merges}
+    explained = made.union(alphabet, specials)
+    parts = {part for pair in merges for part in pair}
+    sizes = f"{len(vocab)} pieces and {len(merges)} merges in {directory}"
+    missing = sorted((made | parts) - vocab.keys())
+    if missing:
+        raise UserError(
+            f"{sizes} do not belong together: {len(missing)} pieces of the merges, such as "
+            f"{missing[0]!r}, are not in the vocabulary; take both from the same tokenizer"
+        )
+    orphans = [piece for piece in vocab if piece not in explained]
+    if orphans:
+        raise UserError(
+            f"{sizes} do not belong together: no merge makes {len(orphans)} of the pieces, such "
+            f"as {orphans[0]!r}; take both from the same tokenizer"
+        )
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        raise UserError(f"the ids of the vocabulary in {directory} are not 0 to {len(vocab) - 1}")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; give a directory with the whole tokenizer") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _parse_merges(text: str, path: Path) -> Merges:
+    lines = text.split("\n")
+    if lines[0].startswith("#version"):
+        lines = lines[1:]
+    merges = []
+    for line in lines:
+        parts = line.split()
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+        elif parts:
+            raise UserError(f"{path}: expected two pieces on a line, got {line[:80]!r}")
+    return merges
+
+
+def _read_openai(path: Path) -> tuple[dict[str, int], Merges]:
+    """OpenAI's list of merges; the vocabulary follows from it."""
+    try:
+        text = gzip.decompress(path.read_bytes()).decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    merges = _parse_merges("\n".join(text.split("\n")[1 : OPENAI_CLIP_MERGES + 1]), path)
+    symbols = byte_symbols()
+    alphabet = [symbols[byte] for byte in openai_order()]
+    pieces = [*alphabet, *(symbol + WORD_END for symbol in alphabet)]
+    pieces += [left + right for left, right in merges]
+    pieces += CLIP_SPECIALS
+    return {piece: index for index, piece in enumerate(pieces)}, merges

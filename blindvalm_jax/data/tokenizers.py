@@ -1,0 +1,82 @@
+"""Tokenizers of the language model: CLIP's BPE, GPT-2's, or one learned from the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from blindvalm_jax.data.byte_level_bpe import ByteLevelTokenizer, train
+from blindvalm_jax.data.clip_bpe import ClipTokenizer
+from blindvalm_jax.data.token_ends import Encoded
+from blindvalm_jax.data.tokenizer_files import find_directory
+from blindvalm_jax.errors import UserError
+
+__all__ = ["KINDS", "ByteLevelTokenizer", "ClipTokenizer", "Encoded", "Tokenizer", "load", "train"]
+
+KINDS = ("clip", "gpt2", "train")
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. Instances pickle by content, so spawned workers need no files."""
+
+    @property
+    def kind(self) -> str:
+        """clip, gpt2 or train."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the language model's vocabulary."""
+
+    @property
+    def lm_offset(self) -> int:
+        """Language-model id = own id + lm_offset."""
+
+    @property
+    def eos_id(self) -> int:
+        """Language-model id of the document separator."""
+
+    @property
+    def pad_id(self) -> int:
+        """Language-model id that fills the tail of the last window."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 in hex over vocabulary, merges and cleaning rule."""
+
+    def encode(self, text: str) -> list[int]:
+        """Own ids of a text, no specials."""
+
+    def encode_lm(self, text: str) -> np.ndarray:
+        """int32[n] language-model ids of a text."""
+
+    def encode_lm_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode_lm` of each text."""
+
+    def encode_with_ends(self, text: str) -> Encoded:
+        """Language-model ids, and where in the raw text each token ends."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of own ids."""
+
+    def save(self, directory: Path) -> None:
+        """Writes the files that `load(kind, directory)` reads back."""
+
+    def token_to_id(self, token: str) -> int | None:
+        """Own id of the piece that is exactly this text (for CLIP: at a word's end, if any)."""
+
+
+def load(kind: str, path: str) -> Tokenizer:
+    """Reads a tokenizer from a directory, or from the Hugging Face hub when `path` is a hub id.
+
+    Raises:
+      UserError: the kind is unknown, files are missing, or they are of another kind.
+    """
+    if kind not in KINDS:
+        raise UserError(f"unknown tokenizer.kind {kind!r}; known: {', '.join(KINDS)}")
+    directory = find_directory(path)
+    if kind == "clip":
+        return ClipTokenizer.from_directory(directory)
+    return ByteLevelTokenizer.from_directory(kind, directory)
