@@ -48,7 +48,10 @@ def norm(ours: str, theirs: str) -> list[Rule]:
 
 def linear(ours: str, theirs: str) -> list[Rule]:
     """torch.nn.Linear: kernel [in, out] and bias from weight [out, in] and bias."""
-    return [transposed(f"{ours}/kernel", f"{theirs}.weight"), same(f"{ours}/bias", f"{theirs}.bias")]
+    return [
+        transposed(f"{ours}/kernel", f"{theirs}.weight"),
+        same(f"{ours}/bias", f"{theirs}.bias"),
+    ]
 
 
 def stacked_linear(ours: str, theirs: Sequence[str], heads: int) -> list[Rule]:
@@ -121,7 +124,26 @@ def load(
         )
 
     def read(rule: Rule) -> np.ndarray:
-        return np.ascontiguousarray(rule.load(*(np.asarray(tensors[n]) for n in rule.theirs)))
+        arrays = [np.asarray(tensors[name]) for name in rule.theirs]
+        try:
+            return np.ascontiguousarray(rule.load(*arrays))
+        except (ValueError, IndexError) as error:
+            shapes = ", ".join(
+                f"{n} {list(a.shape)}" for n, a in zip(rule.theirs, arrays, strict=True)
+            )
+            raise UserError(
+                f"{source}: the shapes {shapes} do not fit {rule.ours}; are the heads right?"
+            ) from error
+
+    def stack(rules: list[Rule]) -> np.ndarray:
+        arrays = [read(rule) for rule in rules]
+        for rule, array in zip(rules, arrays, strict=True):
+            if array.shape != arrays[0].shape:
+                raise UserError(
+                    f"{source}: {rule.theirs[0]} makes {rule.ours} {list(array.shape)}, but "
+                    f"{rules[0].theirs[0]} makes it {list(arrays[0].shape)}; blocks must be alike"
+                )
+        return np.stack(arrays)
 
     params: dict[str, Any] = {}
     for rule in model_rules:
@@ -134,7 +156,7 @@ def load(
                 _put(params, path, read(rule))
             else:
                 run = range(segment.start, segment.stop)
-                _put(params, path, np.stack([read(rules[index][position]) for index in run]))
+                _put(params, path, stack([rules[index][position] for index in run]))
     return params
 
 

@@ -1,0 +1,165 @@
+"""Tensors and JSON on disk, as numpy arrays; every way a file can be wrong is one clear line.
+
+Half precision is read as fp32: parameters are kept in fp32 and computed in the dtype of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from blindvalm_jax.errors import UserError
+
+Skip = Callable[[str], bool]
+
+_FLOATS = ("float16", "bfloat16", "float64")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: expected the configuration of the weights") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def read_safetensors(path: Path, *, skip: Skip = lambda name: False) -> dict[str, np.ndarray]:
+    """All tensors of a file but those whose names are skipped; floats come as fp32."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing: expected a safetensors file")
+    try:
+        with safe_open(path, framework="np") as file:
+            names = sorted(file.keys())
+            return {name: as_float32(file.get_tensor(name)) for name in names if not skip(name)}
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is not a whole safetensors file ({error}): copy or download it again"
+        ) from error
+
+
+def read_hugging_face(directory: Path, *, skip: Skip = lambda name: False) -> dict[str, np.ndarray]:
+    """Tensors of a Hugging Face model directory: one safetensors file, shards, or a .bin file."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.exists():
+        return read_safetensors(single, skip=skip)
+    if index.exists():
+        return _read_shards(index, skip)
+    pickled = directory / "pytorch_model.bin"
+    if pickled.exists():
+        tensors = state_dict(read_torch(pickled), pickled)
+        return {name: value for name, value in tensors.items() if not skip(name)}
+    raise UserError(
+        f"{directory} holds no weights: expected {single.name}, {index.name} or {pickled.name}"
+    )
+
+
+def _read_shards(index: Path, skip: Skip) -> dict[str, np.ndarray]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} must hold a table weight_map of tensor: file")
+    tensors: dict[str, np.ndarray] = {}
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name:
+            raise UserError(f"{index} names {name!r}, which is not a file of its own directory")
+        tensors.update(read_safetensors(index.parent / name, skip=skip))
+    promised = {name for name in weight_map if not skip(name)}
+    if promised != set(tensors):
+        raise UserError(
+            f"{index} and its files differ in the tensors {sorted(promised ^ set(tensors))}: "
+            f"download all files again"
+        )
+    return tensors
+
+
+def read_torch(path: Path) -> Any:
+    """What a torch checkpoint holds, read without running any code it carries.
+
+    Plain data, tensors and argparse.Namespace are let through. An archive of TorchScript, the form
+    in which OpenAI publishes CLIP, gives its state dict.
+
+    Raises:
+      UserError: torch is not installed, or the file is damaged or holds other Python objects.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing: expected a torch checkpoint")
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            f"{path} is a torch checkpoint and torch is not installed: "
+            f"pip install 'blindvalm_jax[torch]', or save its tensors as safetensors"
+        ) from error
+    try:
+        if is_torchscript(path):
+            return torch.jit.load(str(path), map_location="cpu").state_dict()
+        refused = _refused_classes(path)
+        if refused:
+            raise UserError(
+                f"{path} holds Python objects that are not loaded: {', '.join(refused)}; "
+                f"where they are installed, export the tensors with torch.save(torch.load(path, "
+                f"weights_only=False)['model'], 'plain.pt') and convert that"
+            )
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # torch raises many types for a damaged file
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read as a torch checkpoint: {first_line}") from error
+
+
+def _refused_classes(path: Path) -> list[str]:
+    """Classes in a checkpoint that are not let through; files older than zip do not list them."""
+    import torch
+
+    if not zipfile.is_zipfile(path):
+        return []
+    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return sorted(set(unsafe) - {"argparse.Namespace"})
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether a file is an archive of TorchScript."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def state_dict(content: Any, path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a torch checkpoint as numpy arrays, floats in fp32.
+
+    They may be the whole checkpoint or its entry `model` (fairseq) or `state_dict` (open_clip).
+    """
+    import torch
+
+    for key in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(f"{path} holds no state dict: expected a table of name: tensor")
+    others = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise UserError(f"{path}: expected only tensors in the state dict, got also {others[:8]}")
+    tensors = {}
+    for name, value in content.items():
+        value = value.detach()
+        tensors[name] = (value.float() if value.is_floating_point() else value).numpy()
+    return tensors
+
+
+def as_float32(array: np.ndarray) -> np.ndarray:
+    """Floats of another width as fp32; everything else as it is."""
+    return array.astype(np.float32) if array.dtype.name in _FLOATS else array

@@ -1,0 +1,264 @@
+"""Our own weights directory: converted models, and the frozen tower of a run.
+
+`params.safetensors` holds the parameters under their paths ("h/blocks_0_9/attn/qkv/kernel"),
+`config.json` all that rebuilds the module, where the weights came from, and a hash of them.
+Files of a tokenizer may lie beside these two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from blindvalm_jax.config import DecoderConfig, FusionConfig, TowerConfig
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.interop import rules, tensor_files
+from blindvalm_jax.models.clip import TextTower
+from blindvalm_jax.models.decoder import Decoder
+from blindvalm_jax.models.transformer import ACTIVATIONS
+
+FORMAT = 1
+PARAMS_FILE, CONFIG_FILE = "params.safetensors", "config.json"
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "bpe_simple_vocab_16e6.txt.gz",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderSpec:
+    """All that rebuilds a decoder around its parameters; see `models.decoder.Decoder`."""
+
+    decoder: DecoderConfig
+    fusion: FusionConfig
+    vocab_size: int
+    fusion_layers: tuple[int, ...] = ()
+    memory_width: int = 0
+
+    def module(self, **options: Any) -> Decoder:
+        """The module; options: dtype, kernel, remat, scan_unroll, deterministic."""
+        return Decoder(
+            self.decoder,
+            self.fusion,
+            vocab_size=self.vocab_size,
+            fusion_layers=self.fusion_layers,
+            memory_width=self.memory_width,
+            **options,
+        )
+
+
+Spec = DecoderSpec | TowerConfig
+
+_KINDS: dict[str, type] = {"decoder": DecoderSpec, "clip_text": TowerConfig}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A model read from disk.
+
+    kind: "decoder" (config is a `DecoderSpec`) or "clip_text" (a `TowerConfig`). tokenizer: its
+    kind and fingerprint where known. source: where the weights came from. sha256: `params_sha256`.
+    """
+
+    params: dict[str, Any]
+    kind: str
+    config: Spec
+    source: str
+    sha256: str
+    tokenizer: dict[str, str] | None = None
+
+    @property
+    def tower(self) -> TowerConfig:
+        """The config of a tower; a `UserError` when these are other weights."""
+        if not isinstance(self.config, TowerConfig):
+            raise UserError(f"expected weights of kind clip_text, got {self.kind} ({self.source})")
+        return self.config
+
+    @property
+    def decoder(self) -> DecoderSpec:
+        """The spec of a decoder; a `UserError` when these are other weights."""
+        if not isinstance(self.config, DecoderSpec):
+            raise UserError(f"expected weights of kind decoder, got {self.kind} ({self.source})")
+        return self.config
+
+
+def kind_of(config: Spec) -> str:
+    """The name of a model's kind in `config.json`."""
+    return "decoder" if isinstance(config, DecoderSpec) else "clip_text"
+
+
+def params_sha256(params: Mapping[str, Any]) -> str:
+    """Hash in hex over names, dtypes, shapes and bytes of all parameters, in order of names."""
+    digest = hashlib.sha256()
+    for path, value in sorted(rules.flatten(params).items()):
+        array = np.ascontiguousarray(value)
+        digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def save(
+    directory: str | Path,
+    params: Mapping[str, Any],
+    *,
+    config: Spec,
+    source: str,
+    tokenizer: Mapping[str, str] | None = None,
+    tokenizer_directory: str | Path | None = None,
+) -> str:
+    """Writes a weights directory, `config.json` last, and returns the hash of the parameters.
+
+    tokenizer: kind and fingerprint; tokenizer_directory: its files are copied beside the weights.
+    Weights that are there already and equal are left alone.
+
+    Raises:
+      UserError: the parameters do not fit `config`, or other weights are in the directory.
+    """
+    directory = Path(directory).expanduser()
+    check(params, config, f"weights for {directory}")
+    sha256 = params_sha256(params)
+    if (directory / CONFIG_FILE).exists():
+        there = load(directory)
+        if there.sha256 != sha256 or there.config != config:
+            raise UserError(f"{directory} holds other weights already: choose a new directory")
+        return sha256
+    content = {
+        "format": FORMAT,
+        "kind": kind_of(config),
+        "config": dataclasses.asdict(config),
+        "tokenizer": None if tokenizer is None else dict(tokenizer),
+        "source": source,
+        "sha256": sha256,
+    }
+    flat = {path: np.ascontiguousarray(value) for path, value in rules.flatten(params).items()}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if tokenizer_directory is not None:
+            for name in TOKENIZER_FILES:
+                if (Path(tokenizer_directory) / name).is_file():
+                    shutil.copyfile(Path(tokenizer_directory) / name, directory / name)
+        _replace(directory / PARAMS_FILE, safetensors.numpy.save(flat))
+        _replace(directory / CONFIG_FILE, (json.dumps(content, indent=2) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error}") from error
+    return sha256
+
+
+def load(directory: str | Path, *, kind: str | None = None) -> Weights:
+    """Reads a weights directory and checks names, shapes and hash.
+
+    kind: the kind of model that is expected, if only one will do.
+
+    Raises:
+      UserError: naming the file, and the tensor, that is missing or wrong.
+    """
+    directory = Path(directory).expanduser()
+    path = directory / CONFIG_FILE
+    content = tensor_files.read_json(path)
+    needed = {"format", "kind", "config", "tokenizer", "source", "sha256"}
+    if content.keys() != needed:
+        raise UserError(f"{path} is no config of our weights: its keys must be {sorted(needed)}")
+    if content["format"] != FORMAT:
+        raise UserError(f"{path}: expected format {FORMAT}, got {content['format']!r}")
+    if content["kind"] not in _KINDS or kind not in (None, content["kind"]):
+        raise UserError(
+            f"{path}: expected kind {kind or ' or '.join(_KINDS)}, got {content['kind']!r}"
+        )
+    config = _rebuild(_KINDS[content["kind"]], content["config"], f"{path}: config")
+    params_path = directory / PARAMS_FILE
+    params = rules.unflatten(tensor_files.read_safetensors(params_path))
+    check(params, config, str(params_path))
+    sha256 = params_sha256(params)
+    if sha256 != content["sha256"]:
+        raise UserError(
+            f"{params_path}: expected sha256 {content['sha256']} (in {CONFIG_FILE}), got {sha256}: "
+            f"the file has changed since it was written; convert or copy it again"
+        )
+    return Weights(params, content["kind"], config, content["source"], sha256, content["tokenizer"])
+
+
+def is_weights_directory(directory: Path) -> bool:
+    """Whether a directory is of this format, whole or not; `load` says what is wrong with it."""
+    if (directory / PARAMS_FILE).exists():
+        return True
+    path = directory / CONFIG_FILE
+    return path.is_file() and {"format", "kind"} <= tensor_files.read_json(path).keys()
+
+
+def abstract_params(config: Spec) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path to shape and dtype of every parameter the module of `config` has."""
+
+    def init() -> Any:
+        key, tokens_BT = jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+        if isinstance(config, TowerConfig):
+            return TextTower(config).init(key, tokens_BT, tokens_BT == 0, readout="token")
+        z_BTKE = jnp.zeros((1, 1, 1, config.memory_width)) if config.fusion_layers else None
+        return config.module().init(key, tokens_BT, z_BTKE)
+
+    return rules.flatten(nn.unbox(jax.eval_shape(init))["params"])
+
+
+def check(params: Mapping[str, Any], config: Spec, source: str) -> None:
+    """Checks that parameters are exactly those of the module: names, shapes and dtypes.
+
+    Raises:
+      UserError: naming `source`, and what is missing, unknown or of another shape.
+    """
+    expected, got = abstract_params(config), rules.flatten(params)
+    missing, unknown = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
+    if missing or unknown:
+        raise UserError(
+            f"{source}: the parameters do not fit the model: missing {missing or 'none'}; "
+            f"unknown {unknown or 'none'}"
+        )
+    for path, want in expected.items():
+        if got[path].shape != want.shape or got[path].dtype != want.dtype:
+            raise UserError(
+                f"{source}: {path} must be {want.dtype}{list(want.shape)}, "
+                f"got {got[path].dtype}{list(got[path].shape)}"
+            )
+
+
+def _rebuild(cls: type, values: Any, path: str) -> Any:
+    """A dataclass from its JSON form, with every field present and of its own type."""
+    fields = typing.get_type_hints(cls)
+    if not isinstance(values, dict) or values.keys() != fields.keys():
+        raise UserError(f"{path} must have exactly the fields {', '.join(fields)}, got {values!r}")
+    built = {}
+    for name, expected in fields.items():
+        value = values[name]
+        if dataclasses.is_dataclass(expected):
+            built[name] = _rebuild(typing.cast(type, expected), value, f"{path}.{name}")
+            continue
+        if expected == tuple[int, ...] and isinstance(value, list):
+            value = tuple(value)
+        elif type(value) is not expected:
+            raise UserError(f"{path}.{name} must be {expected.__name__}, got {value!r}")
+        if name == "activation" and value not in ACTIVATIONS:
+            raise UserError(f"{path}.{name} must be one of {', '.join(ACTIVATIONS)}, got {value!r}")
+        built[name] = value
+    return cls(**built)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader sees the whole of it or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
