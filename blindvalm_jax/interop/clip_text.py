@@ -1,59 +1,93 @@
-"""CLIP text towers as OpenAI and open_clip lay them out: `transformer.resblocks.N` (reference.md, 1)."""
+"""Pretrained CLIP text towers, wherever they are and in whichever layout."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from blindvalm_jax.config import TowerConfig
-from blindvalm_jax.interop import rules
-from blindvalm_jax.interop.rules import Rule, Tensors
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.interop import clip_hugging_face, clip_openai, tensor_files, weights
+from blindvalm_jax.interop.clip_openai import load_params as load_openai
+
+__all__ = ["Tower", "load_openai", "load_tower"]
+
+_HUB_PATTERNS = ["*.json", "*.txt", "*.safetensors"]
 
 
-def openai_model_rules() -> list[Rule]:
-    """Embeddings, final norm, projection (used as x @ P, so not transposed)."""
-    return [
-        rules.same("token_embedding", "token_embedding.weight"),
-        rules.same("position_embedding", "positional_embedding"),
-        *rules.norm("ln_final", "ln_final"),
-        rules.same("text_projection", "text_projection"),
-    ]
+class Tower(NamedTuple):
+    """A pretrained tower.
+
+    tokenizer_directory: where tokenizer files lie beside the weights, or None; source: the path or
+    hub id it came from; sha256: `weights.params_sha256`.
+    """
+
+    config: TowerConfig
+    params: dict[str, Any]
+    tokenizer_directory: Path | None
+    source: str
+    sha256: str
 
 
-def openai_block_rules(index: int, *, heads: int) -> list[Rule]:
-    """One residual attention block; q, k, v are rows of one matrix [3 D, D]."""
-    layer = f"transformer.resblocks.{index}"
+def load_tower(
+    name: str | Path, *, heads: int | None = None, activation: str | None = None
+) -> Tower:
+    """Reads a tower from a path or, where no such path exists, a Hugging Face hub id.
 
-    def load_kernel(weight: np.ndarray) -> np.ndarray:
-        width = weight.shape[1]
-        return weight.T.reshape(width, 3, heads, width // heads)
+    A path may be a weights directory of ours, a Hugging Face or open_clip directory, or a file in
+    OpenAI's layout. Only a hub id (`owner/name`) uses the network.
 
-    def save_kernel(kernel: np.ndarray) -> tuple[np.ndarray, ...]:
-        return (kernel.reshape(kernel.shape[0], -1).T,)
+    heads, activation: for OpenAI's layout, where the file does not tell them (see `clip_openai`).
 
-    return [
-        *rules.norm("ln_1", f"{layer}.ln_1"),
-        Rule("attn/qkv/kernel", (f"{layer}.attn.in_proj_weight",), load_kernel, save_kernel),
-        Rule(
-            "attn/qkv/bias",
-            (f"{layer}.attn.in_proj_bias",),
-            lambda bias: bias.reshape(3, heads, -1),
-            lambda bias: (bias.reshape(-1),),
-        ),
-        *rules.attention_output(f"{layer}.attn.out_proj", heads),
-        *rules.norm("ln_2", f"{layer}.ln_2"),
-        *rules.linear("c_fc", f"{layer}.mlp.c_fc"),
-        *rules.linear("c_proj", f"{layer}.mlp.c_proj"),
-    ]
+    Raises:
+      UserError: nothing is there, or it holds no text tower that fits ours.
+    """
+    path = local_path(name)
+    directory = path if path.is_dir() else path.parent
+    config_path = path / "config.json"
+    if path.is_dir() and weights.is_weights_directory(path):
+        stored = weights.load(path, kind="clip_text")
+        return Tower(stored.tower, stored.params, _tokenizer(path), stored.source, stored.sha256)
+    if path.is_dir() and config_path.exists():
+        content = tensor_files.read_json(config_path)
+        if not clip_hugging_face.is_clip(content):
+            raise UserError(
+                f"{config_path}: expected model_type clip or clip_text_model, "
+                f"got {content.get('model_type')!r}"
+            )
+        if heads is not None or activation is not None:
+            raise UserError(f"{path}: its config.json tells heads and activation; leave them out")
+        config, params = clip_hugging_face.load(path)
+    else:
+        config, params = clip_openai.load(path, heads=heads, activation=activation)
+    return Tower(config, params, _tokenizer(directory), str(name), weights.params_sha256(params))
 
 
-def load_openai(tensors: Tensors, *, config: TowerConfig, source: str) -> dict[str, Any]:
-    """Our tower parameters from the text part of an OpenAI or open_clip checkpoint."""
-    return rules.load(
-        tensors,
-        model=openai_model_rules(),
-        block=lambda index: openai_block_rules(index, heads=config.heads),
-        layers=config.layers,
-        source=source,
-    )
+def local_path(name: str | Path) -> Path:
+    """The path itself if it exists; otherwise a downloaded copy of the hub repository it names.
+
+    Raises:
+      UserError: it is neither, or the hub cannot be reached.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
+        raise UserError(f"{name} does not exist: give a directory, a file or a hub id (owner/name)")
+    import huggingface_hub
+    import huggingface_hub.errors
+
+    try:
+        found = huggingface_hub.snapshot_download(str(name), allow_patterns=_HUB_PATTERNS)
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        raise UserError(
+            f"{name} is no path here, and as a hub id it cannot be had ({type(error).__name__}): "
+            f"check the name, or download it and give the directory"
+        ) from error
+    return Path(found)
+
+
+def _tokenizer(directory: Path) -> Path | None:
+    has = any((directory / name).is_file() for name in weights.TOKENIZER_FILES)
+    return directory if has else None

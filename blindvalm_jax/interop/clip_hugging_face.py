@@ -1,0 +1,145 @@
+"""CLIP text towers in Hugging Face directories: `CLIPModel` and `CLIPTextModelWithProjection`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from blindvalm_jax.config import TowerConfig
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.interop import rules, tensor_files, weights
+from blindvalm_jax.interop.rules import Rule, Tensors
+
+# Names of activations in Hugging Face configs. gelu_new and gelu_pytorch_tanh are one function.
+ACTIVATIONS = {
+    "gelu": "gelu_erf",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+}
+
+# What transformers takes for a field of the text config that is absent.
+_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+}
+
+# Older files hold the positions 0, 1, 2, ... as a buffer.
+_BUFFER = "text_model.embeddings.position_ids"
+
+
+def is_clip(config: dict[str, Any]) -> bool:
+    """Whether a `config.json` is that of a CLIP model or its text tower."""
+    return config.get("model_type") in ("clip", "clip_text_model")
+
+
+def load(directory: Path) -> tuple[TowerConfig, dict[str, Any]]:
+    """The tower's config and our parameters; vision tensors are not read.
+
+    Raises:
+      UserError: the model has no text projection, or config and tensors do not fit ours.
+    """
+    content = tensor_files.read_json(directory / "config.json")
+    tensors = tensor_files.read_hugging_face(directory, skip=_skipped)
+    source = str(directory)
+    if not any(name.startswith("text_projection.") for name in tensors):
+        kinds = ", ".join(content.get("architectures") or ["unknown"])
+        raise UserError(
+            f"{source} has no text_projection.weight (architecture {kinds}), so its features are "
+            f"not in CLIP's space: take a CLIPModel or CLIPTextModelWithProjection"
+        )
+    config = tower_config(content, tensors, source)
+    params = rules.load(
+        tensors,
+        model=model_rules(),
+        block=lambda index: block_rules(index, heads=config.heads),
+        layers=config.layers,
+        ignore=lambda name: name == _BUFFER,
+        source=source,
+    )
+    weights.check(params, config, source)
+    return config, params
+
+
+def _skipped(name: str) -> bool:
+    return name.startswith(("vision_model.", "visual_projection.")) or name == "logit_scale"
+
+
+def tower_config(content: dict[str, Any], tensors: Tensors, source: str) -> TowerConfig:
+    """The config of the text tower from a `config.json`; E is the height of text_projection."""
+    text = content
+    if content["model_type"] == "clip":
+        # transformers lets `text_config_dict`, the older form, override `text_config`.
+        text = {**(content.get("text_config") or {}), **(content.get("text_config_dict") or {})}
+    values = {**_DEFAULTS, **text}
+    where = f"{source}/config.json"
+    for name, default in _DEFAULTS.items():
+        if type(values[name]) is not type(default) and name not in ("bos_token_id", "eos_token_id"):
+            raise UserError(
+                f"{where}: {name} must be {type(default).__name__}, got {values[name]!r}"
+            )
+    if values["hidden_act"] not in ACTIVATIONS:
+        raise UserError(
+            f"{where}: hidden_act must be one of {', '.join(ACTIVATIONS)}, "
+            f"got {values['hidden_act']!r}"
+        )
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    if heads < 1 or width % heads:
+        raise UserError(f"{where}: hidden_size {width} is not a multiple of {heads} heads")
+    return TowerConfig(
+        layers=values["num_hidden_layers"],
+        width=width,
+        heads=heads,
+        mlp_width=values["intermediate_size"],
+        projection=tensors["text_projection.weight"].shape[0],
+        vocab_size=values["vocab_size"],
+        context=values["max_position_embeddings"],
+        activation=ACTIVATIONS[values["hidden_act"]],
+        norm_epsilon=values["layer_norm_eps"],
+        start_id=_special(values["bos_token_id"], values["vocab_size"], stale=0, last=2),
+        end_id=_special(values["eos_token_id"], values["vocab_size"], stale=2, last=1),
+    )
+
+
+def _special(value: int | None, vocab_size: int, *, stale: int, last: int) -> int:
+    """The id of the start or end token.
+
+    Configs written before transformers 4.32 say 0 and 2, which CLIP's tokenizer never meant;
+    transformers then looks for the largest id of a text, and CLIP's two specials end the
+    vocabulary. An id outside the vocabulary is as meaningless.
+    """
+    if value is None or value == stale or not 0 <= value < vocab_size:
+        return vocab_size - last
+    return value
+
+
+def model_rules() -> list[Rule]:
+    """Embeddings, final norm, projection."""
+    return [
+        rules.same("token_embedding", "text_model.embeddings.token_embedding.weight"),
+        rules.same("position_embedding", "text_model.embeddings.position_embedding.weight"),
+        *rules.norm("ln_final", "text_model.final_layer_norm"),
+        rules.transposed("text_projection", "text_projection.weight"),
+    ]
+
+
+def block_rules(index: int, *, heads: int) -> list[Rule]:
+    """One encoder layer."""
+    layer = f"text_model.encoder.layers.{index}"
+    attn = f"{layer}.self_attn"
+    return [
+        *rules.norm("ln_1", f"{layer}.layer_norm1"),
+        *rules.stacked_linear("attn/qkv", [f"{attn}.{x}_proj" for x in "qkv"], heads),
+        *rules.attention_output(f"{attn}.out_proj", heads),
+        *rules.norm("ln_2", f"{layer}.layer_norm2"),
+        *rules.linear("c_fc", f"{layer}.mlp.fc1"),
+        *rules.linear("c_proj", f"{layer}.mlp.fc2"),
+    ]
