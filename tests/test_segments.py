@@ -134,6 +134,19 @@ def test_causal_rule_cuts_where_its_table_says() -> None:
     assert lengths([word] * 80) == [75, 5]
 
 
+@pytest.mark.parametrize("rule", ["causal", "reference"])
+def test_padding_changes_no_cut_and_fits_the_tower(rule: segments.Rule) -> None:
+    ids = random_rows(5, rows=30, size=200, marked=0.1)
+    counts = np.random.default_rng(5).integers(0, 201, 30)
+    padded = np.where(np.arange(200) < counts[:, None], ids, 0)
+    found = segments.starts(padded, rule=rule, separators=SEPARATORS, counts=counts)
+    for row, count, start in zip(ids, counts, found, strict=True):
+        alone = segments.starts(row[None, :count], rule=rule, separators=SEPARATORS)[0]
+        np.testing.assert_array_equal(start[:count], alone)
+        assert segments.lengths(start).max() <= 75
+        assert start[0]
+
+
 class PieceTokenizer:
     """Only what the separators of a tokenizer are made from."""
 

@@ -88,11 +88,18 @@ def separators_for(tokenizer: Tokenizer, longest: int = LONGEST) -> Separators:
 
 
 def starts(
-    ids: np.ndarray, *, rule: Rule, separators: Separators, longest: int | None = None
+    ids: np.ndarray,
+    *,
+    rule: Rule,
+    separators: Separators,
+    longest: int | None = None,
+    counts: np.ndarray | None = None,
 ) -> np.ndarray:
     """True where a segment begins: bool [B, S] for tower ids [B, S]; position 0 always.
 
-    `longest` (tokens of a segment), when given, must be the one of `separators`.
+    `longest` (tokens of a segment), when given, must be the one of `separators`. `counts` [B] says
+    how many ids of a row are real: the cuts are those of the row without its padding, which is
+    cut every `longest`.
 
     Raises:
       UserError: the rule is unknown, or `longest` is not that of the separators.
@@ -102,11 +109,18 @@ def starts(
             f"segments of at most {longest} tokens asked of separators made for "
             f"{separators.longest}: make them with longest={longest}"
         )
+    sizes = np.full(len(ids), ids.shape[1]) if counts is None else np.asarray(counts)
     if rule == "reference":
-        return _reference_starts(ids, separators)
-    if rule == "causal":
-        return _causal_starts(ids, separators)
-    raise UserError(f"segment rule must be causal or reference, got {rule!r}")
+        found = _reference_starts(ids, sizes, separators)
+    elif rule == "causal":
+        found = _causal_starts(ids, separators)
+    else:
+        raise UserError(f"segment rule must be causal or reference, got {rule!r}")
+    if counts is not None:
+        past = np.arange(ids.shape[1]) - sizes[:, None]
+        found = np.where(past < 0, found, past % separators.longest == 0)
+        found[:, 0] = True
+    return found
 
 
 def step(length: Any, ids: Any, *, minimum: Any) -> Any:
@@ -149,17 +163,16 @@ def _set(table: np.ndarray, index: int | None, value: int) -> None:
         table[index] = value
 
 
-def _reference_starts(ids: np.ndarray, separators: Separators) -> np.ndarray:
-    rows, size = ids.shape
+def _reference_starts(ids: np.ndarray, sizes: np.ndarray, separators: Separators) -> np.ndarray:
     longest = separators.longest
-    found = np.zeros((rows, size), bool)
+    found = np.zeros(ids.shape, bool)
     found[:, :1] = True
     ranks = separators.rank[ids]
-    row = np.arange(rows)
-    begin = np.zeros(rows, np.int64)
+    row = np.arange(len(ids))
+    begin = np.zeros(len(ids), np.int64)
     offsets = np.arange(longest)
     while True:
-        open_ = size - begin > longest
+        open_ = sizes[row] - begin > longest
         row, begin = row[open_], begin[open_]
         if not len(row):
             return found
