@@ -8,8 +8,9 @@ program sees only the dataclasses. `python -m blindvalm_jax.config` prints the t
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import ml_collections
 
@@ -33,7 +34,9 @@ class TokenizerConfig:
     """How text becomes the language model's tokens."""
 
     kind: str = _field("clip", "BPE of the language model", choices=("clip", "gpt2", "train"))
-    path: str = _field("", "directory or hub id of the tokenizer; for `train`, empty means learn it")
+    path: str = _field(
+        "", "directory or hub id of the tokenizer; for `train`, empty means learn it"
+    )
     train_vocab_size: int = _field(8192, "entries of a BPE learned from the text", low=260)
 
 
@@ -46,7 +49,9 @@ class DataConfig:
     tfds: str = _field("", "TFDS text dataset instead of files, as name[/config]")
     tfds_dir: str = _field("", "data directory of TFDS; empty: its default")
     text_field: str = _field("text", "field of a .jsonl line or TFDS example that holds the text")
-    windows: str = _field("", "directory written by `prepare`; empty: prepare `files` into the cache")
+    windows: str = _field(
+        "", "directory written by `prepare`; empty: prepare `files` into the cache"
+    )
     cache: str = _field("", "where prepared windows are kept; empty: <workdir>/data")
     sequence_length: int = _field(512, "tokens of a window (T)", low=2)
     eval_fraction: float = _field(0.01, "share of documents held out", low=0.0, high=0.5)
@@ -114,7 +119,9 @@ class GroundingConfig:
     tower: str = _field("random", "CLIP: directory, hub id, or `random`")
     tokenizer: str = _field("", "tokenizer of the tower; empty: its own directory's")
     readout: str = _field(
-        "token", "feature: the token's own output, or what <eos> says there", choices=("token", "eos")
+        "token",
+        "feature: the token's own output, or what <eos> says there",
+        choices=("token", "eos"),
     )
     segments: str = _field(
         "causal", "rule that cuts rows for the tower", choices=("causal", "reference")
@@ -201,7 +208,9 @@ class LogConfig:
 
     every_steps: int = _field(10, "updates between metrics", low=1)
     tensorboard: bool = _field(False, "also write TensorBoard events")
-    peak_tflops: float = _field(0.0, "dense TFLOP/s of one device for MFU; 0: by device kind", low=0)
+    peak_tflops: float = _field(
+        0.0, "dense TFLOP/s of one device for MFU; 0: by device kind", low=0
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -246,8 +255,7 @@ class TowerConfig:
 
 def default() -> ml_collections.ConfigDict:
     """A config with every field at its default, for a config file to edit."""
-    config = ml_collections.ConfigDict(dataclasses.asdict(Config()))
-    return config
+    return ml_collections.ConfigDict(dataclasses.asdict(Config()))
 
 
 def parse(config: ml_collections.ConfigDict) -> Config:
@@ -279,11 +287,13 @@ def describe(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, s
     for field in dataclasses.fields(cls):
         key = f"{prefix}{field.name}"
         if "meaning" not in field.metadata:
-            section = field.default_factory
-            assert isinstance(section, type)
-            yield from describe(section, f"{key}.")
+            yield from describe(_section(field), f"{key}.")
         else:
             yield key, field.default, f"{field.metadata['meaning']}{_range_text(field)}"
+
+
+def _section(field: dataclasses.Field[Any]) -> type:
+    return cast(type, field.default_factory)
 
 
 def _range_text(field: dataclasses.Field[Any]) -> str:
@@ -309,7 +319,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
         if "meaning" in field.metadata:
             built[name] = _checked(field, values[name], f"{path}.{name}")
         else:
-            built[name] = _build(field.default_factory, values[name], f"{path}.{name}")
+            built[name] = _build(_section(field), values[name], f"{path}.{name}")
     return cls(**built)
 
 
@@ -324,6 +334,8 @@ def _checked(field: dataclasses.Field[Any], value: Any, path: str) -> Any:
     meta = field.metadata
     if meta["choices"] and value not in meta["choices"]:
         raise UserError(f"{path} must be one of {', '.join(meta['choices'])}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{path} must be a finite number, got {value!r}")
     too_low = meta["low"] is not None and value < meta["low"]
     too_high = meta["high"] is not None and value > meta["high"]
     if too_low or too_high:
@@ -345,14 +357,16 @@ def _check_together(config: Config) -> None:
             f"table, decoder.max_positions {decoder.max_positions}"
         )
     for index in decoder.fusion_layers:
-        if not isinstance(index, int) or not -decoder.layers <= index < decoder.layers:
+        if type(index) is not int or not -decoder.layers <= index < decoder.layers:
             raise UserError(
                 f"decoder.fusion_layers holds {index!r}; the decoder has layers 0 to "
                 f"{decoder.layers - 1} (or -1 to -{decoder.layers} from the end)"
             )
     layers = fusion_layers(config)
     if grounding.source != "none" and not layers:
-        raise UserError("decoder.fusion_layers is empty: name a layer, or set grounding.source=none")
+        raise UserError(
+            "decoder.fusion_layers is empty: name a layer, or set grounding.source=none"
+        )
     if len(set(layers)) != len(layers):
         raise UserError(f"decoder.fusion_layers names a layer twice: {decoder.fusion_layers}")
     if grounding.source == "text" and grounding.neighbours != 1:

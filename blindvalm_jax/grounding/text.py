@@ -27,7 +27,7 @@ class TowerInput:
 
 def features(tower: TextTower, params: Any, inputs: TowerInput, *, readout: Readout) -> Array:
     """Grounding features z [B, T, 1, E] of each language-model token; no gradient flows back."""
-    packed_BTE = tower.apply(
+    packed_BTE: Any = tower.apply(
         {"params": params}, inputs.tokens_BS, inputs.starts_BS, readout=readout
     )
     if inputs.index_BT is None:
@@ -38,5 +38,5 @@ def features(tower: TextTower, params: Any, inputs: TowerInput, *, readout: Read
 
 
 def shuffled(z_BTKE: Array) -> Array:
-    """Control: every row gets the features of the row before it, so they say nothing of its text."""
+    """Control: each row gets the features of the row before it, which say nothing of its text."""
     return jnp.roll(z_BTKE, 1, axis=0)

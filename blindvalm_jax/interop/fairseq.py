@@ -1,4 +1,4 @@
-"""fairseq's Blind-VaLM, VaLM and GPT-2 decoders: tensor names under `decoder.` (reference.md, 1)."""
+"""fairseq's Blind-VaLM, VaLM and GPT-2 decoders: tensor names under `decoder.`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ _DEAD = re.compile(
     r"layers\.\d+\.self_attn\.img_[kv]_proj\.weight$"
     r"|^version$|^embed_positions\._float_tensor$|^output_projection\.weight$"
 )
+
+
+def is_dead(name: str) -> bool:
+    """True for tensors that a checkpoint holds and the reference never uses."""
+    return _DEAD.search(name) is not None
 
 
 def model_rules(vocab_multiple: int) -> list[Rule]:
@@ -66,7 +71,7 @@ def load_decoder(
         block=lambda index: block_rules(index, heads=heads, fused=index in fusion_layers),
         layers=layers,
         fusion_layers=fusion_layers,
-        ignore=lambda name: _DEAD.search(name) is not None,
+        ignore=is_dead,
         source=source,
     )
 

@@ -1,4 +1,4 @@
-"""Attention as pure functions: which keys a query sees, which softmax they enter, which kernel runs.
+"""Attention as pure functions: which keys a query sees, in which softmax, by which kernel.
 
 Two patterns cover every model here. `Causal` is the decoder's. `Packed` is the CLIP tower's: many
 short texts side by side in one row behind one shared start token (reference.md, fact 2). Either can
@@ -59,11 +59,9 @@ def joint_attention(
 ) -> Attended:
     """softmax(scale * q [k ; memory.k]^T) [v ; memory.v], one softmax in fp32 (VALM, eq. 5).
 
-    mask_BTS: True where a query sees a key; its leading axis may be 1. Every query must see one key.
+    mask_BTS: True where a query sees a key (each must see one); its leading axis may be 1.
     """
-    scores_BNTS = jnp.einsum(
-        "btnh,bsnh->bnts", q_BTNH, k_BSNH, preferred_element_type=jnp.float32
-    )
+    scores_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
     lowest = jnp.finfo(jnp.float32).min
     scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS * scale, lowest)
     if memory is None:
@@ -91,7 +89,7 @@ def joint_attention(
 
 @struct.dataclass
 class Causal:
-    """Each position sees itself and what came before; positions that are not valid are never keys.
+    """Each position sees itself and what came before, except, without a memory, invalid positions.
 
     valid_BT: True at real tokens, or None when all are (or when pads only end a row, where the
     causal mask hides them already). kernel: "xla", or "cudnn" for plain attention without dropout.
@@ -118,7 +116,8 @@ class Causal:
             )
             return Attended(out_BTNH)
         mask_BTS = jnp.tril(jnp.ones((length, length), bool))[None]
-        if self.valid_BT is not None:
+        # The reference's fusion layer drops the padding mask; only pads inside a row can tell.
+        if self.valid_BT is not None and memory is None:
             mask_BTS = mask_BTS & self.valid_BT[:, None, :]
         return joint_attention(
             q_BTNH, k_BTNH, v_BTNH, mask_BTS=mask_BTS, scale=scale, memory=memory, dropout=dropout
@@ -212,7 +211,9 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def resolve_kernel(setting: str, *, platform: str, dtype: str, head_width: int, dropout: float) -> str:
+def resolve_kernel(
+    setting: str, *, platform: str, dtype: str, head_width: int, dropout: float
+) -> str:
     """The kernel of plain attention that `auto` means on this platform: "xla" or "cudnn".
 
     cuDNN's flash attention takes half precision, head widths up to 128 in multiples of 8, and no

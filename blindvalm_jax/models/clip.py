@@ -47,10 +47,10 @@ class TextTower(nn.Module):
             position_BT = jnp.concatenate([position_BT, position_BT + 1], axis=1)
 
         init = initializers.clip(width=config.width, layers=config.layers)
-        table_init = nn.with_logical_partitioning(init.embedding, (None, "embed"))
+        table_init = initializers.partitioned(init.embedding, (None, "embed"))
         size = (config.vocab_size, config.width)
         table = self.param("token_embedding", table_init, size, jnp.float32)
-        position_init = nn.with_logical_partitioning(init.position, (None, "embed"))
+        position_init = initializers.partitioned(init.position, (None, "embed"))
         size = (config.context, config.width)
         positions = self.param("position_embedding", position_init, size, jnp.float32)
         table = nn.with_logical_constraint(table, (None, None))
@@ -74,7 +74,7 @@ class TextTower(nn.Module):
         if readout == "eos":
             x_BTD = x_BTD[:, segment_BT.shape[1] :]
         x_BTD = layer_norm(config.norm_epsilon, self.dtype, "ln_final")(x_BTD)
-        projection_init = nn.with_logical_partitioning(
+        projection_init = initializers.partitioned(
             nn.initializers.normal(config.width**-0.5), ("embed", None)
         )
         size = (config.width, config.projection)

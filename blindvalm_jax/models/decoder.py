@@ -70,13 +70,13 @@ class Decoder(nn.Module):
         )
         rows = padded_vocab(self.vocab_size, config.vocab_multiple)
         real_rows = jnp.arange(rows)[:, None] < self.vocab_size
-        table_init = nn.with_logical_partitioning(
+        table_init = initializers.partitioned(
             lambda *args: init.embedding(*args) * real_rows, ("vocab", "embed")
         )
         size = (rows, config.width)
         self.wte = self.param("wte", table_init, size, jnp.float32)
         if config.positions == "learned":
-            position_init = nn.with_logical_partitioning(init.position, (None, "embed"))
+            position_init = initializers.partitioned(init.position, (None, "embed"))
             size = (config.max_positions, config.width)
             self.wpe = self.param("wpe", position_init, size, jnp.float32)
         self.drop = nn.Dropout(config.dropout, deterministic=self.deterministic)
@@ -111,8 +111,8 @@ class Decoder(nn.Module):
         """States before the output projection.
 
         z_BTKE: K grounding vectors of each position, needed iff there are fusion layers.
-        valid_BT: False at pads. Pads take no position and are no keys of plain blocks; fusion blocks
-        do see them, as in the reference. None: all valid.
+        valid_BT: False at pads. Pads take no position and are no keys of plain blocks; fusion
+        blocks do see them, as in the reference. None: all valid.
         """
         return self.transform(self.embed(tokens_BT, valid_BT), z_BTKE, valid_BT)
 
@@ -164,8 +164,8 @@ def padded_vocab(vocab_size: int, multiple: int) -> int:
 def sinusoidal(length: int, width: int, valid_BT: Array | None) -> Array:
     """fairseq's position embedding [B or 1, T, D] (reference.md, section 1).
 
-    Row p is [sin(p w), cos(p w)], w_j = exp(-j ln(1e4) / (D/2 - 1)); the first real token has p = 2,
-    pads take no position and get zeros.
+    Row p is [sin(p w), cos(p w)], w_j = exp(-j ln(1e4) / (D/2 - 1)); the first real token has
+    p = 2, pads take no position and get zeros.
     """
     if valid_BT is None:
         valid_BT = jnp.ones((1, length), bool)

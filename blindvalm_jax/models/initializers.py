@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -27,6 +28,11 @@ class Initializers:
     mlp_in_bias: Initializer
     mlp_out: Initializer
     mlp_out_bias: Initializer
+
+
+def partitioned(init: Initializer, axes: tuple[str | None, ...]) -> Initializer:
+    """The same initializer, its parameter carrying the names of its logical axes."""
+    return cast(Initializer, nn.with_logical_partitioning(init, axes))
 
 
 def uniform(bound: float) -> Initializer:

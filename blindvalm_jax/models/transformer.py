@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from blindvalm_jax.models import attention
-from blindvalm_jax.models.initializers import Initializers
+from blindvalm_jax.models.initializers import Initializer, Initializers, partitioned
 
 Activation = Callable[[Array], Array]
 
@@ -57,9 +56,9 @@ class MemoryShape:
     """How a block with a memory uses it; see `config.FusionConfig`."""
 
     width: int
-    query_scale: Literal["model_width", "head_width"] = "head_width"
-    grounding_kv: Literal["shared", "own"] = "shared"
-    memory_bias: Literal["none", "learned"] = "none"
+    query_scale: str = "head_width"
+    grounding_kv: str = "shared"
+    memory_bias: str = "none"
 
 
 class Projection(nn.Module):
@@ -70,14 +69,14 @@ class Projection(nn.Module):
     bias_shape: tuple[int, ...]
     kernel_axes: tuple[str | None, ...]
     bias_axes: tuple[str | None, ...]
-    kernel_init: nn.initializers.Initializer
-    bias_init: nn.initializers.Initializer
+    kernel_init: Initializer
+    bias_init: Initializer
     dtype: jnp.dtype
 
     def setup(self) -> None:
         """Declares kernel and bias."""
-        kernel_init = nn.with_logical_partitioning(self.kernel_init, self.kernel_axes)
-        bias_init = nn.with_logical_partitioning(self.bias_init, self.bias_axes)
+        kernel_init = partitioned(self.kernel_init, self.kernel_axes)
+        bias_init = partitioned(self.bias_init, self.bias_axes)
         self.kernel = self.param("kernel", kernel_init, self.kernel_shape, jnp.float32)
         self.bias = self.param("bias", bias_init, self.bias_shape, jnp.float32)
 
@@ -98,8 +97,8 @@ def layer_norm(epsilon: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
         dtype=dtype,
         param_dtype=jnp.float32,
         use_fast_variance=False,
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)),
+        scale_init=partitioned(nn.initializers.ones, ("embed",)),
+        bias_init=partitioned(nn.initializers.zeros, ("embed",)),
         name=name,
     )
 
@@ -173,7 +172,7 @@ class MemoryProjection(nn.Module):
 
     @nn.compact
     def __call__(self, z_BTKE: Array, text_kv_DCNH: Array) -> attention.Memory:
-        """z_BTKE to keys and values [B, T, K, N, H]; text_kv_DCNH: the text's kernel for k and v."""
+        """z_BTKE to keys and values [B, T, K, N, H]; text_kv_DCNH: the text's kernel."""
         shape, memory_shape = self.shape, self.memory_shape
         heads, head_width, width = shape.heads, shape.head_width, shape.width
         if memory_shape.width != width:
@@ -192,17 +191,17 @@ class MemoryProjection(nn.Module):
         kernel_DCNH = text_kv_DCNH
         if memory_shape.grounding_kv == "own":
             axes = ("embed", None, "heads", "kv")
-            init = nn.with_logical_partitioning(shape.init.qkv, axes)
+            init = partitioned(shape.init.qkv, axes)
             size = (width, 2, heads, head_width)
             kernel_DCNH = self.param("kv_kernel", init, size, jnp.float32)
-        init = nn.with_logical_partitioning(shape.init.qkv_bias, (None, "heads", "kv"))
+        init = partitioned(shape.init.qkv_bias, (None, "heads", "kv"))
         bias_CNH = self.param("kv_bias", init, (2, heads, head_width), jnp.float32)
         kv = jnp.einsum("btkd,dcnh->btkcnh", z_BTKD, kernel_DCNH.astype(shape.dtype))
         k_BTKNH, v_BTKNH = jnp.moveaxis(_add_bias(kv, bias_CNH, shape.dtype), 3, 0)
         bias_N = None
         if memory_shape.memory_bias == "learned":
             # -10: a pretrained decoder starts out unchanged, the plain joint softmax would move it.
-            init = nn.with_logical_partitioning(nn.initializers.constant(-10.0), ("heads",))
+            init = partitioned(nn.initializers.constant(-10.0), ("heads",))
             bias_N = self.param("logit_bias", init, (heads,), jnp.float32)
         return attention.Memory(k_BTKNH, v_BTKNH, bias_N)
 
@@ -296,7 +295,7 @@ class Stack(nn.Module):
     deterministic: bool
     fusion_layers: tuple[int, ...] = ()
     memory_shape: MemoryShape | None = None
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: str = "none"
     scan_unroll: int = 1
 
     @nn.compact
@@ -306,16 +305,17 @@ class Stack(nn.Module):
         pattern: attention.Causal | attention.Packed,
         z_BTKE: Array | None = None,
     ) -> tuple[Array, Array | None]:
-        """Returns x after all blocks and the memory's weight per fusion layer [L', B, T] or None."""
+        """Returns x after all blocks and the memory's share per fusion layer [L', B, T] or None."""
         block = Block
         if self.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        shares = []
+        shares: list[Array] = []
         for segment in split_stack(self.layers, self.fusion_layers):
             if segment.fused:
                 fused = block(self.shape, self.deterministic, self.memory_shape, name=segment.name)
                 x_BTD, share_BT = fused(x_BTD, pattern, z_BTKE)
-                shares.append(share_BT)
+                if share_BT is not None:
+                    shares.append(share_BT)
             else:
                 length = segment.stop - segment.start
                 scanned = nn.scan(

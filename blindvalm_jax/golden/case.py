@@ -1,0 +1,94 @@
+"""A golden case of the reference: how it is read and how its numbers are compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blindvalm_jax.errors import UserError
+
+# Largest difference allowed. Features are unit vectors; the reference's own fp32 noise against
+# fp64 is 2e-6 to 5e-6 in logits. Gradients: relative to the largest entry of the expected tensor.
+FEATURE, OUTPUT, GRADIENT, RATE = 1e-5, 1e-4, 1e-3, 1e-9
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One quantity of one case: its largest difference from the reference and what is allowed."""
+
+    case: str
+    quantity: str
+    difference: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        """A difference that is not a number does not hold."""
+        return bool(self.difference <= self.tolerance)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A case as read: its name, the .json, the arrays."""
+
+    name: str
+    meta: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+    def weights(self, prefix: str) -> dict[str, np.ndarray]:
+        """Arrays whose names begin with `prefix`, without it."""
+        return {k.removeprefix(prefix): v for k, v in self.arrays.items() if k.startswith(prefix)}
+
+    def check(self, quantity: str, got: Any, expected: Any, tolerance: float) -> Check:
+        """Largest absolute difference; infinite where shapes differ."""
+        got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+        same = got.shape == expected.shape
+        difference = float(np.max(np.abs(got - expected))) if same else float("inf")
+        return Check(self.name, quantity, difference, tolerance)
+
+    def check_relative(self, quantity: str, got: Any, expected: Any, floor: float = 0.0) -> Check:
+        """Largest difference over the largest expected entry (at least `floor`)."""
+        scale = max(float(np.max(np.abs(expected))), floor, 1e-30)
+        check = self.check(quantity, got, expected, GRADIENT)
+        return dataclasses.replace(check, difference=check.difference / scale)
+
+
+def find(directory: Path) -> list[Path]:
+    """The .json files of a directory that describe cases.
+
+    Raises:
+      UserError: the directory is missing or holds none.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{directory} is no directory; give one that holds golden cases")
+    paths = sorted(directory.glob("*.json"))
+    if not paths:
+        raise UserError(f"{directory} holds no golden case (a .json, and a .npz of the same name)")
+    return paths
+
+
+def read(path: Path) -> Case:
+    """Reads one case.
+
+    Raises:
+      UserError: the file is not JSON, the .npz is missing, broken, or not what the .json says.
+    """
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        kind = meta["kind"]
+        arrays: dict[str, np.ndarray] = {}
+        if kind != "segmentation":
+            with np.load(path.with_suffix(".npz"), allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path.name}: cannot be read as a golden case: {error}") from error
+    for name, about in meta.get("arrays", {}).items():
+        if name not in arrays or list(arrays[name].shape) != about["shape"]:
+            got = arrays[name].shape if name in arrays else "nothing"
+            raise UserError(f"{path.name}: array {name} should be {about['shape']}, got {got}")
+    return Case(path.stem, meta, arrays)

@@ -1,0 +1,64 @@
+"""AdamW with the paper's schedule, and two more (reference.md, section 2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from blindvalm_jax.config import OptimizerConfig
+
+# Parameters that `decay=matrices` decays; the rest are norms and biases. By name, because stacked
+# blocks give every parameter an extra axis.
+_MATRICES = ("kernel", "kv_kernel", "wte", "wpe")
+
+
+def schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
+    """Learning rate of update `step` (0-based).
+
+    Warm-up is linear from `warmup_init` to the peak over `warmup_steps`. Then: inverse_sqrt, peak *
+    sqrt(warmup / step) (fairseq); cosine down to `final_fraction` of the peak at `steps`;
+    constant_cooldown, constant and 1 - sqrt over the last `cooldown_fraction` of `steps`.
+    """
+    peak, warmup = config.learning_rate, config.warmup_steps
+
+    def rate(step: jax.Array) -> jax.Array:
+        at = jnp.asarray(step, jnp.float32)
+        rising = config.warmup_init + at * (peak - config.warmup_init) / max(warmup, 1)
+        if config.schedule == "inverse_sqrt":
+            falling = peak * jnp.sqrt(max(warmup, 1) / jnp.maximum(at, 1))
+        elif config.schedule == "cosine":
+            done = jnp.clip((at - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+            end = config.final_fraction
+            falling = peak * (end + (1 - end) * 0.5 * (1 + jnp.cos(jnp.pi * done)))
+        else:
+            length = max(config.cooldown_fraction * steps, 1)
+            cooled = jnp.clip((at - (steps - length)) / length, 0.0, 1.0)
+            falling = peak * (1 - jnp.sqrt(cooled))
+        return jnp.where(at < warmup, rising, falling)
+
+    return rate
+
+
+def decay_mask(params: Any) -> Any:
+    """True for the matrices and embeddings."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: getattr(path[-1], "key", None) in _MATRICES, params
+    )
+
+
+def make(config: OptimizerConfig, *, steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW; decay is decoupled and scaled by the learning rate."""
+    adamw = optax.adamw(
+        schedule(config, steps=steps),
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        mask=None if config.decay == "all" else decay_mask,
+    )
+    if config.clip_norm == 0:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)

@@ -1,0 +1,156 @@
+"""Which device holds what: the mesh, the table of logical axes, and a check that it is obeyed.
+
+Axes of the mesh: `data` (replicas with their own rows), `fsdp` (rows, and parameters along the
+model width), `tensor` (heads, MLP, vocabulary). One table, `RULES`, maps the logical axis names
+that the modules carry to these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from blindvalm_jax.config import Config, MeshConfig, TowerConfig
+from blindvalm_jax.errors import UserError
+
+RULES = (
+    ("batch", ("data", "fsdp")),
+    ("length", None),
+    ("activation", None),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("kv", None),
+    ("mlp", "tensor"),
+    ("vocab", "tensor"),
+    ("layers", None),
+)
+
+# Above this share of replicated parameters, a mesh that should shard them does not.
+UNSHARDED_LIMIT = 0.02
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh (data, fsdp, tensor) over all devices; -1 takes what is left.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if -1 in sizes or math.prod(sizes) != len(devices):
+        raise UserError(
+            f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor} does not fit "
+            f"{len(devices)} devices: the sizes must multiply to that number (one may be -1)"
+        )
+    return jax.make_mesh(
+        tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices
+    )
+
+
+def check_divisible(config: Config, mesh: Mesh, tower: TowerConfig | None) -> None:
+    """Refuses sizes that the mesh does not divide, before anything is compiled."""
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    microbatch = config.train.batch_size // config.train.microbatches
+    checks = [
+        (microbatch, rows, "train.batch_size / train.microbatches", "mesh.data x mesh.fsdp"),
+        (config.decoder.width, mesh.shape["fsdp"], "decoder.width", "mesh.fsdp"),
+        (config.decoder.heads, mesh.shape["tensor"], "decoder.heads", "mesh.tensor"),
+        (
+            config.decoder.vocab_multiple,
+            mesh.shape["tensor"],
+            "decoder.vocab_multiple",
+            "mesh.tensor",
+        ),
+        (
+            config.decoder.mlp_width or 4 * config.decoder.width,
+            mesh.shape["tensor"],
+            "decoder.mlp_width",
+            "mesh.tensor",
+        ),
+    ]
+    if tower is not None:
+        checks += [
+            (tower.width, mesh.shape["fsdp"], "the tower's width", "mesh.fsdp"),
+            (tower.heads, mesh.shape["tensor"], "the tower's heads", "mesh.tensor"),
+            (tower.mlp_width, mesh.shape["tensor"], "the tower's MLP width", "mesh.tensor"),
+        ]
+    for size, divisor, name, axis in checks:
+        if size % divisor:
+            raise UserError(f"{name} is {size}, not a multiple of {axis} = {divisor}")
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh) -> Iterator[None]:
+    """Makes the mesh and the rules visible to the modules' sharding constraints."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
+def shardings(abstract_boxed: Any, mesh: Mesh) -> Any:
+    """Shardings of a tree of boxed abstract parameters (or of a state that holds them)."""
+    specs = nn.get_partition_spec(abstract_boxed)
+    return nn.logical_to_mesh_sharding(specs, mesh, RULES)
+
+
+def init_sharded(init: Callable[[jax.Array], Any], key: jax.Array, mesh: Mesh) -> Any:
+    """Runs `init(key)` so that every leaf is born on the devices that keep it, and unboxes it."""
+    placed = shardings(jax.eval_shape(init, key), mesh)
+    with use(mesh):
+        return jax.jit(lambda k: nn.unbox(init(k)), out_shardings=placed)(key)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """A process's rows of a batch, as arrays of the global batch."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def unsharded_share(params: Any) -> float:
+    """Share of the parameters (by count) that every device holds whole."""
+    sizes = [(x.size, x.sharding.is_fully_replicated) for x in jax.tree.leaves(params)]
+    return sum(size for size, whole in sizes if whole) / max(1, sum(size for size, _ in sizes))
+
+
+def check_sharded(params: Any, mesh: Mesh) -> None:
+    """Refuses to go on when a mesh with fsdp or tensor leaves more than 2 % of parameters whole."""
+    if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+        return
+    share = unsharded_share(params)
+    if share > UNSHARDED_LIMIT:
+        names = [
+            jax.tree_util.keystr(path)
+            for path, x in jax.tree_util.tree_leaves_with_path(params)
+            if x.sharding.is_fully_replicated and x.size > 1
+        ]
+        raise UserError(
+            f"{share:.1%} of the parameters are on every device whole, at most "
+            f"{UNSHARDED_LIMIT:.0%} expected on mesh {dict(mesh.shape)}: {', '.join(names[:5])}"
+        )
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes that the fullest device holds of a tree of arrays."""
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
