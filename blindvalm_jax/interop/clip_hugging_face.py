@@ -8,15 +8,8 @@ from typing import Any
 from blindvalm_jax.config import TowerConfig
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import rules, tensor_files, weights
+from blindvalm_jax.interop.hugging_face import check_types, our_activation
 from blindvalm_jax.interop.rules import Rule, Tensors
-
-# Names of activations in Hugging Face configs. gelu_new and gelu_pytorch_tanh are one function.
-ACTIVATIONS = {
-    "gelu": "gelu_erf",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-}
 
 # What transformers takes for a field of the text config that is absent.
 _DEFAULTS: dict[str, Any] = {
@@ -81,16 +74,7 @@ def tower_config(content: dict[str, Any], tensors: Tensors, source: str) -> Towe
         text = {**(content.get("text_config") or {}), **(content.get("text_config_dict") or {})}
     values = {**_DEFAULTS, **text}
     where = f"{source}/config.json"
-    for name, default in _DEFAULTS.items():
-        if type(values[name]) is not type(default) and name not in ("bos_token_id", "eos_token_id"):
-            raise UserError(
-                f"{where}: {name} must be {type(default).__name__}, got {values[name]!r}"
-            )
-    if values["hidden_act"] not in ACTIVATIONS:
-        raise UserError(
-            f"{where}: hidden_act must be one of {', '.join(ACTIVATIONS)}, "
-            f"got {values['hidden_act']!r}"
-        )
+    check_types(values, _DEFAULTS, where, nullable=("bos_token_id", "eos_token_id"))
     width, heads = values["hidden_size"], values["num_attention_heads"]
     if heads < 1 or width % heads:
         raise UserError(f"{where}: hidden_size {width} is not a multiple of {heads} heads")
@@ -102,7 +86,7 @@ def tower_config(content: dict[str, Any], tensors: Tensors, source: str) -> Towe
         projection=tensors["text_projection.weight"].shape[0],
         vocab_size=values["vocab_size"],
         context=values["max_position_embeddings"],
-        activation=ACTIVATIONS[values["hidden_act"]],
+        activation=our_activation(values["hidden_act"], f"{where}: hidden_act"),
         norm_epsilon=values["layer_norm_eps"],
         start_id=_special(values["bos_token_id"], values["vocab_size"], stale=0, last=2),
         end_id=_special(values["eos_token_id"], values["vocab_size"], stale=2, last=1),

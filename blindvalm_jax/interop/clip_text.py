@@ -48,7 +48,13 @@ def load_tower(
     config_path = path / "config.json"
     if path.is_dir() and weights.is_weights_directory(path):
         stored = weights.load(path, kind="clip_text")
-        return Tower(stored.tower, stored.params, _tokenizer(path), stored.source, stored.sha256)
+        return Tower(
+            stored.tower,
+            stored.params,
+            weights.tokenizer_directory(path),
+            stored.source,
+            stored.sha256,
+        )
     if path.is_dir() and config_path.exists():
         content = tensor_files.read_json(config_path)
         if not clip_hugging_face.is_clip(content):
@@ -61,7 +67,13 @@ def load_tower(
         config, params = clip_hugging_face.load(path)
     else:
         config, params = clip_openai.load(path, heads=heads, activation=activation)
-    return Tower(config, params, _tokenizer(directory), str(name), weights.params_sha256(params))
+    return Tower(
+        config,
+        params,
+        weights.tokenizer_directory(directory),
+        str(name),
+        weights.params_sha256(params),
+    )
 
 
 def local_path(name: str | Path) -> Path:
@@ -86,8 +98,3 @@ def local_path(name: str | Path) -> Path:
             f"check the name, or download it and give the directory"
         ) from error
     return Path(found)
-
-
-def _tokenizer(directory: Path) -> Path | None:
-    has = any((directory / name).is_file() for name in weights.TOKENIZER_FILES)
-    return directory if has else None

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -47,6 +50,20 @@ def read_safetensors(path: Path, *, skip: Skip = lambda name: False) -> dict[str
         raise UserError(
             f"{path} is not a whole safetensors file ({error}): copy or download it again"
         ) from error
+
+
+def names(path: Path) -> set[str]:
+    """Names of the tensors in a safetensors file or torch checkpoint."""
+    if path.suffix != ".safetensors":
+        return set(state_dict(read_torch(path), path))
+    found: set[str] = set()
+
+    def skip(name: str) -> bool:
+        found.add(name)
+        return True
+
+    read_safetensors(path, skip=skip)
+    return found
 
 
 def read_hugging_face(directory: Path, *, skip: Skip = lambda name: False) -> dict[str, np.ndarray]:
@@ -103,31 +120,22 @@ def read_torch(path: Path) -> Any:
         ) from error
     try:
         if is_torchscript(path):
-            return torch.jit.load(str(path), map_location="cpu").state_dict()
-        refused = _refused_classes(path)
-        if refused:
-            raise UserError(
-                f"{path} holds Python objects that are not loaded: {', '.join(refused)}; "
-                f"where they are installed, export the tensors with torch.save(torch.load(path, "
-                f"weights_only=False)['model'], 'plain.pt') and convert that"
-            )
+            with warnings.catch_warnings():
+                # Deprecated for new models; OpenAI's CLIPs exist in no other form.
+                warnings.filterwarnings("ignore", message=".*torch.jit.load.* is deprecated")
+                return torch.jit.load(str(path), map_location="cpu").state_dict()
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
     except Exception as error:  # torch raises many types for a damaged file
+        refused = re.search(r"Unsupported (?:global|class).*?(?:GLOBAL )?([\w.]+\.\w+)", str(error))
+        if refused:
+            raise UserError(
+                f"{path} holds the Python object {refused[1]}, which is not loaded; where it is "
+                f"installed, export the tensors with torch.save(torch.load(path, "
+                f"weights_only=False)['model'], 'plain.pt') and convert plain.pt"
+            ) from error
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be read as a torch checkpoint: {first_line}") from error
-
-
-def _refused_classes(path: Path) -> list[str]:
-    """Classes in a checkpoint that are not let through; files older than zip do not list them."""
-    import torch
-
-    if not zipfile.is_zipfile(path):
-        return []
-    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    return sorted(set(unsafe) - {"argparse.Namespace"})
 
 
 def is_torchscript(path: Path) -> bool:
@@ -158,6 +166,13 @@ def state_dict(content: Any, path: Path) -> dict[str, np.ndarray]:
         value = value.detach()
         tensors[name] = (value.float() if value.is_floating_point() else value).numpy()
     return tensors
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader sees the whole of it or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
 def as_float32(array: np.ndarray) -> np.ndarray:

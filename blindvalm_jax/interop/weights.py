@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import typing
 from collections.abc import Mapping
@@ -121,11 +120,12 @@ def save(
     config: Spec,
     source: str,
     tokenizer: Mapping[str, str] | None = None,
-    tokenizer_directory: str | Path | None = None,
+    tokenizer_files: str | Path | None = None,
 ) -> str:
     """Writes a weights directory, `config.json` last, and returns the hash of the parameters.
 
-    tokenizer: kind and fingerprint; tokenizer_directory: its files are copied beside the weights.
+    tokenizer: kind and fingerprint; tokenizer_files: the directory whose tokenizer files are copied
+    beside the weights.
     Weights that are there already and equal are left alone.
 
     Raises:
@@ -150,12 +150,10 @@ def save(
     flat = {path: np.ascontiguousarray(value) for path, value in rules.flatten(params).items()}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if tokenizer_directory is not None:
-            for name in TOKENIZER_FILES:
-                if (Path(tokenizer_directory) / name).is_file():
-                    shutil.copyfile(Path(tokenizer_directory) / name, directory / name)
-        _replace(directory / PARAMS_FILE, safetensors.numpy.save(flat))
-        _replace(directory / CONFIG_FILE, (json.dumps(content, indent=2) + "\n").encode())
+        if tokenizer_files is not None:
+            _copy_tokenizer(Path(tokenizer_files), directory)
+        tensor_files.write(directory / PARAMS_FILE, safetensors.numpy.save(flat))
+        tensor_files.write(directory / CONFIG_FILE, (json.dumps(content, indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error}") from error
     return sha256
@@ -202,6 +200,12 @@ def is_weights_directory(directory: Path) -> bool:
     return path.is_file() and {"format", "kind"} <= tensor_files.read_json(path).keys()
 
 
+def tokenizer_directory(directory: Path) -> Path | None:
+    """The directory itself if tokenizer files lie in it."""
+    has = any((directory / name).is_file() for name in TOKENIZER_FILES)
+    return directory if has else None
+
+
 def abstract_params(config: Spec) -> dict[str, jax.ShapeDtypeStruct]:
     """Path to shape and dtype of every parameter the module of `config` has."""
 
@@ -236,6 +240,12 @@ def check(params: Mapping[str, Any], config: Spec, source: str) -> None:
             )
 
 
+def _copy_tokenizer(source: Path, directory: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+
+
 def _rebuild(cls: type, values: Any, path: str) -> Any:
     """A dataclass from its JSON form, with every field present and of its own type."""
     fields = typing.get_type_hints(cls)
@@ -255,10 +265,3 @@ def _rebuild(cls: type, values: Any, path: str) -> Any:
             raise UserError(f"{path}.{name} must be one of {', '.join(ACTIVATIONS)}, got {value!r}")
         built[name] = value
     return cls(**built)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader sees the whole of it or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
