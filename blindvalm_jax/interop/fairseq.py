@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from blindvalm_jax.interop import rules
+from blindvalm_jax.config import DecoderConfig, FusionConfig
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.interop import rules, tensor_files, weights
 from blindvalm_jax.interop.rules import Rule, Tensors
 from blindvalm_jax.models.decoder import padded_vocab
 
@@ -18,6 +22,9 @@ _DEAD = re.compile(
     r"layers\.\d+\.self_attn\.img_[kv]_proj\.weight$"
     r"|^version$|^embed_positions\._float_tensor$|^output_projection\.weight$"
 )
+
+# fairseq's names of activations; gelu_fast is an older name of gelu_accurate.
+_ACTIVATIONS = {"gelu": "gelu_erf", "gelu_accurate": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 
 
 def is_dead(name: str) -> bool:
@@ -94,3 +101,150 @@ def save_decoder(
     )
     tensors["embed_tokens.weight"] = tensors["embed_tokens.weight"][:vocab_size]
     return tensors
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    heads: int | None = None,
+    activation: str | None = None,
+    vocab_multiple: int = 128,
+) -> tuple[weights.DecoderSpec, dict[str, Any]]:
+    """The decoder's spec and our parameters from a whole checkpoint (.pt) or a .safetensors file.
+
+    Sizes come from the tensors; the fusion layers are those with img_* tensors. heads: needed where
+    the checkpoint carries no arguments. activation: the exact GELU, which all architectures of the
+    reference use, unless the arguments or the caller say otherwise.
+
+    Raises:
+      UserError: naming what is missing, not understood, or contradicts the checkpoint's arguments.
+    """
+    path = Path(path).expanduser()
+    source = str(path)
+    arguments: dict[str, Any] = {}
+    if path.suffix == ".safetensors":
+        tensors = tensor_files.read_safetensors(path)
+    else:
+        content = tensor_files.read_torch(path)
+        arguments = _arguments(content)
+        tensors = tensor_files.state_dict(content, path)
+    tensors = _decoder_tensors(tensors, source)
+    spec = _spec(
+        tensors,
+        arguments,
+        heads=heads,
+        activation=activation,
+        multiple=vocab_multiple,
+        source=source,
+    )
+    params = load_decoder(
+        tensors,
+        layers=spec.decoder.layers,
+        heads=spec.decoder.heads,
+        fusion_layers=spec.fusion_layers,
+        vocab_multiple=vocab_multiple,
+        source=source,
+    )
+    weights.check(params, spec, source)
+    return spec, params
+
+
+def has_layout(names: set[str]) -> bool:
+    """Whether tensor names are those of a fairseq decoder."""
+    return any(re.match(r"(decoder\.)?layers\.\d+\.self_attn\.[kqv]_proj\.", n) for n in names)
+
+
+def _arguments(content: Any) -> dict[str, Any]:
+    """The arguments of the model in a checkpoint: `args`, or `cfg.model` since fairseq 1.0."""
+    if not isinstance(content, Mapping):
+        return {}
+    found = content.get("args")
+    if found is None and isinstance(content.get("cfg"), Mapping):
+        found = content["cfg"].get("model")
+    if isinstance(found, argparse.Namespace):
+        found = vars(found)
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def _decoder_tensors(tensors: dict[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
+    """Names without `decoder.`; others are left as they are, and so reported by `load_decoder`."""
+    if not has_layout(set(tensors)):
+        raise UserError(
+            f"{source} is no fairseq decoder: no tensor decoder.layers.N.self_attn.k_proj among "
+            f"{sorted(tensors)[:8]}"
+        )
+    if any(name.startswith("decoder.") for name in tensors):
+        outside = [name for name in tensors if not name.startswith("decoder.")]
+        if outside:
+            raise UserError(f"{source}: tensors outside the decoder, not understood: {outside}")
+        tensors = {name.removeprefix("decoder."): value for name, value in tensors.items()}
+    head, table = tensors.get("output_projection.weight"), tensors.get("embed_tokens.weight")
+    if head is not None and (table is None or not np.array_equal(head, table)):
+        raise UserError(
+            f"{source}: output_projection.weight differs from embed_tokens.weight, and our output "
+            f"projection is tied to the embedding: this model cannot be expressed"
+        )
+    return tensors
+
+
+def _spec(
+    tensors: Tensors,
+    arguments: dict[str, Any],
+    *,
+    heads: int | None,
+    activation: str | None,
+    multiple: int,
+    source: str,
+) -> weights.DecoderSpec:
+    # The one choice of fairseq's that changes the function without a trace in the tensors.
+    if arguments.get("no_token_positional_embeddings"):
+        raise UserError(f"{source}: our decoder is not made without position embeddings")
+    stated = None
+    if arguments.get("activation_fn") is not None:
+        if arguments["activation_fn"] not in _ACTIVATIONS:
+            raise UserError(
+                f"{source}: activation_fn must be one of {', '.join(_ACTIVATIONS)}, "
+                f"got {arguments['activation_fn']!r}"
+            )
+        stated = _ACTIVATIONS[arguments["activation_fn"]]
+    table, wide = tensors.get("embed_tokens.weight"), tensors.get("layers.0.fc1.weight")
+    if table is None or wide is None or table.ndim != 2 or wide.ndim != 2:
+        raise UserError(
+            f"{source}: expected the matrices embed_tokens.weight and layers.0.fc1.weight among "
+            f"{sorted(tensors)[:8]}"
+        )
+    vocab_size, width = table.shape
+    heads = _agreed("heads", heads, arguments.get("decoder_attention_heads"), source)
+    if heads is None or heads < 1 or width % heads:
+        raise UserError(f"{source}: give --heads, a divisor of the width {width}; got {heads}")
+    layers = {int(m[1]) for name in tensors if (m := re.match(r"layers\.(\d+)\.", name))}
+    fused = {int(m[1]) for n in tensors if (m := re.match(r"layers\.(\d+)\.self_attn\.img_", n))}
+    config = DecoderConfig(
+        layers=max(layers) + 1,
+        width=width,
+        heads=heads,
+        mlp_width=wide.shape[0],
+        vocab_size=vocab_size,
+        vocab_multiple=multiple,
+        embedding_scale="none" if arguments.get("no_scale_embedding") else "sqrt_width",
+        activation=_agreed("activation", activation, stated, source) or "gelu_erf",
+        dropout=float(arguments.get("dropout", DecoderConfig.dropout)),
+        attention_dropout=float(
+            arguments.get("attention_dropout", DecoderConfig.attention_dropout)
+        ),
+        fusion_layers=tuple(sorted(fused)),
+    )
+    return weights.DecoderSpec(
+        decoder=config,
+        fusion=FusionConfig(query_scale="model_width", grounding_kv="shared", memory_bias="none"),
+        vocab_size=vocab_size,
+        fusion_layers=tuple(sorted(fused)),
+        memory_width=width if fused else 0,
+    )
+
+
+def _agreed(name: str, given: Any, stated: Any, source: str) -> Any:
+    """The value the caller gave or the checkpoint states; both must agree where both exist."""
+    if given is not None and stated is not None and given != stated:
+        raise UserError(f"{source} states {name} {stated}, got --{name}={given}: leave it out")
+    return stated if given is None else given
