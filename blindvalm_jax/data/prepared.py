@@ -1,0 +1,172 @@
+"""From the settings of a run to its windows: given ones are checked, missing ones are made."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+from blindvalm_jax.config import Config, DataConfig
+from blindvalm_jax.data import byte_level_bpe, corpora, manifest, packing, tokenizers
+from blindvalm_jax.data.tokenizers import Tokenizer
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.grounding import segments
+
+# A learned BPE sees the first training documents up to this many characters: enough for its
+# merges to settle, bounded in time, and the same on every run.
+TOKENIZER_SAMPLE_CHARACTERS = 50_000_000
+
+
+def ensure_prepared(config: Config, workdir: str | Path, *, tower_context: int = 77) -> Path:
+    """Directory of the windows a run trains on; a second run with the same settings reuses it.
+
+    With `data.windows` that directory is checked against the settings; else `data.files` or
+    `data.tfds` is prepared in the cache (`data.cache`, else <workdir>/data), in a directory named
+    by a hash of all that determines its bytes. `tower_context` counts the tower's positions, start
+    and end token included. Other processes on this machine wait for the one that prepares.
+
+    Raises:
+      UserError: there is no text, it cannot be read, or `data.windows` does not fit the settings.
+    """
+    longest = tower_context - 2
+    if config.data.windows:
+        directory = Path(config.data.windows)
+        _check(manifest.load(directory), directory, config, longest=longest)
+        return directory
+    source, eval_source = sources(config.data)
+    cache = Path(config.data.cache or Path(workdir) / "data")
+    tokenizer = load_or_train(
+        config.tokenizer.kind,
+        config.tokenizer.path,
+        vocab_size=config.tokenizer.train_vocab_size,
+        source=source,
+        eval_fraction=0.0 if eval_source else config.data.eval_fraction,
+        cache=cache,
+    )
+    recipe = packing.Recipe(
+        source=source,
+        tokenizer=tokenizer,
+        tower_tokenizer=_tower_tokenizer(config),
+        sequence_length=config.data.sequence_length,
+        rule=segment_rule(config.grounding.segments),
+        longest_segment=longest,
+        eval_fraction=config.data.eval_fraction,
+        eval_source=eval_source,
+    )
+    directory = cache / f"windows-{recipe.key[:16]}"
+    packing.prepare(recipe, directory, workers=config.data.workers)
+    return directory
+
+
+def sources(data: DataConfig) -> tuple[corpora.Source, corpora.FileSource | None]:
+    """Training text and held-out text (None: a share of the training text).
+
+    Raises:
+      UserError: neither files nor a TFDS dataset is named.
+    """
+    if data.files:
+        patterns = corpora.split_patterns(data.files)
+        source: corpora.Source = corpora.FileSource(patterns, data.text_field)
+    elif data.tfds:
+        source = corpora.TfdsSource(data.tfds, data_dir=data.tfds_dir, text_field=data.text_field)
+    else:
+        raise UserError("there is no text: set data.files, data.tfds or data.windows")
+    if not data.eval_files:
+        return source, None
+    return source, corpora.FileSource(corpora.split_patterns(data.eval_files), data.text_field)
+
+
+def load_or_train(
+    kind: str,
+    path: str,
+    *,
+    vocab_size: int,
+    source: corpora.Source,
+    eval_fraction: float,
+    cache: Path,
+) -> Tokenizer:
+    """The tokenizer at `path`; without a path, `train` learns a BPE and keeps it in the cache.
+
+    It learns from the first training documents (held-out ones are left out), 50 M characters at
+    most.
+    """
+    if path:
+        return tokenizers.load(kind, path)
+    if kind != "train":
+        raise UserError(f"tokenizer.kind={kind} needs tokenizer.path, a directory or a hub id")
+    key = packing.hash_of(
+        [source.describe(), source.text_field, vocab_size, eval_fraction]
+        + [TOKENIZER_SAMPLE_CHARACTERS]
+    )
+    directory = cache / f"tokenizer-{key[:16]}"
+    with packing.only_here(cache):
+        if not directory.is_dir():
+            texts = _sample(source, eval_fraction)
+            learned = byte_level_bpe.train(texts, vocab_size=vocab_size)
+            partial = directory.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            learned.save(partial)
+            os.replace(partial, directory)
+    return tokenizers.load("train", str(directory))
+
+
+def segment_rule(name: str) -> segments.Rule:
+    """A rule by its name.
+
+    Raises:
+      UserError: there is no such rule.
+    """
+    for rule in get_args(segments.Rule):
+        if rule == name:
+            return rule
+    raise UserError(f"segment rule must be {' or '.join(get_args(segments.Rule))}, got {name!r}")
+
+
+def _sample(source: corpora.Source, eval_fraction: float) -> Iterator[str]:
+    left = TOKENIZER_SAMPLE_CHARACTERS
+    for split, document in packing.split_documents(source, eval_fraction):
+        if split == "train":
+            yield document.text[:left]
+            left -= len(document.text)
+        if left <= 0:
+            return
+
+
+def _tower_tokenizer(config: Config) -> Tokenizer | None:
+    """CLIP's tokenizer when the tower has one of its own; None: it reads the LM's tokens."""
+    grounding = config.grounding
+    path = grounding.tokenizer or ("" if grounding.tower == "random" else grounding.tower)
+    if grounding.source == "none" or not path or path == config.tokenizer.path:
+        return None
+    return tokenizers.load("clip", path)
+
+
+def _check(found: manifest.Manifest, directory: Path, config: Config, *, longest: int) -> None:
+    tokenizer = config.tokenizer
+    expected: dict[str, tuple[object, object]] = {
+        "data.sequence_length": (config.data.sequence_length, found.sequence_length),
+        "tokenizer.kind": (tokenizer.kind, found.tokenizer.kind),
+    }
+    fingerprint = found.tokenizer.fingerprint
+    if tokenizer.path:
+        fingerprint = tokenizers.load(tokenizer.kind, tokenizer.path).fingerprint
+        expected["tokenizer.path"] = (fingerprint, found.tokenizer.fingerprint)
+    if config.grounding.source != "none":
+        tower = _tower_tokenizer(config)
+        own = tower is not None and tower.fingerprint != fingerprint
+        expected |= {
+            "grounding.segments": (config.grounding.segments, found.segments),
+            "longest segment of the tower": (longest, found.longest_segment),
+            "grounding.tokenizer": (
+                tower.fingerprint if tower is not None and own else fingerprint,
+                found.tower_record.fingerprint,
+            ),
+        }
+    for field, (wanted, got) in expected.items():
+        if wanted != got:
+            raise UserError(
+                f"data.windows={directory} does not fit {field}: the settings say {wanted!r}, the "
+                f"windows were made with {got!r}; change the setting or prepare the text again"
+            )

@@ -1,0 +1,149 @@
+"""Units: some megabytes of documents turned into token ids, the step of `prepare` that costs time.
+
+A unit file is written once and renamed into place; its name carries the hash of its text, so a
+restarted run recognises what it need not tokenize again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from blindvalm_jax.data import alignment
+from blindvalm_jax.data.corpora import Document
+from blindvalm_jax.grounding.segments import Rule, Separators
+
+if TYPE_CHECKING:
+    from blindvalm_jax.data.clip_bpe import ClipTokenizer
+    from blindvalm_jax.data.tokenizers import Tokenizer
+
+UNIT_CHARACTERS = 4_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """What every worker process knows; `tower_tokenizer` None: the tower reads the LM's tokens."""
+
+    tokenizer: Tokenizer
+    tower_tokenizer: ClipTokenizer | None
+    separators: Separators
+    rule: Rule
+    sequence_length: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UnitJob:
+    """Texts for one unit file; `texts` is empty when the file exists already."""
+
+    path: Path
+    texts: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unit:
+    """A finished unit file and its sizes."""
+
+    path: Path
+    tokens: int
+    tower_tokens: int
+
+
+@dataclasses.dataclass
+class Tally:
+    """Documents and characters of a split, counted while they are read."""
+
+    documents: int = 0
+    characters: int = 0
+
+
+def is_eval(text: str, fraction: float) -> bool:
+    """Whether a document is held out: decided by its text alone, so equal texts stay together."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2.0**64
+
+
+def jobs(
+    documents: Iterable[tuple[str, Document]],
+    *,
+    directory: Path,
+    key: str,
+    tallies: dict[str, Tally],
+    unit_characters: int = UNIT_CHARACTERS,
+) -> Iterator[tuple[str, UnitJob]]:
+    """Groups (split, document) into units; yields (split, job), and counts into `tallies`."""
+    texts: dict[str, list[str]] = {split: [] for split in tallies}
+    sizes = dict.fromkeys(tallies, 0)
+    numbers = dict.fromkeys(tallies, 0)
+
+    def close(split: str) -> tuple[str, UnitJob]:
+        digest = _digest(key, texts[split])
+        path = directory / f"{split}-{numbers[split]:06d}-{digest}.npz"
+        job = UnitJob(path=path, texts=() if path.exists() else tuple(texts[split]))
+        texts[split], sizes[split] = [], 0
+        numbers[split] += 1
+        return split, job
+
+    for split, document in documents:
+        tallies[split].documents += 1
+        tallies[split].characters += len(document.text)
+        texts[split].append(document.text)
+        sizes[split] += len(document.text)
+        if sizes[split] >= unit_characters:
+            yield close(split)
+    for split in tallies:
+        if texts[split]:
+            yield close(split)
+
+
+def encode(encoding: Encoding, job: tuple[str, UnitJob]) -> tuple[str, Unit]:
+    """Writes a unit file unless it exists; runs in a worker process."""
+    split, unit = job
+    if unit.texts:
+        arrays = _encode_texts(encoding, unit.texts)
+        partial = unit.path.with_suffix(f".{os.getpid()}.partial")
+        with partial.open("wb") as stream:
+            np.savez(stream, allow_pickle=False, **arrays)
+        os.replace(partial, unit.path)
+    with np.load(unit.path) as arrays:
+        tokens, tower_tokens = arrays["sizes"].tolist()
+    return split, Unit(path=unit.path, tokens=tokens, tower_tokens=tower_tokens)
+
+
+def _encode_texts(encoding: Encoding, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """tokens: LM ids, each document after an eos; seen: tower tokens ended by each LM token."""
+    eos = np.array([encoding.tokenizer.eos_id], np.int32)
+    clip = encoding.tower_tokenizer
+    if clip is None:
+        encoded = encoding.tokenizer.encode_lm_batch(texts)
+        return _unit(tokens=[part for ids in encoded for part in (eos, ids)])
+    end = np.array([clip.vocab_size - clip.lm_offset - 1], np.int32)
+    tokens, tower, seen = [], [], []
+    total = 0
+    for text in texts:
+        aligned = alignment.align(encoding.tokenizer, clip, text)
+        tokens += [eos, aligned.lm_ids]
+        tower += [end, aligned.clip_ids]
+        seen += [np.array([total + 1]), total + 1 + alignment.lm_to_tower_index(aligned)]
+        total += 1 + len(aligned.clip_ids)
+    return _unit(tokens=tokens, tower=tower, seen=seen)
+
+
+def _unit(**parts: list[np.ndarray]) -> dict[str, np.ndarray]:
+    arrays = {name: np.concatenate(part).astype(np.uint32) for name, part in parts.items()}
+    sizes = [len(arrays["tokens"]), len(arrays.get("tower", ()))]
+    return {"sizes": np.array(sizes), **arrays}
+
+
+def _digest(key: str, texts: Sequence[str]) -> str:
+    digest = hashlib.blake2b(key.encode(), digest_size=16)
+    for text in texts:
+        content = text.encode()
+        digest.update(len(content).to_bytes(8, "big"))
+        digest.update(content)
+    return digest.hexdigest()

@@ -1,0 +1,541 @@
+"""Windows hold every token once, the same bytes however they were made, and the tower's tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blindvalm_jax import config as config_lib
+from blindvalm_jax.data import alignment, corpora, manifest, packing, prepared, tokenizers, units
+from blindvalm_jax.data.windows import Windows
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.grounding import segments
+from tests import small_text
+
+LENGTH = 32
+BPE = small_text.small_bpe()
+CLIP = small_text.small_clip()
+
+
+def recipe(path: Path, **changes: Any) -> packing.Recipe:
+    """A recipe of 60 documents with a fifth held out, in shards of 16 windows."""
+    source = small_text.write_text(path, small_text.documents(60))
+    fields: dict[str, Any] = {"tokenizer": BPE, "sequence_length": LENGTH, "eval_fraction": 0.2}
+    fields |= {"windows_per_shard": 16, "source": source}
+    return packing.Recipe(**{**fields, **changes})
+
+
+def stream(texts: list[str], tokenizer: tokenizers.Tokenizer) -> np.ndarray:
+    parts = [[tokenizer.eos_id, *tokenizer.encode_lm(text).tolist()] for text in texts]
+    return np.concatenate(parts)
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    """Every file of a finished directory but the lock."""
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    found = {str(path.relative_to(directory)): path.read_bytes() for path in files}
+    assert found.pop(".lock") == b""
+    return found
+
+
+def split_texts(made: packing.Recipe, split: str) -> list[str]:
+    return [document.text for name, document in made.documents() if name == split]
+
+
+@pytest.mark.parametrize("tokenizer", [BPE, CLIP], ids=["train", "clip"])
+def test_every_token_is_a_target_exactly_once(
+    tmp_path: Path, tokenizer: tokenizers.Tokenizer
+) -> None:
+    made = recipe(tmp_path / "a.txt", tokenizer=tokenizer)
+    result = packing.prepare(made, tmp_path / "out", workers=1, unit_characters=700)
+    for split in manifest.SPLITS:
+        windows = Windows(tmp_path / "out", split)
+        expected = stream(split_texts(made, split), tokenizer)
+        assert len(windows) == -(-(len(expected) - 1) // LENGTH)
+        targets = [windows[i]["tokens"][1 : windows[i]["count"]] for i in range(len(windows))]
+        np.testing.assert_array_equal(np.concatenate(targets), expected[1:])
+        for index in range(len(windows)):
+            count = windows[index]["count"]
+            first = index * LENGTH
+            np.testing.assert_array_equal(
+                windows[index]["tokens"][:count], expected[first : first + LENGTH + 1]
+            )
+            assert (windows[index]["tokens"][count:] == tokenizer.pad_id).all()
+        record = result.splits[split]
+        assert (record.tokens, record.windows) == (len(expected), len(windows))
+        assert record.documents == len(split_texts(made, split))
+    assert sum(record.documents for record in result.splits.values()) == 60
+    assert len(result.splits["train"].shards) > 2
+
+
+@pytest.mark.parametrize("length", [2, 31, 64])
+def test_a_stream_that_fills_its_windows_has_no_padding(tmp_path: Path, length: int) -> None:
+    """The first token is no target, so 2 windows take 2 T + 1 tokens: one more needs a third."""
+    for extra, expected in ((0, 2), (1, 3)):
+        text = "x" * (2 * length + extra)
+        source = small_text.write_text(tmp_path / f"{extra}.txt", [text])
+        assert len(BPE.encode(text)) == len(text), "the text must give one token a character"
+        made = recipe(tmp_path / "b", source=source, sequence_length=length, eval_fraction=0.0)
+        out = tmp_path / f"out{extra}"
+        packing.prepare(made, out, workers=1)
+        windows = Windows(out, "train")
+        assert len(windows) == expected
+        assert [windows[i]["count"] for i in range(2)] == [length + 1] * 2
+
+
+@pytest.mark.parametrize("tower", [None, CLIP], ids=["shared", "aligned"])
+def test_workers_and_units_do_not_change_a_byte(
+    tmp_path: Path, tower: tokenizers.Tokenizer | None
+) -> None:
+    made = recipe(tmp_path / "a.txt", tower_tokenizer=tower)
+    packing.prepare(made, tmp_path / "one", workers=1)
+    packing.prepare(made, tmp_path / "two", workers=2, unit_characters=300)
+    one = content(tmp_path / "one")
+    assert one == content(tmp_path / "two")
+    assert len([name for name in one if name.endswith(".array_record")]) > 3
+    assert not any("work" in name or "partial" in name for name in one)
+
+
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from tests import test_prepare
+from blindvalm_jax.data import packing
+left = int(sys.argv[3])
+def dying(function):
+    def call(*args, **keywords):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **keywords)
+    return call
+os.replace = dying(os.replace)
+shutil.rmtree = dying(shutil.rmtree)
+made = test_prepare.recipe(Path(sys.argv[1]), tower_tokenizer=test_prepare.CLIP)
+packing.prepare(made, Path(sys.argv[2]), workers=1, unit_characters=1500)
+print(left)
+"""
+MANY = 1_000_000
+
+
+def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).resolve().parents[1]
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    """Dies before its nth rename or removal: in units, plan, shards, manifest, and cleaning up."""
+    made = recipe(tmp_path / "a.txt", tower_tokenizer=CLIP)
+    lived = run_python(KILLED, tmp_path / "a.txt", tmp_path / "whole", MANY)
+    assert lived.returncode == 0, lived.stderr
+    whole = content(tmp_path / "whole")
+    moments = MANY - int(lived.stdout)
+    stages = set()
+    # The last is before the clean-up, the one before it before the manifest appears.
+    for left in sorted({*range(0, moments, moments // 6), moments - 2, moments - 1}):
+        out = tmp_path / f"killed{left}"
+        died = run_python(KILLED, tmp_path / "a.txt", out, left)
+        assert died.returncode == -signal.SIGKILL, died.stderr
+        finished = (out / manifest.FILE_NAME).exists()
+        shards = len(list(out.glob("*/*.array_record")))
+        stages.add("finished" if finished else "shards" if shards else "units")
+        packing.prepare(made, out, workers=1, unit_characters=1500)
+        found = content(out)
+        assert found.keys() == whole.keys()
+        assert not [name for name in whole if found[name] != whole[name]]
+    assert stages == {"units", "shards", "finished"}
+
+
+def test_a_killed_run_ends_its_workers(tmp_path: Path) -> None:
+    code = """
+import multiprocessing, os, signal, sys
+from pathlib import Path
+from tests import test_prepare
+from blindvalm_jax.data import manifest, packing
+def die(path, content):
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+manifest.write_atomically = die
+if __name__ == "__main__":
+    made = test_prepare.recipe(Path(sys.argv[1]))
+    packing.prepare(made, Path(sys.argv[2]), workers=2, unit_characters=1500)
+"""
+    died = run_python(code, tmp_path / "a.txt", tmp_path / "out")
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    pids = [int(pid) for pid in died.stdout.split()]
+    assert len(pids) == 2
+    for pid in pids:
+        try:
+            handle = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        poll = select.poll()
+        poll.register(handle, select.POLLIN)
+        ended = poll.poll(60_000)
+        os.close(handle)
+        assert ended, f"worker {pid} outlived its caller"
+
+
+def test_finished_units_are_not_tokenized_again(tmp_path: Path) -> None:
+    made = recipe(tmp_path / "a.txt")
+
+    def jobs() -> list[tuple[str, units.UnitJob]]:
+        tallies = {split: units.Tally() for split in manifest.SPLITS}
+        return list(
+            units.jobs(
+                made.documents(),
+                directory=tmp_path,
+                key="k",
+                tallies=tallies,
+                unit_characters=1500,
+            )
+        )
+
+    first = jobs()
+    assert all(job.texts for _, job in first)
+    for job in first[:3]:
+        units.encode(made.encoding, job)
+    assert [bool(job.texts) for _, job in jobs()] == [False] * 3 + [True] * (len(first) - 3)
+    texts = [f"{text} more" for text in small_text.documents(60)]
+    small_text.write_text(tmp_path / "a.txt", texts)
+    assert all(job.texts for _, job in jobs())
+
+
+def test_shards_of_changed_text_are_not_kept(tmp_path: Path) -> None:
+    """Killed in the shards, then the text changes: nothing of the old text may stay."""
+    recipe(tmp_path / "a.txt")
+    lived = run_python(KILLED, tmp_path / "a.txt", tmp_path / "whole", MANY)
+    run_python(KILLED, tmp_path / "a.txt", tmp_path / "out", MANY - int(lived.stdout) - 4)
+    assert list((tmp_path / "out").glob("*/*.array_record"))
+    texts = [text.replace("the", "these") for text in small_text.documents(60)]
+    made = recipe(tmp_path / "a.txt", source=small_text.write_text(tmp_path / "b.txt", texts))
+    packing.prepare(made, tmp_path / "out", workers=1)
+    packing.prepare(made, tmp_path / "fresh", workers=1)
+    assert content(tmp_path / "out") == content(tmp_path / "fresh")
+
+
+def test_the_split_depends_on_the_text_alone(tmp_path: Path) -> None:
+    texts = small_text.documents(400, longest=8)
+    forward = recipe(tmp_path / "a", source=small_text.write_text(tmp_path / "f.txt", texts))
+    turned = small_text.write_text(tmp_path / "t.txt", texts[::-1] + texts)
+    backward = recipe(tmp_path / "a", source=turned)
+    held_out = set(split_texts(forward, "eval"))
+    assert held_out == set(split_texts(backward, "eval"))
+    assert not held_out & set(split_texts(backward, "train"))
+    # 400 draws at 0.2: the standard deviation is 8.
+    assert 80 - 5 * 8 < len(held_out) < 80 + 5 * 8
+
+
+def test_eval_files_replace_the_share(tmp_path: Path) -> None:
+    held_out = small_text.write_text(tmp_path / "e.txt", small_text.documents(5, seed=3))
+    made = recipe(tmp_path / "a.txt", eval_source=held_out)
+    found = packing.prepare(made, tmp_path / "out", workers=1)
+    assert [found.splits[split].documents for split in manifest.SPLITS] == [60, 5]
+    assert found.eval_sources[0]["path"] == str(tmp_path / "e.txt")
+
+
+@pytest.mark.parametrize("fraction", [1e-6, 0.999999])
+def test_a_fraction_that_empties_a_split_is_refused(tmp_path: Path, fraction: float) -> None:
+    made = recipe(tmp_path / "a.txt", eval_fraction=fraction)
+    with pytest.raises(UserError, match=r"left the \w+ split without text: give eval_files"):
+        packing.prepare(made, tmp_path / "out", workers=1)
+
+
+def test_no_held_out_text_when_none_is_asked_for(tmp_path: Path) -> None:
+    made = recipe(tmp_path / "a.txt", eval_fraction=0.0)
+    assert packing.prepare(made, tmp_path / "out", workers=1).splits["eval"].windows == 0
+    with pytest.raises(UserError, match="has no eval windows"):
+        Windows(tmp_path / "out", "eval")
+
+
+def test_a_finished_directory_is_kept_and_guarded(tmp_path: Path) -> None:
+    made = recipe(tmp_path / "a.txt")
+    out = tmp_path / "out"
+    first = packing.prepare(made, out, workers=1)
+    written = (out / manifest.FILE_NAME).stat().st_mtime_ns
+    assert packing.prepare(made, out, workers=1) == first
+    assert (out / manifest.FILE_NAME).stat().st_mtime_ns == written
+    with pytest.raises(UserError, match="made of other text or with other settings"):
+        packing.prepare(recipe(tmp_path / "a.txt", rule="reference"), out, workers=1)
+
+
+@pytest.mark.parametrize("rule", ["causal", "reference"])
+def test_shared_windows_hold_the_cuts_of_their_own_tokens(
+    tmp_path: Path, rule: segments.Rule
+) -> None:
+    made = recipe(tmp_path / "a.txt", tokenizer=CLIP, rule=rule, longest_segment=14)
+    packing.prepare(made, tmp_path / "out", workers=1)
+    windows = Windows(tmp_path / "out", "train")
+    lengths: list[int] = []
+    for index in range(len(windows)):
+        window = windows[index]
+        real = min(int(window["count"]), LENGTH)
+        ids = window["tokens"][:real] - 4
+        ids = np.where(window["tokens"][:real] == 2, CLIP.vocab_size - 5, ids)
+        np.testing.assert_array_equal(window["tower_tokens"][:real], ids)
+        starts = segments.starts(
+            ids[None], rule=rule, separators=segments.separators_for(CLIP, 14)
+        )[0]
+        np.testing.assert_array_equal(window["tower_starts"][:real], starts)
+        lengths += segments.lengths(starts).tolist()
+        assert "tower_index" not in window
+    record = windows.split
+    assert record.segments == len(lengths)
+    assert record.mean_segment == pytest.approx(np.mean(lengths), abs=1e-3)
+    assert record.full_segments == pytest.approx(np.mean(np.array(lengths) == 14), abs=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["causal", "reference"])
+def test_aligned_windows_equal_a_token_by_token_computation(
+    tmp_path: Path, rule: segments.Rule
+) -> None:
+    made = recipe(tmp_path / "a.txt", tower_tokenizer=CLIP, rule=rule, longest_segment=20)
+    found = packing.prepare(made, tmp_path / "out", workers=1, unit_characters=900)
+    widest = 0
+    for split in manifest.SPLITS:
+        lm: list[int] = []
+        seen: list[int] = []  # tower tokens up to the end of each token
+        tower: list[int] = []
+        for text in split_texts(made, split):
+            aligned = alignment.align(BPE, CLIP, text)
+            lm.append(BPE.eos_id)
+            seen.append(len(tower) + 1)
+            base = len(tower) + 1
+            for token, end in zip(aligned.lm_ids, aligned.lm_end, strict=True):
+                lm.append(int(token))
+                seen.append(base + sum(int(other) <= end for other in aligned.clip_end))
+            tower += [CLIP.vocab_size - 5, *aligned.clip_ids.tolist()]
+        windows = Windows(tmp_path / "out", split)
+        for index in range(len(windows)):
+            window = windows[index]
+            first = index * LENGTH
+            inputs = range(first, min(first + LENGTH, len(lm)))
+            before = seen[first - 1] if first else 0
+            ids = tower[before : seen[inputs[-1]]]
+            widest = max(widest, len(ids))
+            np.testing.assert_array_equal(window["tower_tokens"][: len(ids)], ids)
+            assert (window["tower_tokens"][len(ids) :] == 0).all()
+            expected = [seen[position] - before for position in inputs]
+            np.testing.assert_array_equal(window["tower_index"][: len(inputs)], expected)
+            assert (window["tower_index"] <= len(ids)).all()
+            starts = segments.starts(
+                np.array([ids]), rule=rule, separators=segments.separators_for(CLIP, 20)
+            )[0]
+            np.testing.assert_array_equal(window["tower_starts"][: len(ids)], starts)
+            assert segments.lengths(window["tower_starts"]).max() <= 20
+    assert found.tower_length == -(-widest // 64) * 64
+
+
+def test_the_tower_table_of_clip() -> None:
+    table = manifest.tower_table(kind="clip", vocab_size=49412)
+    assert table[[0, 1, 2, 3, 4, 5, 49411]].tolist() == [49406, 0, 49407, 49407, 0, 1, 49407]
+    assert table.max() == 49407
+    same = manifest.tower_table(kind="gpt2", vocab_size=50257)
+    np.testing.assert_array_equal(same, np.arange(50257))
+
+
+def test_ids_that_need_more_than_two_bytes_survive() -> None:
+    layout = manifest.record_dtype(
+        sequence_length=4, vocab_size=70_000, tower_length=None, tower_vocab_size=70_000
+    )
+    record = np.zeros(1, layout)
+    record["tokens"] = 69_999
+    assert np.frombuffer(record.tobytes(), layout)["tokens"].tolist() == [[69_999] * 5]
+
+
+def damage_missing_manifest(out: Path) -> None:
+    (out / manifest.FILE_NAME).unlink()
+
+
+def damage_newer(out: Path) -> None:
+    values = json.loads((out / manifest.FILE_NAME).read_text())
+    (out / manifest.FILE_NAME).write_text(json.dumps({**values, "format_version": 99}))
+
+
+def damage_garbled(out: Path) -> None:
+    (out / manifest.FILE_NAME).write_text('{"format_version": 1}')
+
+
+def damage_missing_shard(out: Path) -> None:
+    (out / "train" / "windows-00001.array_record").unlink()
+
+
+def damage_short_shard(out: Path) -> None:
+    path = out / "train" / "windows-00000.array_record"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_missing_manifest, "has no manifest.json: preparation did not finish"),
+        (damage_newer, "is of format version 99, this program reads 1: update"),
+        (damage_garbled, "is damaged"),
+        (damage_missing_shard, "windows-00001.array_record is missing"),
+        (damage_short_shard, r"windows-00000.array_record has \d+ bytes, the manifest says"),
+    ],
+)
+def test_damaged_directories_are_refused(tmp_path: Path, damage: Any, message: str) -> None:
+    packing.prepare(recipe(tmp_path / "a.txt"), tmp_path / "out", workers=1)
+    damage(tmp_path / "out")
+    with pytest.raises(UserError, match=message):
+        Windows(tmp_path / "out", "train")
+
+
+def test_no_directory_and_no_split_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no directory of windows"):
+        Windows(tmp_path / "none", "train")
+    packing.prepare(recipe(tmp_path / "a.txt"), tmp_path / "out", workers=1)
+    with pytest.raises(UserError, match="no split 'test'.*known: eval, train"):
+        Windows(tmp_path / "out", "test")
+
+
+def test_recipes_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="at least 2 tokens long, got 1"):
+        packing.prepare(recipe(tmp_path / "a.txt", sequence_length=1), tmp_path / "out")
+    with pytest.raises(UserError, match="must have CLIP's, got train"):
+        packing.prepare(
+            recipe(tmp_path / "a.txt", tokenizer=CLIP, tower_tokenizer=BPE), tmp_path / "out"
+        )
+
+
+def run_config(tmp_path: Path, **changes: Any) -> config_lib.Config:
+    """Settings of a run on 60 documents with a learned BPE of 300 entries."""
+    small_text.write_text(tmp_path / "a.txt", small_text.documents(60))
+    values = config_lib.default()
+    values.data.files = str(tmp_path / "a.txt")
+    values.data.sequence_length = LENGTH
+    values.data.eval_fraction = 0.2
+    values.data.workers = 1
+    values.tokenizer.kind = "train"
+    values.tokenizer.train_vocab_size = 300
+    with values.unlocked():
+        values.update_from_flattened_dict(changes)
+    return config_lib.parse(values)
+
+
+def test_a_run_prepares_once_and_finds_it_again(tmp_path: Path) -> None:
+    settings = run_config(tmp_path)
+    directory = prepared.ensure_prepared(settings, tmp_path / "run", tower_context=16)
+    found = manifest.load(directory)
+    assert directory.parent == tmp_path / "run" / "data"
+    assert (found.longest_segment, found.tokenizer.vocab_size, found.mode) == (14, 300, "shared")
+    written = (directory / manifest.FILE_NAME).stat().st_mtime_ns
+    assert prepared.ensure_prepared(settings, tmp_path / "run", tower_context=16) == directory
+    assert (directory / manifest.FILE_NAME).stat().st_mtime_ns == written
+    assert prepared.ensure_prepared(settings, tmp_path / "run", tower_context=20) != directory
+
+
+def test_a_learned_tokenizer_never_sees_held_out_text(tmp_path: Path) -> None:
+    settings = run_config(tmp_path)
+    directory = prepared.ensure_prepared(settings, tmp_path / "run")
+    made = recipe(tmp_path / "a.txt")
+    expected = tokenizers.train(iter(split_texts(made, "train")), vocab_size=300)
+    loaded = tokenizers.load("train", str(directory / "tokenizer"))
+    assert loaded.fingerprint == expected.fingerprint
+    everything = tokenizers.train(iter(small_text.documents(60)), vocab_size=300)
+    assert loaded.fingerprint != everything.fingerprint
+
+
+def test_given_windows_must_fit_the_settings(tmp_path: Path) -> None:
+    CLIP.save(tmp_path / "clip")
+    directory = prepared.ensure_prepared(run_config(tmp_path), tmp_path / "run")
+    given = {"data.files": "", "data.windows": str(directory)}
+    assert prepared.ensure_prepared(run_config(tmp_path, **given), tmp_path / "x") == directory
+    for change, message in (
+        ({"data.sequence_length": 64}, "does not fit data.sequence_length: .* 64.* 32"),
+        ({"tokenizer.kind": "gpt2"}, "does not fit tokenizer.kind: .*'gpt2'.*'train'"),
+        ({"grounding.segments": "reference"}, "does not fit grounding.segments"),
+        ({"grounding.tokenizer": str(tmp_path / "clip")}, "does not fit grounding.tokenizer"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepared.ensure_prepared(run_config(tmp_path, **given, **change), tmp_path / "x")
+    with pytest.raises(UserError, match="longest segment of the tower: .* 14.* 75"):
+        prepared.ensure_prepared(run_config(tmp_path, **given), tmp_path / "x", tower_context=16)
+    plain = {"grounding.source": "none", "grounding.segments": "reference"}
+    assert prepared.ensure_prepared(run_config(tmp_path, **given, **plain), "x") == directory
+
+
+def test_a_tower_with_its_own_tokenizer_gets_its_own_tokens(tmp_path: Path) -> None:
+    CLIP.save(tmp_path / "clip")
+    settings = run_config(tmp_path, **{"grounding.tokenizer": str(tmp_path / "clip")})
+    directory = prepared.ensure_prepared(settings, tmp_path / "run")
+    assert manifest.load(directory).tower_record.fingerprint == CLIP.fingerprint
+    assert "tower_index" in Windows(directory, "train")[0]
+
+
+def test_settings_without_text_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"set data.files, data.tfds or data.windows"):
+        prepared.ensure_prepared(run_config(tmp_path, **{"data.files": ""}), tmp_path)
+    with pytest.raises(UserError, match="tokenizer.kind=clip needs tokenizer.path"):
+        prepared.ensure_prepared(run_config(tmp_path, **{"tokenizer.kind": "clip"}), tmp_path)
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "blindvalm_jax.prepare", *arguments]
+    root = Path(__file__).resolve().parents[1]
+    return subprocess.run(
+        command, cwd=root, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_the_command_prepares_and_reports(tmp_path: Path) -> None:
+    made = recipe(tmp_path / "a.txt")
+    BPE.save(tmp_path / "bpe")
+    out = tmp_path / "out"
+    arguments = [f"--files={tmp_path}/a.txt", f"--out={out}", "--tokenizer=train"]
+    arguments += [f"--tokenizer_path={tmp_path}/bpe", f"--sequence_length={LENGTH}"]
+    done = run_cli(*arguments, "--eval_fraction=0.2", "--workers=2")
+    assert done.returncode == 0, done.stderr
+    assert f"{manifest.load(out).splits['train'].windows:,} windows" in done.stdout
+    packing.prepare(made, tmp_path / "library", workers=1)
+    expected = Windows(tmp_path / "library", "eval")
+    found = Windows(out, "eval")
+    assert len(found) == len(expected)
+    np.testing.assert_array_equal(found[0]["tokens"], expected[0]["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--files=x.txt"], "--out is missing"),
+        (["--out=o"], "either --files or --tfds"),
+        (["--out=o", "--files=x.txt"], "tokenizer.kind=clip needs tokenizer.path"),
+        (["--out=o", "--files=none*.txt", "--tokenizer=train"], "no file matches 'none*.txt'"),
+        (["--out=o", "--files=x.txt", "--eval_fraction=0.9"], "must be 0 ... 0.5, got 0.9"),
+    ],
+)
+def test_wrong_commands_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    arguments = [a.replace("--out=o", f"--out={tmp_path}/o") for a in arguments]
+    done = run_cli(*arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_order_of_fields_of_a_source_is_part_of_the_key(tmp_path: Path) -> None:
+    """Two sources that read other fields of the same file make other windows."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": "one two three", "b": "four five six"}\n')
+    keys = {
+        recipe(tmp_path / "x", source=corpora.FileSource((str(path),), field)).key
+        for field in ("a", "b")
+    }
+    assert len(keys) == 2
