@@ -1,0 +1,131 @@
+"""Batches as a pure function of (seed, step): the iterator's state is one integer.
+
+The global batch of a step is the same for any number of processes and any prefetching; process p
+of n reads rows p, p + n, p + 2n, ... of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator
+from types import TracebackType
+
+import grain
+import numpy as np
+from grain import experimental
+
+from blindvalm_jax.data.windows import Windows
+from blindvalm_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+_THREADS = 4
+_BATCHES_AHEAD = 8
+
+
+class Batches(Iterator[Batch]):
+    """Endless batches; `seconds_waited` is how long `next` has waited in all. Close it when done.
+
+    Batch (b rows of this process): tokens int32 [b,T], targets int32 [b,T], weights float32 [b,T]
+    (1 where the target is a real token); with the tower also tower_tokens int32 [b,S],
+    tower_starts bool [b,S], and in the aligned mode tower_index int32 [b,T].
+    """
+
+    def __init__(self, iterator: grain.DatasetIterator) -> None:
+        """Wraps a Grain iterator of batches."""
+        self._iterator = iterator
+        self.seconds_waited = 0.0
+
+    def __next__(self) -> Batch:
+        """The next batch."""
+        begin = time.perf_counter()
+        batch = next(self._iterator)
+        self.seconds_waited += time.perf_counter() - begin
+        return batch
+
+    def close(self) -> None:
+        """Stops the threads that read ahead."""
+        self._iterator.close()
+
+    def __enter__(self) -> Batches:
+        """Itself; closed on the way out."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes."""
+        self.close()
+
+
+def batches(
+    windows: Windows,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    tower: bool = True,
+    threads: int = _THREADS,
+    batches_ahead: int = _BATCHES_AHEAD,
+) -> Batches:
+    """Shuffled batches from `start_step` on, for ever; every epoch has an order of its own.
+
+    `batch_size` counts rows over all processes. With fewer windows than that a batch holds some of
+    them more than once: a small corpus trains, and says so by its epochs.
+
+    Raises:
+      UserError: `batch_size` is not a multiple of `process_count`.
+    """
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"train.batch_size {batch_size} is not a multiple of the {process_count} processes"
+        )
+    rows = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
+    rows = rows[process_index::process_count].map(functools.partial(_row, tower=tower))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=batches_ahead)
+    dataset = rows.batch(batch_size // process_count, drop_remainder=True).to_iter_dataset(options)
+    iterator = iter(dataset)
+    experimental.set_next_index(iterator, start_step)
+    return Batches(iterator)
+
+
+def eval_batches(
+    windows: Windows,
+    *,
+    batch_size: int,
+    limit: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    tower: bool = True,
+) -> Iterator[Batch]:
+    """The first `limit` windows (0: all) once, in order, as `batches` makes them.
+
+    The last batch is filled with copies of the last window of weight 0.
+    """
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"batch of {batch_size} rows is not a multiple of the {process_count} processes"
+        )
+    total = min(limit, len(windows)) if limit else len(windows)
+    for first in range(0, total, batch_size):
+        rows = []
+        for index in range(first + process_index, first + batch_size, process_count):
+            row = _row(windows[min(index, total - 1)], tower=tower)
+            if index >= total:
+                row["weights"] = np.zeros_like(row["weights"])
+            rows.append(row)
+        yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _row(window: dict[str, np.ndarray], *, tower: bool) -> Batch:
+    tokens = window["tokens"]
+    real = np.arange(1, len(tokens)) < window["count"]
+    row = {"tokens": tokens[:-1], "targets": tokens[1:], "weights": real.astype(np.float32)}
+    if tower:
+        row |= {name: values for name, values in window.items() if name.startswith("tower_")}
+    return row
