@@ -8,6 +8,7 @@ import numpy as np
 
 from blindvalm_jax.data.clip_bpe import ClipTokenizer
 from blindvalm_jax.data.tokenizers import Tokenizer
+from blindvalm_jax.errors import UserError
 
 
 class Aligned(NamedTuple):
@@ -26,9 +27,10 @@ class Aligned(NamedTuple):
 def align(lm: Tokenizer, clip: ClipTokenizer, text: str) -> Aligned:
     """Tokenizes a text twice and gives the end of every token in the raw text.
 
-    A token that ends inside a character, as byte-level tokens may, ends with the last complete
-    character before it. CLIP cleans text first, which moves characters; tokens are placed so that
-    none is said to end before the raw text it is made of:
+    Nothing a language-model token is given may come from text after it. A token that ends inside
+    a character, as byte-level tokens may, therefore ends before that character if it is the
+    language model's, and after it if it is CLIP's. CLIP cleans text first, which moves characters;
+    its tokens are placed so that none is said to end before the raw text it is made of:
 
     - in a line whose cleaning changes characters one for one, offsets are exact;
     - in other lines, cleaned words are matched with raw words (both end at white space, which no
@@ -41,8 +43,14 @@ def align(lm: Tokenizer, clip: ClipTokenizer, text: str) -> Aligned:
     CLIP's ids are those of the whole text in every case.
 
     Raises:
-      UserError: `lm` normalises text, so that its tokens have no place in it.
+      UserError: `lm` normalises text, so that its tokens have no place in it, or is CLIP's, whose
+        tokens need no alignment with themselves and have no ends that suit both sides.
     """
+    if isinstance(lm, ClipTokenizer):
+        raise UserError(
+            "a language model with CLIP's tokens is not aligned: let the tower read its tokens, "
+            "or set tokenizer.kind=gpt2"
+        )
     lm_ids, lm_end = lm.encode_with_ends(text)
     clip_ids, clip_end = clip.encode_with_ends(text)
     return Aligned(lm_ids, lm_end, clip_ids - np.int32(clip.lm_offset), clip_end)

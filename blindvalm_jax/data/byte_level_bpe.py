@@ -30,11 +30,17 @@ class ByteLevelTokenizer:
     def __init__(self, kind: str, serialized: str) -> None:
         """Takes the content of a tokenizer.json that is known to fit."""
         self.kind = kind
-        self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"this tokenizer.json cannot be used: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.vocab_size = self._tokenizer.get_vocab_size()
-        self.eos_id = self.pad_id = self._tokenizer.token_to_id(END_OF_TEXT)
+        end = self._tokenizer.token_to_id(END_OF_TEXT)
+        if end is None:
+            raise UserError(f"this {kind} tokenizer has no {END_OF_TEXT} to separate documents")
+        self.eos_id = self.pad_id = end
         self.fingerprint = _fingerprint(json.loads(self._tokenizer.to_str()))
         self._symbols = files.byte_symbols()
         self._byte_lengths = self._lengths()
@@ -164,7 +170,7 @@ def _assemble(vocab: dict[str, int], merges: files.Merges) -> tokenizers.Tokeniz
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    if vocab:
+    if END_OF_TEXT in vocab:
         tokenizer.add_special_tokens([END_OF_TEXT])
     return tokenizer
 
@@ -177,8 +183,6 @@ def _check(
     missing = [symbol for symbol in files.byte_symbols() if symbol not in vocab]
     if missing:
         raise UserError(f"{directory} holds no byte-level BPE: there is no piece {missing[0]!r}")
-    if END_OF_TEXT not in vocab and END_OF_TEXT not in specials:
-        raise UserError(f"the vocabulary in {directory} has no {END_OF_TEXT} to separate documents")
     files.check_belong(vocab, merges, files.byte_symbols(), specials, directory)
 
 

@@ -38,10 +38,16 @@ class _Span(NamedTuple):
 
 def complete_characters(text: str) -> np.ndarray:
     """int32[n + 1]: how many characters the first i of the text's n UTF-8 bytes complete."""
-    encoded = np.frombuffer(text.encode(), np.uint8)
-    starts = np.ones(encoded.size + 1, np.int32)
-    starts[:-1] = (encoded & 0xC0) != 0x80
-    return np.cumsum(starts, dtype=np.int32) - 1
+    return np.cumsum(np.append(_starts(text), 1), dtype=np.int32) - 1
+
+
+def begun_characters(text: str) -> np.ndarray:
+    """int32[n + 1]: how many characters the first i of the text's n UTF-8 bytes begin."""
+    return np.cumsum(np.append(0, _starts(text)), dtype=np.int32)
+
+
+def _starts(text: str) -> np.ndarray:
+    return (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80
 
 
 class CleanedWordEnds:
@@ -102,7 +108,10 @@ class CleanedWordEnds:
 
 
 class _EndsCache(dict[str, bytes]):
-    """Of a cleaned word, its tokens' ends in characters, as int32 bytes; afresh when full."""
+    """Of a cleaned word, its tokens' ends in characters, as int32 bytes; afresh when full.
+
+    A token that ends inside a character knows something of it, so it ends with it.
+    """
 
     def __init__(
         self, ids_of: Mapping[str, bytes], lengths_of: Callable[[bytes], Sequence[int]]
@@ -113,10 +122,13 @@ class _EndsCache(dict[str, bytes]):
 
     def __missing__(self, word: str) -> bytes:
         lengths = self._lengths_of(self._ids_of[word])
-        if word.isascii():
+        if sum(lengths) != len(word.encode()):
+            # CLIP's expression matches no piece at U+0345, which folds to a letter but is none.
+            ends = array("i", [len(word)] * len(lengths)).tobytes()
+        elif word.isascii():
             ends = array("i", accumulate(lengths)).tobytes()
         else:
-            ends = complete_characters(word)[np.cumsum(lengths)].tobytes()
+            ends = begun_characters(word)[np.cumsum(lengths)].tobytes()
         if len(word) <= _LONGEST_CACHED:
             if len(self) >= _MOST_WORDS:
                 self.clear()

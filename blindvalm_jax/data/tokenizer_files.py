@@ -103,7 +103,12 @@ def model_of(content: Any, directory: Path) -> tuple[dict[str, int], Merges]:
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or not {"vocab", "merges"} <= model.keys():
         raise UserError(f"{directory / 'tokenizer.json'} holds no BPE with vocab and merges")
-    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+    merges = []
+    for entry in model["merges"]:
+        parts = entry.split(" ") if isinstance(entry, str) else entry
+        if len(parts) != 2:
+            raise UserError(f"{directory / 'tokenizer.json'}: expected two pieces, got {entry!r}")
+        merges.append((parts[0], parts[1]))
     return model["vocab"], merges
 
 

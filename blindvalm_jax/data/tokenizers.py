@@ -56,7 +56,7 @@ class Tokenizer(Protocol):
         """`encode_lm` of each text."""
 
     def encode_with_ends(self, text: str) -> Encoded:
-        """Language-model ids, and where in the raw text each token ends."""
+        """Language-model ids, and where in the raw text each token ends (see `alignment`)."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of own ids."""
