@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app
+from absl import app, flags, logging
 
 
 class UserError(ValueError):
@@ -13,9 +13,14 @@ class UserError(ValueError):
 
 
 def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Runs an absl entry point; a `UserError` becomes one line on stderr and exit code 1."""
+    """Runs an absl entry point; a `UserError` becomes one line on stderr and exit code 1.
+
+    `--verbosity=0` shows what libraries log.
+    """
 
     def guarded(argv: Sequence[str]) -> None:
+        if flags.FLAGS["verbosity"].using_default_value:
+            logging.set_verbosity(logging.WARNING)  # libraries report every file they write
         try:
             sys.exit(main(argv) or 0)
         except UserError as error:

@@ -119,10 +119,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """A process's rows of a batch, as arrays of the global batch."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+def put_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+    """A process's rows of a batch, as an array of the global batch."""
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), rows)
 
 
 def unsharded_share(params: Any) -> float:

@@ -1,0 +1,80 @@
+"""Checkpoints of a run: parameters, optimizer, the data position; Orbax does the writing."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import TracebackType
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from blindvalm_jax.config import CheckpointConfig, Config
+from blindvalm_jax.step import TrainState
+
+
+class Checkpoints:
+    """Saves in the background and restores; a step directory appears only when it is whole."""
+
+    def __init__(self, workdir: Path, config: CheckpointConfig) -> None:
+        """Opens <workdir>/checkpoints."""
+        self._manager = ocp.CheckpointManager(
+            (workdir / "checkpoints").absolute(),
+            item_names=("state", "data", "config"),
+            options=ocp.CheckpointManagerOptions(
+                save_decision_policy=checkpoint_managers.FixedIntervalPolicy(config.every_steps),
+                preservation_policy=checkpoint_managers.LatestN(config.keep),
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """Updates done in the newest checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, *, step: int, config: Config, last: bool) -> bool:
+        """Saves when the policy says so, and always at the last step; True if it did.
+
+        The data position is one integer: batches are a pure function of (seed, step).
+        """
+        if step == self.latest_step:
+            return False
+        return self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=ocp.args.JsonSave({"next_step": step, "seed": config.seed}),
+                config=ocp.args.JsonSave(dataclasses.asdict(config)),
+            ),
+            force=last,
+        )
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The newest state, placed as `like` is: on this mesh, whatever mesh it was saved on."""
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+        )
+        restored = self._manager.restore(
+            self.latest_step,
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)),
+        )
+        return restored.state
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def __enter__(self) -> Checkpoints:
+        """Itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Waits for saves under way and closes."""
+        self._manager.close()

@@ -1,0 +1,99 @@
+"""Where the numbers of a run go: metrics.jsonl, the console, TensorBoard on request."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from blindvalm_jax.errors import UserError
+
+
+class MetricWriter:
+    """Appends one JSON object a line; keys are `part/name`, see contracts in docs/training.md.
+
+    Lines past `resume_step` come from a run that was cut off and are dropped: the updates they
+    describe are done again. Only the first process writes.
+    """
+
+    def __init__(self, workdir: Path, *, resume_step: int, tensorboard: bool, active: bool) -> None:
+        """Opens the file; `active` is False on all processes but the first."""
+        self._file = None
+        self._events: Any = None
+        if not active:
+            return
+        path = workdir / "metrics.jsonl"
+        _drop_after(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+        if tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError as error:
+                raise UserError(
+                    "log.tensorboard needs tensorboardX: pip install 'blindvalm_jax[tensorboard]'"
+                ) from error
+            self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes the scalars of a step; numbers that are not finite are written as null."""
+        if self._file is None:
+            return
+        finite = {k: float(v) if math.isfinite(v) else None for k, v in scalars.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in scalars.items():
+                self._events.add_scalar(name, float(value), step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        if self._file is not None:
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue  # a line that was being written when the run was cut off
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+class StepTimer:
+    """Seconds spent on updates; pauses (evaluation, checkpoints) are left out."""
+
+    def __init__(self) -> None:
+        """Starts now."""
+        self._begin = time.perf_counter()
+        self._paused = 0.0
+
+    def pause(self, seconds: float) -> None:
+        """Leaves out a span that was no update."""
+        self._paused += seconds
+
+    def lap(self) -> float:
+        """Seconds of updates since the last lap, or the start."""
+        now = time.perf_counter()
+        spent = now - self._begin - self._paused
+        self._begin, self._paused = now, 0.0
+        return spent
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds as 1:02:03."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

@@ -1,0 +1,69 @@
+"""Turns what the step returns into metrics with units, for the file and the console."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from blindvalm_jax import flops
+from blindvalm_jax.config import Config
+from blindvalm_jax.metrics import MetricWriter, StepTimer, duration
+from blindvalm_jax.step import Sums
+
+
+class Reporter:
+    """Reports a run: losses, speed, memory share; `timer` counts the seconds of updates alone."""
+
+    def __init__(
+        self, settings: Config, workdir: Path, *, first: int, flops_per_token: float
+    ) -> None:
+        """Opens metrics.jsonl; `first`: updates done before."""
+        self.timer = StepTimer()
+        self._writer = MetricWriter(
+            workdir,
+            resume_step=first,
+            tensorboard=settings.log.tensorboard,
+            active=jax.process_index() == 0,
+        )
+        self._last, self._logged, self._waited = settings.train.steps, first, 0.0
+        self._tokens = settings.train.batch_size * settings.data.sequence_length
+        self._flops = flops_per_token
+        kind = jax.devices()[0].device_kind
+        self._peak = flops.peak_tflops(kind, settings.log.peak_tflops)
+
+    def log(self, done: int, scalars: Mapping[str, jax.Array], waited: float) -> bool:
+        """Writes the metrics of a step; False when its loss is not finite."""
+        values = {name: float(value) for name, value in scalars.items()}
+        updates = done - self._logged
+        seconds = self.timer.lap() / updates
+        values["train/perplexity"] = float(np.exp(values["train/loss"]))
+        values["train/tokens"] = done * self._tokens
+        values["perf/step_seconds"] = seconds
+        values["perf/tokens_per_second"] = self._tokens / seconds
+        per_device = self._tokens / seconds / jax.device_count()
+        values["perf/tokens_per_second_per_device"] = per_device
+        values["perf/data_wait_seconds"] = (waited - self._waited) / updates
+        if self._peak:
+            values["perf/mfu"] = per_device * self._flops / (self._peak * 1e12)
+        self._writer.write(done, values)
+        left = duration(seconds * (self._last - done))
+        print(
+            f"step {done}/{self._last}  loss {values['train/loss']:.4f}  "
+            f"lr {values['train/learning_rate']:.2e}  grad {values['train/grad_norm']:.3f}  "
+            f"{values['perf/tokens_per_second']:,.0f} tokens/s  left {left}"
+        )
+        self._logged, self._waited = done, waited
+        return bool(np.isfinite(values["train/loss"]))
+
+    def evaluated(self, done: int, sums: Sums) -> None:
+        """Writes the loss on held-out windows."""
+        loss = float(sums.loss) / float(sums.weight)
+        self._writer.write(done, {"eval/loss": loss, "eval/perplexity": float(np.exp(loss))})
+        print(f"step {done}/{self._last}  held-out loss {loss:.4f}  perplexity {np.exp(loss):.2f}")
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._writer.close()

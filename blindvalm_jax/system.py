@@ -1,0 +1,216 @@
+"""From settings to the system they describe: which decoder, which tower, which grounding."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from blindvalm_jax.config import Config, TowerConfig, fusion_layers
+from blindvalm_jax.data.manifest import TokenizerRecord
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.interop import clip_text, weights
+from blindvalm_jax.interop.rules import flatten, unflatten
+from blindvalm_jax.models.attention import resolve_kernel
+from blindvalm_jax.models.clip import Readout, TextTower
+from blindvalm_jax.models.decoder import Decoder
+from blindvalm_jax.models.transformer import split_stack
+from blindvalm_jax.step import Model
+
+_DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """A frozen text tower: shape, parameters on the host, where they came from, their hash."""
+
+    config: TowerConfig
+    params: Any
+    source: str
+    sha256: str
+
+
+def read_tower(config: Config, resumed: Path | None) -> Tower | None:
+    """The tower a resumed run has stored, or the one its settings name; None: none to read.
+
+    Raises:
+      UserError: the files are missing or hold no text tower.
+    """
+    grounding = config.grounding
+    if grounding.source == "none":
+        return None
+    if resumed is not None:
+        found = weights.load(resumed / "tower", kind="clip_text")
+        return Tower(found.tower, found.params, found.source, found.sha256)
+    if grounding.tower == "random":
+        return None
+    loaded = clip_text.load_tower(grounding.tower)
+    return Tower(loaded.config, loaded.params, loaded.source, loaded.sha256)
+
+
+def tower_context(config: Config, tower: Tower | None) -> int:
+    """Positions of the tower, start and end token included."""
+    return config.grounding.random.context if tower is None else tower.config.context
+
+
+def prepare_tower(
+    config: Config,
+    tower: Tower | None,
+    *,
+    vocabulary: TokenizerRecord,
+    workdir: Path,
+    resuming: bool,
+) -> Tower | None:
+    """The tower that is trained with, stored in the run: as read, or fresh where settings say so.
+
+    tower: from `read_tower`; vocabulary: of the tokens the tower reads.
+
+    Raises:
+      UserError: the tower has another vocabulary than the tokens it is to read.
+    """
+    grounding = config.grounding
+    if grounding.source == "none":
+        return None
+    if tower is None or (grounding.control == "random_tower" and not resuming):
+        shape = _random_shape(config, vocabulary) if tower is None else tower.config
+        tower = fresh_tower(shape, seed=config.seed)
+    if tower.config.start_id >= tower.config.vocab_size or (
+        vocabulary.tower_vocab_size > tower.config.vocab_size
+    ):
+        raise UserError(
+            f"the tower ({tower.source}) knows {tower.config.vocab_size} tokens, the text was "
+            f"cut into a vocabulary of {vocabulary.tower_vocab_size}: set grounding.tokenizer to "
+            "the tower's own tokenizer"
+        )
+    if jax.process_index() == 0:
+        weights.save(workdir / "tower", tower.params, config=tower.config, source=tower.source)
+    return tower
+
+
+def fresh_tower(shape: TowerConfig, *, seed: int) -> Tower:
+    """A tower of random weights: the control that carries no knowledge."""
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    tokens_BS = jnp.zeros((1, 1), jnp.int32)
+
+    def init(key: jax.Array) -> Any:
+        return nn.unbox(TextTower(shape).init(key, tokens_BS, tokens_BS == 0, readout="token"))
+
+    params = jax.tree.map(np.asarray, jax.jit(init)(key)["params"])
+    return Tower(shape, params, f"random weights, seed {seed}", weights.params_sha256(params))
+
+
+def _random_shape(config: Config, vocabulary: TokenizerRecord) -> TowerConfig:
+    random = config.grounding.random
+    if random.width % random.heads:
+        raise UserError(
+            f"grounding.random.width {random.width} is not a multiple of "
+            f"grounding.random.heads {random.heads}"
+        )
+    entries = vocabulary.tower_vocab_size
+    clip = vocabulary.kind == "clip"  # others have no start token: it gets a row of its own
+    return TowerConfig(
+        layers=random.layers,
+        width=random.width,
+        heads=random.heads,
+        mlp_width=4 * random.width,
+        projection=random.projection,
+        context=random.context,
+        vocab_size=entries if clip else entries + 1,
+        start_id=entries - 2 if clip else entries,
+        end_id=entries - 1 if clip else vocabulary.eos_id,
+    )
+
+
+def build(config: Config, *, vocab_size: int, tower: Tower | None, platform: str) -> Model:
+    """The model of a run.
+
+    vocab_size: of the tokenizer; platform: "cpu", "gpu" or "tpu", for the choice of kernel.
+
+    Raises:
+      UserError: decoder.vocab_size is set and differs.
+    """
+    decoder, train = config.decoder, config.train
+    if decoder.vocab_size and decoder.vocab_size != vocab_size:
+        raise UserError(
+            f"decoder.vocab_size is {decoder.vocab_size}, the tokenizer has {vocab_size} entries: "
+            "set it to that, or to 0 to take the tokenizer's"
+        )
+    readout: Readout = "eos" if config.grounding.readout == "eos" else "token"
+    return Model(
+        decoder=Decoder(
+            decoder,
+            config.fusion,
+            vocab_size=vocab_size,
+            fusion_layers=fusion_layers(config),
+            memory_width=0 if tower is None else tower.config.projection,
+            dtype=_DTYPES[train.dtype],
+            kernel=resolve_kernel(
+                train.attention,
+                platform=platform,
+                dtype=train.dtype,
+                head_width=decoder.width // decoder.heads,
+                dropout=decoder.attention_dropout,
+            ),
+            remat=train.remat,
+            scan_unroll=train.scan_unroll,
+        ),
+        tower=None if tower is None else TextTower(tower.config, _DTYPES[config.grounding.dtype]),
+        readout=readout,
+        shuffled=config.grounding.control == "shuffled",
+        loss_chunk=train.loss_chunk,
+    )
+
+
+def start_from(fresh: Any, model: Model, directory: str) -> tuple[Any, list[str]]:
+    """Replaces fresh decoder parameters by those of a weights directory, block by block.
+
+    The weights may come from a decoder with other fusion layers, or none: memory parameters that
+    they lack stay fresh. Returns the parameters (on the host) and the names that stayed fresh.
+
+    Raises:
+      UserError: naming each parameter that is missing, left over or of another shape.
+    """
+    found = weights.load(directory, kind="decoder")
+    spec, decoder = found.decoder, model.decoder
+    layers = decoder.config.layers
+    ours = _by_layer(jax.tree.map(np.asarray, fresh), layers, decoder.fusion_layers)
+    theirs = _by_layer(found.params, spec.decoder.layers, spec.fusion_layers)
+    kept = sorted(name for name in ours if name not in theirs)
+    wrong = [name for name in kept if "/memory/" not in name]
+    wrong += [name for name in theirs if name not in ours and "/memory/" not in name]
+    wrong += [
+        f"{name} {theirs[name].shape} instead of {ours[name].shape}"
+        for name in theirs
+        if name in ours and theirs[name].shape != ours[name].shape
+    ]
+    if wrong:
+        raise UserError(f"{directory} does not fit the decoder of this run: {', '.join(wrong)}")
+    merged = {name: theirs.get(name, value) for name, value in ours.items()}
+    return _stacked(merged, layers, decoder.fusion_layers), kept
+
+
+def _by_layer(params: Any, layers: int, fused: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Flat parameters with one name per block, "h/3/attn/...", wherever the stack is cut."""
+    flat = {k: v for k, v in flatten(params).items() if not k.startswith("h/")}
+    for segment in split_stack(layers, fused):
+        for name, value in flatten(params["h"][segment.name]).items():
+            for index in range(segment.start, segment.stop):
+                flat[f"h/{index}/{name}"] = value if segment.fused else value[index - segment.start]
+    return flat
+
+
+def _stacked(flat: Mapping[str, np.ndarray], layers: int, fused: tuple[int, ...]) -> Any:
+    """The inverse of `_by_layer`."""
+    tree = {k: v for k, v in flat.items() if not k.startswith("h/")}
+    for segment in split_stack(layers, fused):
+        first = f"h/{segment.start}/"
+        for name in [k.removeprefix(first) for k in flat if k.startswith(first)]:
+            run = [flat[f"h/{i}/{name}"] for i in range(segment.start, segment.stop)]
+            tree[f"h/{segment.name}/{name}"] = run[0] if segment.fused else np.stack(run)
+    return unflatten(tree)
