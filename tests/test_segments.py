@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from blindvalm_jax.data import tokenizers
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import segments
 
@@ -145,6 +146,13 @@ def test_padding_changes_no_cut_and_fits_the_tower(rule: segments.Rule) -> None:
         np.testing.assert_array_equal(start[:count], alone)
         assert segments.lengths(start).max() <= 75
         assert start[0]
+
+
+def test_fixed_ids_are_those_of_clips_tokenizer(shared: Path) -> None:
+    clip = tokenizers.load("clip", str(shared / "data" / "tokenizers" / "clip"))
+    found = segments.separators_for(clip)
+    np.testing.assert_array_equal(found.rank, SEPARATORS.rank)
+    np.testing.assert_array_equal(found.minimum, SEPARATORS.minimum)
 
 
 class PieceTokenizer:

@@ -11,11 +11,14 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from blindvalm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from blindvalm_jax.data.tokenizers import Tokenizer
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
@@ -177,16 +180,16 @@ def record_dtype(
     return np.dtype(fields)
 
 
-def tower_table(*, kind: str, vocab_size: int) -> np.ndarray:
+def tower_table(tokenizer: Tokenizer | TokenizerRecord) -> np.ndarray:
     """Tower id of every id of a language model whose tokens the tower reads: int32 [V].
 
     `clip` has fairseq's four specials in front (reference.md, section 1): <s> becomes the start
     token, <pad> 0, </s> and <unk> the end token. Other kinds: the same ids.
     """
-    ids = np.arange(vocab_size, dtype=np.int32)
-    if kind == "clip":
-        ids -= 4
-        start, end = vocab_size - 6, vocab_size - 5
+    ids = np.arange(tokenizer.vocab_size, dtype=np.int32)
+    if tokenizer.kind == "clip":
+        ids -= tokenizer.lm_offset
+        start, end = ids[-2:]
         ids[:4] = start, 0, end, end
     return ids
 

@@ -189,9 +189,7 @@ def _windows(encoding: Encoding, job: ShardJob) -> tuple[np.ndarray, dict[str, i
     rows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
     counts = np.minimum(len(real) - np.arange(size) * length, length + 1)
     if encoding.tower_tokenizer is None:
-        table = manifest.tower_table(
-            kind=encoding.tokenizer.kind, vocab_size=encoding.tokenizer.vocab_size
-        )
+        table = manifest.tower_table(encoding.tokenizer)
         fields: dict[str, np.ndarray] = {}
         tower, tower_counts = table[rows[:, :length]], np.minimum(counts, length)
     else:

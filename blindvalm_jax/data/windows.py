@@ -51,9 +51,7 @@ class Windows:
             tower_length=self.manifest.tower_length,
             tower_vocab_size=tower.tower_vocab_size,
         )
-        self._table = manifest.tower_table(
-            kind=self.manifest.tokenizer.kind, vocab_size=self.manifest.tokenizer.vocab_size
-        )
+        self._table = manifest.tower_table(self.manifest.tokenizer)
         self._ends = list(itertools.accumulate(shard.windows for shard in self.split.shards))
         self._readers: dict[int, Any] = {}
         self._lock = threading.Lock()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import itertools
 import multiprocessing
 import os
 import sys
@@ -19,6 +20,7 @@ from blindvalm_jax.errors import UserError
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 _SECONDS_BETWEEN_LINES = 10.0
+_FEWEST_JOBS = 3  # for fewer, processes take longer to start than the work
 _state: Any = None
 
 
@@ -49,7 +51,10 @@ class Workers:
         Raises:
           UserError: a process died; whatever `function` raises.
         """
-        if self.count == 1:
+        jobs = iter(jobs)
+        first = list(itertools.islice(jobs, _FEWEST_JOBS))
+        jobs = itertools.chain(first, jobs)
+        if self.count == 1 or len(first) < _FEWEST_JOBS:
             for job in jobs:
                 yield function(self._state, job)
             return
