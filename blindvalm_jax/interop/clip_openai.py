@@ -28,7 +28,7 @@ OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 # Numbers that OpenAI's archives carry among the tensors.
-_OPENAI_ENTRIES = {"input_resolution", "context_length", "vocab_size"}
+OPENAI_ENTRIES = {"input_resolution", "context_length", "vocab_size"}
 
 # Fields of open_clip's text_cfg that change the tower, and the only value that ours has.
 _FIXED: dict[str, Any] = {
@@ -147,8 +147,8 @@ def _read(file: Path) -> dict[str, np.ndarray]:
 def _text_tensors(tensors: Tensors, source: str) -> tuple[dict[str, np.ndarray], bool]:
     """Text tensors without open_clip's prefix `text.`, and whether the file is OpenAI's."""
     names = {n for n in tensors if not n.startswith("visual.") and n != "logit_scale"}
-    from_openai = names >= _OPENAI_ENTRIES
-    names -= _OPENAI_ENTRIES
+    from_openai = names >= OPENAI_ENTRIES
+    names -= OPENAI_ENTRIES
     if not has_layout(names):
         raise UserError(
             f"{source} is no OpenAI or open_clip tower: no tensor transformer.resblocks.N among "

@@ -166,12 +166,10 @@ def _without_head(tensors: dict[str, np.ndarray], source: str) -> dict[str, np.n
     """Names without `transformer.`, and without an output projection that repeats the embedding."""
     head = tensors.pop(_HEAD, None)
     if any(name.startswith(_PREFIX) for name in tensors):
-        # A name without the prefix, beside names with it, is none of the model's: keep it as it is,
-        # so that it is reported.
-        tensors = {
-            n.removeprefix(_PREFIX) if n.startswith(_PREFIX) else f"/{n}": x
-            for n, x in tensors.items()
-        }
+        outside = [name for name in tensors if not name.startswith(_PREFIX)]
+        if outside:
+            raise UserError(f"{source}: tensors outside the decoder, not understood: {outside}")
+        tensors = {name.removeprefix(_PREFIX): value for name, value in tensors.items()}
     if head is not None and not np.array_equal(head, tensors.get("wte.weight", np.zeros(0))):
         raise UserError(
             f"{source}: {_HEAD} differs from wte.weight, and our output projection is tied to the "
