@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -62,3 +63,8 @@ def small_clip() -> ClipTokenizer:
 def small_bpe() -> byte_level_bpe.ByteLevelTokenizer:
     """A byte-level BPE that merges across the words of these documents."""
     return byte_level_bpe.train(iter(documents(20, seed=9)), vocab_size=330)
+
+
+def die(state: None, job: int) -> None:
+    """Ends the process it runs in, as a lack of memory would."""
+    os._exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import select
@@ -17,6 +18,7 @@ import pytest
 from blindvalm_jax import config as config_lib
 from blindvalm_jax.data import alignment, corpora, manifest, packing, prepared, tokenizers, units
 from blindvalm_jax.data.windows import Windows
+from blindvalm_jax.data.workers import Workers
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import segments
 from tests import small_text
@@ -191,6 +193,31 @@ if __name__ == "__main__":
         ended = poll.poll(60_000)
         os.close(handle)
         assert ended, f"worker {pid} outlived its caller"
+
+
+def test_two_processes_may_prepare_the_same_directory(tmp_path: Path) -> None:
+    made = recipe(tmp_path / "a.txt", tower_tokenizer=CLIP)
+    packing.prepare(made, tmp_path / "alone", workers=1)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        arguments = tmp_path / "a.txt", tmp_path / "both", MANY
+        runs = [pool.submit(run_python, KILLED, *arguments) for _ in range(2)]
+    assert [run.result().returncode for run in runs] == [0, 0], runs[0].result().stderr
+    assert content(tmp_path / "both") == content(tmp_path / "alone")
+
+
+def test_a_dead_worker_is_one_clear_line() -> None:
+    with Workers(2, None) as pool, pytest.raises(UserError, match="one of 2 worker processes died"):
+        list(pool.map(small_text.die, range(5)))
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    made = recipe(tmp_path / "a.txt")
+    with pytest.raises(UserError, match="cannot make the directory .*a.txt/out"):
+        packing.prepare(made, tmp_path / "a.txt" / "out", workers=1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train").write_text("a file where a directory must be")
+    with pytest.raises(UserError, match="cannot prepare .*File exists.*goes on where it stopped"):
+        packing.prepare(made, tmp_path / "out", workers=1)
 
 
 def test_finished_units_are_not_tokenized_again(tmp_path: Path) -> None:

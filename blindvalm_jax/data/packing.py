@@ -139,41 +139,50 @@ def prepare(
     Raises:
       UserError: the text cannot be read; a split is left without text; `out` holds other windows.
     """
-    with only_here(out):
-        finished = _finished(out, recipe.key)
-        if finished is not None:
-            return finished
-        encoding = recipe.encoding
-        work = out / "work"
-        work.mkdir(exist_ok=True)
-        tallies = {split: units.Tally() for split in manifest.SPLITS}
-        with Workers(workers, encoding) as pool:
-            jobs = units.jobs(
-                recipe.documents(),
-                directory=work,
-                key=recipe.key,
-                tallies=tallies,
-                unit_characters=unit_characters,
+    try:
+        with only_here(out):
+            return _finished(out, recipe.key) or _make(
+                recipe, out, workers=workers, unit_characters=unit_characters
             )
-            streams = _encode(pool, jobs)
-            _check_splits(recipe, streams)
-            splits, tower_length = _pack(
-                pool, encoding, streams, tallies, out=out, shard=recipe.windows_per_shard
-            )
-        encoding.tokenizer.save(out / "tokenizer")
-        if encoding.tower_tokenizer is not None:
-            encoding.tower_tokenizer.save(out / "tower_tokenizer")
-        done = Manifest(
+    except OSError as error:
+        raise UserError(
+            f"cannot prepare {out}: {error}; run the same again when that is mended, it goes on "
+            "where it stopped"
+        ) from error
+
+
+def _make(recipe: Recipe, out: Path, *, workers: int, unit_characters: int) -> Manifest:
+    encoding = recipe.encoding
+    work = out / "work"
+    work.mkdir(exist_ok=True)
+    tallies = {split: units.Tally() for split in manifest.SPLITS}
+    with Workers(workers, encoding) as pool:
+        jobs = units.jobs(
+            recipe.documents(),
+            directory=work,
             key=recipe.key,
-            tower_length=tower_length,
-            splits=splits,
-            versions={name: importlib.metadata.version(name) for name in _VERSIONED},
-            **recipe.settings,
+            tallies=tallies,
+            unit_characters=unit_characters,
         )
-        done.save(work)
-        os.replace(work / manifest.FILE_NAME, out / manifest.FILE_NAME)
-        shutil.rmtree(work)
-        return done
+        streams = _encode(pool, jobs)
+        _check_splits(recipe, streams)
+        splits, tower_length = _pack(
+            pool, encoding, streams, tallies, out=out, shard=recipe.windows_per_shard
+        )
+    encoding.tokenizer.save(out / "tokenizer")
+    if encoding.tower_tokenizer is not None:
+        encoding.tower_tokenizer.save(out / "tower_tokenizer")
+    done = Manifest(
+        key=recipe.key,
+        tower_length=tower_length,
+        splits=splits,
+        versions={name: importlib.metadata.version(name) for name in _VERSIONED},
+        **recipe.settings,
+    )
+    done.save(work)
+    os.replace(work / manifest.FILE_NAME, out / manifest.FILE_NAME)
+    shutil.rmtree(work)
+    return done
 
 
 @contextlib.contextmanager
