@@ -1,4 +1,4 @@
-"""Cuts text into windows of tokens ahead of training.
+r"""Cuts text into windows of tokens ahead of training.
 
   python -m blindvalm_jax.prepare --files='corpus/*.txt.gz' --out=windows \
       --tokenizer=clip --tokenizer_path=tokenizers/clip --sequence_length=512
