@@ -97,7 +97,13 @@ def test_open_clip_directory_tells_heads_and_activation(
     params = random_params(TOWER)
     tensors = _with_image_side(_openai(TOWER, params), prefix=prefix)
     write_tensors(tmp_path / "open_clip_model.safetensors", tensors)
-    text = {"context_length": 14, "vocab_size": 50, "width": 16, "heads": 4, "layers": 2}
+    text: dict[str, Any] = {
+        "context_length": 14,
+        "vocab_size": 50,
+        "width": 16,
+        "heads": 4,
+        "layers": 2,
+    }
     model: dict[str, Any] = {"embed_dim": 12, "vision_cfg": {}, "text_cfg": text}
     if quick:
         model["quick_gelu"] = True
@@ -126,9 +132,17 @@ def test_openai_archives_are_known_to_use_quick_gelu(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kept", "options", "message"),
     [
-        (None, {"heads": 4}, "the tensors do not say which GELU the tower uses: give --activation"),
+        (
+            None,
+            {"heads": 4},
+            "the tensors do not say which GELU the tower uses: tell convert by --activation",
+        ),
         (None, {"activation": "relu"}, "one of gelu_erf, gelu_tanh, quick_gelu"),
-        (None, {"activation": "quick_gelu"}, "give --heads, a divisor of the tower's width 16"),
+        (
+            None,
+            {"activation": "quick_gelu"},
+            "tell convert by --heads, a divisor of the tower's width 16",
+        ),
         ("no ln", {"heads": 4, "activation": "quick_gelu"}, "missing ['ln_final.bias']"),
         ("extra", {"heads": 4, "activation": "quick_gelu"}, "not understood ['text_projection.b']"),
         ("no blocks", {"heads": 4, "activation": "quick_gelu"}, "no OpenAI or open_clip tower"),

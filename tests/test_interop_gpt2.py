@@ -61,7 +61,7 @@ def _old_layout(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     bare["lm_head.weight"] = bare["wte.weight"]
     for index in range(3):
         bare[f"h.{index}.attn.bias"] = np.tril(np.ones((1, 1, 12, 12), np.uint8))
-        bare[f"h.{index}.attn.masked_bias"] = np.float32(-1e4)
+        bare[f"h.{index}.attn.masked_bias"] = np.full((), -1e4, np.float32)
     return bare
 
 

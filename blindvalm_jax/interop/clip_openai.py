@@ -123,9 +123,9 @@ def load(
         activation = "quick_gelu"
     if activation not in ACTIVATIONS:
         raise UserError(
-            f"{file}: the tensors do not say which GELU the tower uses: give --activation as "
-            f"one of {', '.join(ACTIVATIONS)} (OpenAI's weights: quick_gelu), or put open_clip's "
-            f"{OPEN_CLIP_CONFIG} beside the file; got {activation!r}"
+            f"{file}: the tensors do not say which GELU the tower uses: tell convert by "
+            f"--activation, one of {', '.join(ACTIVATIONS)} (OpenAI's weights: quick_gelu), "
+            f"or put open_clip's {OPEN_CLIP_CONFIG} beside the file; got {activation!r}"
         )
     config = _tower_config(text, settings, heads=heads, activation=activation, source=str(file))
     params = load_params(text, config=config, source=str(file))
@@ -190,7 +190,8 @@ def _tower_config(
         heads = width // 64
     if heads is None or heads < 1 or width % heads:
         raise UserError(
-            f"{source}: give --heads, a divisor of the tower's width {width}; got {heads}"
+            f"{source}: tell convert by --heads, a divisor of the tower's width {width}; "
+            f"got {heads}"
         )
     layers = {int(m[1]) for n in text if (m := re.match(r"transformer\.resblocks\.(\d+)\.", n))}
     return TowerConfig(
