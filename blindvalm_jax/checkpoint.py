@@ -66,6 +66,10 @@ class Checkpoints:
         """Waits until what was saved is on disk."""
         self._manager.wait_until_finished()
 
+    def close(self) -> None:
+        """Waits for saves under way and closes."""
+        self._manager.close()
+
     def __enter__(self) -> Checkpoints:
         """Itself."""
         return self
@@ -76,5 +80,5 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Waits for saves under way and closes."""
-        self._manager.close()
+        """Closes."""
+        self.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, flags, logging
 
@@ -19,12 +20,32 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
     """
 
     def guarded(argv: Sequence[str]) -> None:
-        if flags.FLAGS["verbosity"].using_default_value:
+        if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # libraries report every file they write
         try:
             sys.exit(main(argv) or 0)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(1)
+            _fail(str(error))
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Reads the command line; what absl and ml_collections raise becomes one line too."""
+    try:
+        return flags.FLAGS(list(argv))
+    except (flags.Error, UserError) as error:
+        _fail(str(error))
+    except (AttributeError, KeyError) as error:
+        name = str(error.args[0]).strip("'\"") if error.args else ""
+        given = next((a for a in argv if a.lstrip("-").split("=")[0].endswith(f".{name}")), None)
+        if given is None:
+            raise  # an error of the config file itself: its traceback says where
+        _fail(f"unknown setting {given}; `python -m blindvalm_jax.config` lists all of them")
+    except OSError as error:
+        _fail(f"the config file cannot be read: {error}")
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(1)

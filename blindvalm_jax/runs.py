@@ -38,8 +38,10 @@ def open_run(workdir: Path, config: Config) -> bool:
     given = json.loads(json.dumps(dataclasses.asdict(config)))
     resuming = any((workdir / "checkpoints").glob("[0-9]*"))
     if resuming and path.exists():
-        before = flatten(read_json(path))
-        now = flatten(given)
+        before, now = (
+            {key.replace("/", "."): value for key, value in flatten(settings).items()}
+            for settings in (read_json(path), given)
+        )
         changed = [k for k in sorted(set(before) | set(now)) if before.get(k) != now.get(k)]
         refused = [key for key in changed if not _is_free(key, config)]
         lines = {k: f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in changed}

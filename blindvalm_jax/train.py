@@ -114,6 +114,10 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
 
     # ---------------------------------------------------------------- compilation
     first = int(state.step)
+    if first >= settings.train.steps:
+        say(f"nothing to do: {workdir} has {first} of {settings.train.steps} steps")
+        checkpoints.close()
+        return 0
     update = functools.partial(
         step.train_step,
         model=model,

@@ -1,0 +1,110 @@
+"""Named sizes and recipes for config files: the paper's, OpenAI's GPT-2 ladder, tiny ones.
+
+Each function edits a ConfigDict from `config.default()` and returns it.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from blindvalm_jax.errors import UserError
+
+# name: (layers, width, heads)
+SIZES = {
+    "tiny": (4, 128, 4),
+    "mini": (6, 384, 6),
+    "small": (12, 768, 12),
+    "medium": (24, 1024, 16),
+    "large": (36, 1280, 20),
+    "xl": (48, 1600, 25),
+}
+
+VARIANTS = ("gpt2", "blind", "eos", "random_tower", "shuffled")
+
+
+def sized(config: ConfigDict, size: str) -> ConfigDict:
+    """Sets layers, width and heads of the decoder.
+
+    Raises:
+      UserError: there is no such size.
+    """
+    if size not in SIZES:
+        raise UserError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+    config.decoder.layers, config.decoder.width, config.decoder.heads = SIZES[size]
+    return config
+
+
+def paper(config: ConfigDict, size: str) -> ConfigDict:
+    """BLIND-VALM's decoder, fusion, optimizer and rows (reference.md, sections 1 and 2).
+
+    One thing differs: segments are cut by the causal rule, since the reference's leaks later
+    tokens; `grounding.segments=reference` has the original.
+    """
+    sized(config, size)
+    config.tokenizer.kind = "clip"
+    config.data.sequence_length = 512
+    config.decoder.positions = "sinusoidal"
+    config.decoder.embedding_scale = "sqrt_width"
+    config.decoder.activation = "gelu_erf"
+    config.decoder.init = "fairseq"
+    config.decoder.dropout = 0.1
+    config.decoder.attention_dropout = 0.1
+    config.decoder.fusion_layers = (-2,)
+    config.fusion.query_scale = "model_width"
+    config.fusion.grounding_kv = "shared"
+    config.fusion.memory_bias = "none"
+    config.grounding.source = "text"
+    config.grounding.readout = "token"
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.schedule = "inverse_sqrt"
+    config.optimizer.warmup_steps = 4000
+    config.optimizer.warmup_init = 1e-7
+    config.optimizer.beta2 = 0.98
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.decay = "all"
+    config.optimizer.clip_norm = 2.0
+    config.train.batch_size = 512  # rows of 512: 262,144 tokens an update
+    config.train.steps = 40_600
+    return config
+
+
+def gpt2(config: ConfigDict, size: str) -> ConfigDict:
+    """OpenAI's GPT-2 without grounding: what pretrained weights fit, and its usual optimizer."""
+    sized(config, size)
+    config.tokenizer.kind = "gpt2"
+    config.data.sequence_length = 1024
+    config.decoder.positions = "learned"
+    config.decoder.max_positions = 1024
+    config.decoder.embedding_scale = "none"
+    config.decoder.activation = "gelu_tanh"
+    config.decoder.init = "gpt2"
+    config.decoder.dropout = 0.0
+    config.decoder.attention_dropout = 0.0
+    config.fusion.query_scale = "head_width"
+    config.fusion.memory_bias = "learned"
+    config.grounding.source = "none"
+    config.optimizer.learning_rate = 6e-4
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 2000
+    config.optimizer.beta2 = 0.95
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.decay = "matrices"
+    config.optimizer.clip_norm = 1.0
+    config.train.batch_size = 512
+    config.train.steps = 20_000
+    return config
+
+
+def variant(config: ConfigDict, name: str) -> ConfigDict:
+    """Where z comes from: gpt2 (nowhere), blind (the token), eos, random_tower, shuffled.
+
+    Raises:
+      UserError: there is no such variant.
+    """
+    if name not in VARIANTS:
+        raise UserError(f"variant must be one of {', '.join(VARIANTS)}, got {name!r}")
+    config.grounding.source = "none" if name == "gpt2" else "text"
+    config.grounding.readout = "eos" if name == "eos" else "token"
+    if name in ("random_tower", "shuffled"):
+        config.grounding.control = name
+    return config

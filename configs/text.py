@@ -1,0 +1,48 @@
+"""Any text, any size: a BLIND-VALM or a control on your own files.
+
+    python -m blindvalm_jax.train --config=configs/text.py[:SIZE,VARIANT] --workdir=DIR \
+        --config.data.files='mine/*.txt,more/*.jsonl.gz' --config.grounding.tower=CLIP
+
+SIZE: tiny, mini (default), small, medium, large, xl. VARIANT: blind (default), gpt2, eos,
+random_tower, shuffled. A BPE is learned from the text; to train on CLIP's own tokens as the paper
+does, add --config.tokenizer.kind=clip --config.tokenizer.path=CLIP. CLIP: a directory or a hub id;
+without one the tower has random weights, and the run is a control. Documents are separated by
+blank lines in .txt; .jsonl has them in the field data.text_field.
+Hardware: tiny and mini train on a laptop; a measured run is in docs/results.md.
+"""
+
+from __future__ import annotations
+
+import ml_collections
+
+from blindvalm_jax import presets
+from blindvalm_jax.config import default
+from blindvalm_jax.errors import UserError
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Settings of the run."""
+    size, name = "mini", "blind"
+    for word in filter(None, arg.split(",")):
+        if word in presets.SIZES:
+            size = word
+        elif word in presets.VARIANTS:
+            name = word
+        else:
+            known = ", ".join([*presets.SIZES, *presets.VARIANTS])
+            raise UserError(f"configs/text.py takes any of {known}; got {word!r}")
+    config = presets.variant(presets.sized(default(), size), name)
+    config.tokenizer.kind = "train"
+    config.data.sequence_length = 256
+    config.decoder.attention_dropout = 0.0
+    config.train.steps = 2000
+    config.train.batch_size = 16
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 200
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.decay = "matrices"
+    config.optimizer.clip_norm = 1.0
+    config.checkpoint.every_steps = 250
+    config.eval.every_steps = 250
+    return config
