@@ -92,7 +92,7 @@ def test_what_is_complete_at_a_line_break_is_the_tokens_so_far(
     clip: ClipTokenizer, gpt2: Tokenizer
 ) -> None:
     """Cleaning works line by line, so tokens that end by then must not depend on later lines."""
-    for text in tiny.random_texts(3, 600, tiny.HARD, longest=60):
+    for text in tiny.random_texts(3, 1500, tiny.HARD, longest=60):
         found = align(gpt2, clip, text)
         for cut in (i + 1 for i, character in enumerate(text) if character == "\n"):
             complete = found.clip_ids[found.clip_end <= cut].tolist()
@@ -126,6 +126,9 @@ def test_a_token_never_ends_before_its_word_is_read(clip: ClipTokenizer, gpt2: T
         ("a&nbsp;b the cat", ["a", "b", "the", "cat"], [8, 8, 12, 16]),
         ("the \x00 c\x00at red", ["the", "cat", "red"], [3, 10, 14]),
         ("the voilÃ\xa0 la cat", ["the", "voilà", "la", "cat"], [3, 9, 13, 17]),
+        ("the Ã Ã cat", ["the", "à", "à", "cat"], [3, 5, 7, 11]),
+        ("the Ã\xa0la cat", ["the", "àla", "cat"], [3, 8, 12]),
+        ("the \x85 Ã\xa0la \x85", ["the", "…", "àla", "…"], [3, 5, 10, 12]),
         ("one\r\ntwo\u2028in", ["one", "two", "in"], [3, 8, 11]),
         ("İn an", ["i̇n", "an"], [2, 5]),
         ("\ufeffthe cat", ["the", "cat"], [4, 8]),
@@ -147,6 +150,7 @@ def test_inside_a_changed_word_every_token_ends_with_the_word(
     found = align(gpt2, clip, "ﬁxq ‘xq’")
     assert clip.decode(found.clip_ids.tolist()) == "fixq ' xq '"
     assert found.clip_end.tolist() == [3, 3, 3, 3, 5, 6, 7, 8]
+    assert set(align(gpt2, clip, "e\u0301ﬁ").clip_end.tolist()) == {3}, "as long, but shifted"
 
 
 def test_words_that_match_nothing_end_together(clip: ClipTokenizer, gpt2: Tokenizer) -> None:

@@ -20,7 +20,7 @@ WORDS = [
 
 HARD = [
     *"aAbBeEiIoOsStTrR 019.,;:!?-_'\"()<>/",
-    *" \t\n\n\r\f\x00\x1b\x1c\x7f\x85\xa0\xad\u200b\u2003\u2028\u3000\ufeff",
+    *" \t\n\n\r\f\x00\x1b\x1c\x7f\x85\xa0\xad\u200b\u2003\u2028\u206a\u3000\ufeff\ufffa",
     *"‘’“”–—…éèêñüßœŒÃÂÅØÙÎÐ€™£¢§¬¨ˆ˜†±²³µ¶·×÷°º»«¿¡",
     *"İıŉſΣσςάβεžŠЖжвЂГўВµИ日本語ｆ１ﾊﾟ한ㄱ😀👍🏽\u0301\u0308\u0345\ud83d\ude00\ufffd",
     *["&amp;", "&amp;lt;", "&lt;b", "&#39;", "&quot", "&nbsp;", "&EACUTE;", "&", "&&", "&NewLine;"],

@@ -24,14 +24,14 @@ from typing import NamedTuple
 
 import ftfy
 from ftfy.badness import BADNESS_RE
-from ftfy.chardata import HTML_ENTITY_RE, LIGATURES, WIDTH_MAP
+from ftfy.chardata import CONTROL_CHARS, HTML_ENTITY_RE, LIGATURES, WIDTH_MAP
 from ftfy.fixes import uncurl_quotes
 
 _CONTEXT = 8
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f]")
 _REPLACED = re.compile(
-    r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\u2028\u2029\u206a-\u206f\ud800-\udfff\ufeff\ufff9-\ufffc"
-    + "".join(map(re.escape, map(chr, [*LIGATURES, *WIDTH_MAP])))
+    r"[\x80-\x9f\u2028\u2029\ud800-\udfff"
+    + "".join(re.escape(chr(code)) for code in (*CONTROL_CHARS, *LIGATURES, *WIDTH_MAP))
     + "]"
 )
 _SUSPECT = re.compile(r"[^\x00-\x7f]{2,}|[ŒœÃÂ]")

@@ -13,6 +13,8 @@ import numpy as np
 from blindvalm_jax.data.clip_cleaning import clean_lines, clean_words, is_untouched_ascii
 
 _WORD = re.compile(r"\S+")
+# U+0085 is white space, but cleaning may make an ellipsis of it.
+_RAW_WORD = re.compile(r"[\S\x85]+")
 _MOST_WORDS = 1 << 18
 _LONGEST_CACHED = 64
 _ID_BYTES = 4
@@ -94,10 +96,10 @@ class CleanedWordEnds:
         """Tokens of a line whose cleaning moves characters."""
         spans = [
             _Span(match.group(), clean_words(match.group()), match.start(), match.end())
-            for match in _WORD.finditer(raw)
+            for match in _RAW_WORD.finditer(raw)
         ]
         parts = []
-        for word, span, end in _place(clean, spans):
+        for word, span, end in _place(clean, spans, len(raw)):
             ids = np.frombuffer(self._ids_of[word], np.int32)
             if span is not None and _keeps_characters(span.raw, word):
                 ends = np.frombuffer(self._ends_of[word], np.int32) + np.int32(span.start)
@@ -144,12 +146,12 @@ def _joined(parts: list[Encoded]) -> Encoded:
     )
 
 
-def _place(clean: list[str], spans: list[_Span]) -> list[tuple[str, _Span | None, int]]:
+def _place(clean: list[str], spans: list[_Span], size: int) -> list[tuple[str, _Span | None, int]]:
     """For each cleaned word of a line: the raw word it is alone the form of, if any, and its end.
 
     Words that clean the same alone as in the line are matched from both sides. What is left in
     the middle is matched one to one when the counts agree; otherwise all of it ends with the last
-    of the raw words in the middle, so that nothing ends too early.
+    of the raw words in the middle, so that nothing ends too early; `size` is the line's.
     """
     head, first = _matched(clean, [span.clean for span in spans])
     tail, last = _matched(
@@ -161,17 +163,13 @@ def _place(clean: list[str], spans: list[_Span]) -> list[tuple[str, _Span | None
     if len(rest) == len(middle):
         placed += [(word, span, span.end) for word, span in zip(rest, middle, strict=True)]
     else:
-        end = middle[-1].end if middle else (spans[first - 1].end if first else 0)
+        end = middle[-1].end if middle else (spans[first].start if last else size)
         placed += [(word, None, end) for word in rest]
     return placed + _own(spans[len(spans) - last :])
 
 
 def _own(spans: list[_Span]) -> list[tuple[str, _Span | None, int]]:
-    return [
-        (word, span if len(span.clean) == 1 else None, span.end)
-        for span in spans
-        for word in span.clean
-    ]
+    return [(word, span, span.end) for span in spans for word in span.clean]
 
 
 def _matched(words: list[str], groups: list[list[str]]) -> tuple[int, int]:
