@@ -12,32 +12,19 @@ tower (`grounding.tower`).
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from blindvalm_jax.data import tokenizers
 from blindvalm_jax.errors import UserError, run_main
-from blindvalm_jax.interop import (
-    clip_hugging_face,
-    clip_openai,
-    clip_text,
-    fairseq,
-    gpt2,
-    rules,
-    tensor_files,
-    weights,
-)
+from blindvalm_jax.interop import formats, gpt2, rules, weights
 from blindvalm_jax.models.transformer import ACTIVATIONS
 
-FORMATS = ("hf_gpt2", "hf_clip", "openai_clip", "open_clip", "fairseq")
-
-_FROM = flags.DEFINE_enum("from", "auto", ["auto", *FORMATS], "layout of --input")
+_FROM = flags.DEFINE_enum("from", "auto", ["auto", *formats.FORMATS], "layout of --input")
 _TO = flags.DEFINE_enum("to", "weights", ["weights", "hf_gpt2"], "layout of --out")
 _INPUT = flags.DEFINE_string("input", "", "directory, file or hub id that is read")
 _OUT = flags.DEFINE_string("out", "", "new directory that is written")
@@ -48,83 +35,6 @@ _ACTIVATION = flags.DEFINE_enum(
 _EOS_ID = flags.DEFINE_integer(
     "eos_id", None, "for --to=hf_gpt2: id that ends generation; without it, none does"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Converted:
-    """A model that was read; tokenizer_directory: where its tokenizer files lie, if any do."""
-
-    config: weights.Spec
-    params: dict[str, Any]
-    tokenizer_directory: Path | None
-
-
-def read(
-    name: str, *, layout: str = "auto", heads: int | None = None, activation: str | None = None
-) -> Converted:
-    """Reads a model in any of the formats; "auto" finds out which.
-
-    Raises:
-      UserError: the format is not known, does not fit, or was given an option it does not take.
-    """
-    path = clip_text.local_path(name)
-    if layout == "auto":
-        layout = recognise(path)
-    if layout in ("hf_gpt2", "hf_clip") and (heads is not None or activation is not None):
-        raise UserError(f"{path}: its config.json tells heads and activation; leave them out")
-    if layout == "fairseq":
-        spec, params = fairseq.load_checkpoint(path, heads=heads, activation=activation)
-        return Converted(spec, params, None)
-    if layout == "hf_gpt2":
-        spec, params = gpt2.load(path)
-        return Converted(spec, params, weights.tokenizer_directory(path))
-    if layout == "hf_clip":
-        tower, params = clip_hugging_face.load(path)
-    else:
-        tower, params = clip_openai.load(path, heads=heads, activation=activation)
-    directory = path if path.is_dir() else path.parent
-    return Converted(tower, params, weights.tokenizer_directory(directory))
-
-
-def recognise(path: Path) -> str:
-    """The format of a directory, by its config, or of a file, by its tensors' names."""
-    if path.is_dir():
-        if weights.is_weights_directory(path):
-            raise UserError(f"{path} is a weights directory already: give --to to convert it")
-        if (path / "config.json").exists():
-            content = tensor_files.read_json(path / "config.json")
-            if gpt2.is_gpt2(content):
-                return "hf_gpt2"
-            if clip_hugging_face.is_clip(content):
-                return "hf_clip"
-        if (path / clip_openai.OPEN_CLIP_CONFIG).exists():
-            return "open_clip"
-        raise UserError(
-            f"{path} has no config.json of a GPT-2 or CLIP and no {clip_openai.OPEN_CLIP_CONFIG}: "
-            f"give the weights file itself, or --from"
-        )
-    names = tensor_files.names(path)
-    if fairseq.has_layout(names):
-        return "fairseq"
-    if clip_openai.has_layout(names):
-        return "openai_clip"
-    raise UserError(
-        f"{path}: its tensors are of no known layout ({', '.join(sorted(names)[:4])}, ...); for a "
-        f"Hugging Face model give its directory"
-    )
-
-
-def table(params: Mapping[str, Any], sha256: str) -> str:
-    """Each tensor with its shape and number of parameters, then the totals and the hash."""
-    flat = {path: tuple(value.shape) for path, value in sorted(rules.flatten(params).items())}
-    width = max(len(path) for path in flat)
-    lines = [
-        f"{path:{width}}  {math.prod(shape):>13,}  {list(shape)}" for path, shape in flat.items()
-    ]
-    total = sum(math.prod(shape) for shape in flat.values())
-    lines.append(f"{f'{len(flat)} tensors':{width}}  {total:>13,}  parameters")
-    lines.append(f"sha256 {sha256}")
-    return "\n".join(lines)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -138,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
         return
     if _EOS_ID.value is not None:
         raise UserError("--eos_id is for --to=hf_gpt2")
-    model = read(
+    model = formats.read(
         _INPUT.value,
         layout=_FROM.value,
         heads=_HEADS.value,
@@ -153,10 +63,10 @@ def main(argv: Sequence[str]) -> None:
         tokenizer=tokenizer,
         tokenizer_files=model.tokenizer_directory if tokenizer else None,
     )
-    print(table(model.params, sha256))
+    print(_table(model.params, sha256))
 
 
-def _fingerprint(model: Converted) -> dict[str, str] | None:
+def _fingerprint(model: formats.Converted) -> dict[str, str] | None:
     """Kind and fingerprint of the tokenizer beside the weights; one we cannot read stays there."""
     if model.tokenizer_directory is None:
         return None
@@ -182,7 +92,20 @@ def _export() -> None:
         directory=_OUT.value,
         eos_id=_EOS_ID.value,
     )
-    print(table(stored.params, stored.sha256))
+    print(_table(stored.params, stored.sha256))
+
+
+def _table(params: Mapping[str, Any], sha256: str) -> str:
+    """Each tensor with its shape and number of parameters, then the totals and the hash."""
+    flat = {path: tuple(value.shape) for path, value in sorted(rules.flatten(params).items())}
+    width = max(len(path) for path in flat)
+    lines = [
+        f"{path:{width}}  {math.prod(shape):>13,}  {list(shape)}" for path, shape in flat.items()
+    ]
+    total = sum(math.prod(shape) for shape in flat.values())
+    lines.append(f"{f'{len(flat)} tensors':{width}}  {total:>13,}  parameters")
+    lines.append(f"sha256 {sha256}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

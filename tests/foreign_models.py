@@ -102,7 +102,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> Path:
 
 
 @functools.partial(jax.jit, static_argnames=("module", "readout"))
-def _apply(module: nn.Module, params: Any, *inputs: jax.Array | None, **readout: str) -> Any:
+def _apply(module: nn.Module, params: Any, *inputs: jax.Array | None, **readout: Any) -> Any:
     return module.apply({"params": params}, *inputs, **readout)
 
 

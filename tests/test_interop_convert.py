@@ -21,9 +21,8 @@ from foreign_models import (
     write_tensors,
 )
 
-from blindvalm_jax import convert
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.interop import clip_openai, fairseq, gpt2, rules, weights
+from blindvalm_jax.interop import clip_openai, fairseq, formats, gpt2, rules, weights
 
 
 def _run(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -64,17 +63,17 @@ def test_a_wrong_input_is_one_line(tmp_path: Path) -> None:
 def test_formats_are_recognised(tmp_path: Path) -> None:
     config, tensors, _, _ = golden("hf_clip")
     clip = write_hugging_face(tmp_path / "clip", config, tensors)
-    assert convert.recognise(clip) == "hf_clip"
-    assert_equal(convert.read(str(clip)).params, convert.read(str(clip), layout="hf_clip").params)
+    assert formats.recognise(clip) == "hf_clip"
+    assert_equal(formats.read(str(clip)).params, formats.read(str(clip), layout="hf_clip").params)
     config, tensors, _, _ = golden("hf_gpt2")
-    assert convert.recognise(write_hugging_face(tmp_path / "gpt2", config, tensors)) == "hf_gpt2"
+    assert formats.recognise(write_hugging_face(tmp_path / "gpt2", config, tensors)) == "hf_gpt2"
 
     theirs = fairseq.save_decoder(
         random_params(BLIND), vocab_size=50, layers=4, heads=2, fusion_layers=(2,)
     )
     path = write_tensors(tmp_path / "blind.safetensors", theirs)
-    assert convert.recognise(path) == "fairseq"
-    spec = convert.read(str(path), heads=2).config
+    assert formats.recognise(path) == "fairseq"
+    spec = formats.read(str(path), heads=2).config
     assert isinstance(spec, weights.DecoderSpec)
     assert spec.fusion_layers == (2,)
 
@@ -85,12 +84,12 @@ def test_formats_are_recognised(tmp_path: Path) -> None:
         layers=TOWER.layers,
     )
     path = write_tensors(tmp_path / "openai.safetensors", theirs)
-    assert convert.recognise(path) == "openai_clip"
-    model = convert.read(str(path), heads=4, activation="quick_gelu")
+    assert formats.recognise(path) == "openai_clip"
+    model = formats.read(str(path), heads=4, activation="quick_gelu")
     assert model.config == TOWER
     (tmp_path / "clip" / "config.json").unlink()
     (tmp_path / "clip" / "open_clip_config.json").write_text("{}")
-    assert convert.recognise(tmp_path / "clip") == "open_clip"
+    assert formats.recognise(tmp_path / "clip") == "open_clip"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +113,7 @@ def test_what_cannot_be_recognised(case: str, message: str, tmp_path: Path) -> N
         path.mkdir()
     heads = 4 if case == "options" else None
     with pytest.raises(UserError, match=re.escape(message)):
-        convert.read(str(path), heads=heads)
+        formats.read(str(path), heads=heads)
 
 
 def test_tokenizer_files_travel_with_the_weights(tmp_path: Path) -> None:

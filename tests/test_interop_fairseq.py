@@ -115,12 +115,12 @@ ARGUMENTS: dict[str, Any] = {
 @pytest.mark.parametrize("form", ["args", "cfg namespace", "cfg table"])
 def test_arguments_of_a_checkpoint_are_used(form: str, tmp_path: Path) -> None:
     namespace = argparse.Namespace(**ARGUMENTS)
-    entries = {
+    forms: dict[str, dict[str, Any]] = {
         "args": {"args": namespace, "cfg": None},
         "cfg namespace": {"args": None, "cfg": {"model": namespace}},
         "cfg table": {"args": None, "cfg": {"model": ARGUMENTS}},
-    }[form]
-    path = _save_pt(tmp_path / "c.pt", **entries)
+    }
+    path = _save_pt(tmp_path / "c.pt", **forms[form])
     spec, params = fairseq.load_checkpoint(path)
     assert (spec.decoder.heads, spec.decoder.activation) == (2, "gelu_tanh")
     assert (spec.decoder.dropout, spec.decoder.attention_dropout) == (0.2, 0.3)

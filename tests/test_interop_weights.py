@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from foreign_models import BLIND, GPT2, TOWER, assert_equal, random_params
+from foreign_models import BLIND, GPT2, TOWER, assert_equal, logits, random_params
 
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import weights
@@ -160,5 +160,6 @@ def test_a_spec_rebuilds_a_module_that_runs(tmp_path: Path) -> None:
     weights.save(tmp_path, random_params(BLIND), config=BLIND, source="s")
     stored = weights.load(tmp_path)
     tokens, z = np.zeros((1, 5), np.int32), np.ones((1, 5, 1, 16), np.float32)
-    out = stored.decoder.module().apply({"params": stored.params}, tokens, z)
-    assert np.isfinite(np.asarray(out)).all()
+    out = logits(stored.decoder, stored.params, tokens, z)
+    assert out.shape == (1, 5, 50)
+    assert np.isfinite(out).all()

@@ -97,4 +97,9 @@ def local_path(name: str | Path) -> Path:
             f"{name} is no path here, and as a hub id it cannot be had ({type(error).__name__}): "
             f"check the name, or download it and give the directory"
         ) from error
+    if not any(Path(found).glob("*.safetensors")):
+        raise UserError(
+            f"{name} has no safetensors file on the hub, and nothing else is downloaded: fetch its "
+            f"weights and config.json into a directory yourself and give that"
+        )
     return Path(found)
