@@ -103,29 +103,13 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
     elif settings.train.init_from:
         state, fresh = start_from(state, model, settings.train.init_from)
         say(f"started from {settings.train.init_from}; fresh: {', '.join(fresh) or 'nothing'}")
-    sizes = count_parameters(state, frozen)
-    table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-    if jax.process_index() == 0:
-        (workdir / "parameters.txt").write_text(table + "\n", encoding="utf-8")
-    say(
-        f"parameters: {sizes['decoder']:,} in the decoder (parameters.txt), {sizes['tower']:,} "
-        f"frozen in the tower; {sizes['bytes_per_device'] / 2**20:,.0f} MiB a device"
-    )
-
-    # ---------------------------------------------------------------- compilation
     first = int(state.step)
     if first >= settings.train.steps:
         say(f"nothing to do: {workdir} has {first} of {settings.train.steps} steps")
         checkpoints.close()
         return 0
-    update = functools.partial(
-        step.train_step,
-        model=model,
-        optimizer=optimizer,
-        rate=optim.schedule(settings.optimizer, steps=settings.train.steps),
-        seed=settings.seed,
-        microbatches=settings.train.microbatches,
-    )
+
+    # ---------------------------------------------------------------- compilation, loop
     batches = pipeline.batches(
         windows,
         batch_size=settings.train.batch_size,
@@ -135,52 +119,34 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
         process_count=jax.process_count(),
         tower=tower is not None,
     )
-    try:
-        begin = time.perf_counter()
+    with checkpoints, batches:
         batch = to_device(next(batches), mesh)
-        compiled = compile_step(update, state, frozen, batch, mesh)
-        say(f"compiled in {time.perf_counter() - begin:.1f} s; {describe_memory(compiled)}")
-        tower_length = 0 if batch.tower is None else batch.tower.tokens_BS.shape[1]
         cost = flops.per_token(
-            settings, vocab_size=vocab_size, tower=shape, tower_length=tower_length
+            settings,
+            vocab_size=vocab_size,
+            tower=shape,
+            tower_length=0 if batch.tower is None else batch.tower.tokens_BS.shape[1],
         )
-        about = {
-            "mesh": dict(mesh.shape),
-            "kernels": {"attention": model.decoder.kernel},
-            "parameters": sizes,
-            "flops_per_token": {
-                "decoder": cost.decoder,
-                "fusion": cost.fusion,
-                "tower": cost.tower,
-                "total": cost.total,
-            },
-            "data": {
-                "key": windows.manifest.key,
-                "tokenizer": windows.manifest.tokenizer.fingerprint,
-                "train_windows": len(windows),
-            },
-            "tower": None if tower is None else {"source": tower.source, "sha256": tower.sha256},
-        }
         if jax.process_index() == 0:
-            runs.write_record(workdir, about, step=first)
+            write_records(workdir, state, frozen, model, mesh, windows, tower, cost)
+        begin = time.perf_counter()
+        compiled = compile_step(make_update(settings, model, optimizer), state, frozen, batch, mesh)
+        say(f"compiled in {time.perf_counter() - begin:.1f} s; {describe_memory(compiled)}")
         if dry_run:
             return 0
-        with checkpoints:
-            return loop(
-                settings,
-                workdir,
-                state=state,
-                frozen=frozen,
-                batch=batch,
-                batches=batches,
-                compiled=compiled,
-                evaluate=make_evaluation(settings, model, held_out, mesh),
-                checkpoints=checkpoints,
-                mesh=mesh,
-                flops_per_token=cost.total,
-            )
-    finally:
-        batches.close()
+        return loop(
+            settings,
+            workdir,
+            state=state,
+            frozen=frozen,
+            batch=batch,
+            batches=batches,
+            compiled=compiled,
+            evaluate=make_evaluation(settings, model, held_out, mesh),
+            checkpoints=checkpoints,
+            mesh=mesh,
+            flops_per_token=cost.total,
+        )
 
 
 def loop(
@@ -264,6 +230,18 @@ def to_device(batch: pipeline.Batch, mesh: Mesh) -> step.Batch:
     return step.Batch(put(batch["tokens"]), put(batch["targets"]), put(batch["weights"]), tower)
 
 
+def make_update(settings: config.Config, model: step.Model, optimizer: Any) -> Any:
+    """The update (state, frozen, batch) -> (state, metrics) of a run."""
+    return functools.partial(
+        step.train_step,
+        model=model,
+        optimizer=optimizer,
+        rate=optim.schedule(settings.optimizer, steps=settings.train.steps),
+        seed=settings.seed,
+        microbatches=settings.train.microbatches,
+    )
+
+
 def compile_step(
     update: Any, state: step.TrainState, frozen: Any, batch: step.Batch, mesh: Mesh
 ) -> Any:
@@ -300,13 +278,41 @@ def make_evaluation(
     return evaluate
 
 
-def count_parameters(state: step.TrainState, frozen: Any) -> dict[str, int]:
-    """Parameters of the decoder (the padding of the vocabulary included) and of the tower."""
-    return {
+def write_records(
+    workdir: Path,
+    state: step.TrainState,
+    frozen: Any,
+    model: step.Model,
+    mesh: Mesh,
+    windows: Windows,
+    tower: system.Tower | None,
+    cost: flops.FlopsPerToken,
+) -> None:
+    """Writes run.json and parameters.txt, and says how large the model is."""
+    sizes = {
         "decoder": int(parameter_overview.count_parameters(state.params)),
         "tower": 0 if frozen is None else int(parameter_overview.count_parameters(frozen)),
         "bytes_per_device": partitioning.bytes_per_device((state, frozen)),
     }
+    table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+    (workdir / "parameters.txt").write_text(table + "\n", encoding="utf-8")
+    say(
+        f"parameters: {sizes['decoder']:,} in the decoder (parameters.txt), {sizes['tower']:,} "
+        f"frozen in the tower; {sizes['bytes_per_device'] / 2**20:,.0f} MiB a device"
+    )
+    about = {
+        "mesh": dict(mesh.shape),
+        "kernels": {"attention": model.decoder.kernel},
+        "parameters": sizes,
+        "flops_per_token": {**dataclasses.asdict(cost), "total": cost.total},
+        "data": {
+            "key": windows.manifest.key,
+            "tokenizer": windows.manifest.tokenizer.fingerprint,
+            "train_windows": len(windows),
+        },
+        "tower": None if tower is None else {"source": tower.source, "sha256": tower.sha256},
+    }
+    runs.write_record(workdir, about, step=int(state.step))
 
 
 def describe_grounding(settings: config.Config) -> str:

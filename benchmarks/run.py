@@ -1,0 +1,37 @@
+"""Runs a benchmark by name: `python -m benchmarks.run NAME [--json=FILE]`.
+
+Each prints a table and, with --json, writes the numbers. Ratios are measured within one run, the
+systems taking turns, so that they hold when the machine's speed drifts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from benchmarks import step_ratio
+from blindvalm_jax.errors import UserError, run_main
+
+_JSON = flags.DEFINE_string("json", None, "Also write the numbers to this file.")
+
+BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {"step_ratio": step_ratio.run}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the benchmark that the command line names."""
+    if len(argv) != 2 or argv[1] not in BENCHMARKS:
+        raise UserError(
+            f"usage: python -m benchmarks.run NAME [--json=FILE]; names: {', '.join(BENCHMARKS)}"
+        )
+    result = BENCHMARKS[argv[1]]()
+    if _JSON.value:
+        Path(_JSON.value).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
