@@ -1,4 +1,4 @@
-"""Units: some megabytes of documents turned into token ids, the step of `prepare` that costs time.
+"""Units: a megabyte or so of documents turned into token ids, the step of `prepare` that costs time.
 
 A unit file is written once and renamed into place; its name carries the hash of its text, so a
 restarted run recognises what it need not tokenize again.
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from blindvalm_jax.data.clip_bpe import ClipTokenizer
     from blindvalm_jax.data.tokenizers import Tokenizer
 
-UNIT_CHARACTERS = 4_000_000
+# A few seconds of work: what a kill may cost, and small enough to keep many processes busy.
+UNIT_CHARACTERS = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
