@@ -1,4 +1,4 @@
-"""Units: a megabyte or so of documents turned into token ids, the step of `prepare` that costs time.
+"""Units: a megabyte or so of documents turned into token ids, the costly step of `prepare`.
 
 A unit file is written once and renamed into place; its name carries the hash of its text, so a
 restarted run recognises what it need not tokenize again.
