@@ -164,6 +164,16 @@ def test_openai_files_that_do_not_fit(
     assert "\n" not in str(caught.value)
 
 
+def test_half_precision_and_the_buffer_of_older_files(tmp_path: Path) -> None:
+    config, tensors, _, _ = golden("hf_clip")
+    half = {name: value.astype(np.float16) for name, value in tensors.items()}
+    half["text_model.embeddings.position_ids"] = np.arange(14)[None]
+    single = {name: half[name].astype(np.float32) for name in tensors}
+    got = load_tower(write_hugging_face(tmp_path / "half", config, half))
+    expected = load_tower(write_hugging_face(tmp_path / "single", config, single))
+    assert_equal(got.params, expected.params)
+
+
 @pytest.mark.parametrize(
     ("change", "ids"),
     [

@@ -152,7 +152,7 @@ def _text_tensors(tensors: Tensors, source: str) -> tuple[dict[str, np.ndarray],
     if not has_layout(names):
         raise UserError(
             f"{source} is no OpenAI or open_clip tower: no tensor transformer.resblocks.N among "
-            f"{sorted(names)[:8]}"
+            f"{sorted(names)[:4]}; for a Hugging Face model give its directory"
         )
     prefixed = any(name.startswith("text.") for name in names)
     return {n.removeprefix("text.") if prefixed else n: tensors[n] for n in names}, from_openai

@@ -208,7 +208,23 @@ def export_gpt2(
     )
     tensors["wte.weight"] = np.ascontiguousarray(tensors["wte.weight"][:vocab_size])
     tensors = {f"{_PREFIX}{name}": array for name, array in tensors.items()}
-    content = {
+    content = _config_json(config, vocab_size=vocab_size, eos_id=eos_id)
+    generation = {"bos_token_id": eos_id, "eos_token_id": eos_id}
+    if (directory / "config.json").exists() or (directory / "model.safetensors").exists():
+        raise UserError(f"{directory} holds a model already: choose a new directory")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        saved = safetensors.numpy.save(tensors, metadata={"format": "pt"})
+        tensor_files.write(directory / "model.safetensors", saved)
+        for name, values in (("generation_config", generation), ("config", content)):
+            text = json.dumps(values, indent=2) + "\n"
+            tensor_files.write(directory / f"{name}.json", text.encode())
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error}") from error
+
+
+def _config_json(config: DecoderConfig, *, vocab_size: int, eos_id: int | None) -> dict[str, Any]:
+    return {
         **_FIXED,
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -227,18 +243,6 @@ def export_gpt2(
         "eos_token_id": eos_id,
         "dtype": "float32",
     }
-    generation = {"bos_token_id": eos_id, "eos_token_id": eos_id}
-    if (directory / "config.json").exists() or (directory / "model.safetensors").exists():
-        raise UserError(f"{directory} holds a model already: choose a new directory")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        saved = safetensors.numpy.save(tensors, metadata={"format": "pt"})
-        tensor_files.write(directory / "model.safetensors", saved)
-        for name, values in (("generation_config", generation), ("config", content)):
-            text = json.dumps(values, indent=2) + "\n"
-            tensor_files.write(directory / f"{name}.json", text.encode())
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error}") from error
 
 
 def _check_expressible(params: Mapping[str, Any], config: DecoderConfig) -> None:
