@@ -170,9 +170,9 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     metrics = {
         "train/loss": sums.loss / sums.weight,
-        "train/grad_norm": optax.global_norm(grads),
-        "train/update_norm": optax.global_norm(updates),
-        "train/param_norm": optax.global_norm(params),
+        "train/grad_norm": optax.tree.norm(grads),
+        "train/update_norm": optax.tree.norm(updates),
+        "train/param_norm": optax.tree.norm(params),
         "train/learning_rate": rate(state.step),
     }
     if model.decoder.fusion_layers:
