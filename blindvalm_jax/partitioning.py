@@ -136,14 +136,16 @@ def check_sharded(params: Any, mesh: Mesh) -> None:
         return
     share = unsharded_share(params)
     if share > UNSHARDED_LIMIT:
-        names = [
-            jax.tree_util.keystr(path)
+        whole = [
+            (x.size, jax.tree_util.keystr(path))
             for path, x in jax.tree_util.tree_leaves_with_path(params)
-            if x.sharding.is_fully_replicated and x.size > 1
+            if x.sharding.is_fully_replicated
         ]
+        names = [name for _, name in sorted(whole, reverse=True)]
         raise UserError(
             f"{share:.1%} of the parameters are on every device whole, at most "
-            f"{UNSHARDED_LIMIT:.0%} expected on mesh {dict(mesh.shape)}: {', '.join(names[:5])}"
+            f"{UNSHARDED_LIMIT:.0%} expected on mesh {dict(mesh.shape)}; largest: "
+            f"{', '.join(names[:5])}"
         )
 
 
