@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import jax
+from flax.errors import FlaxError
 
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.golden import parts
@@ -28,13 +29,19 @@ def run(case: Case) -> list[Check]:
     """Recomputes a case and compares.
 
     Raises:
-      UserError: the kind is unknown, or the case lacks something its kind needs.
+      UserError: the kind is unknown, the case lacks something its kind needs or does not fit
+        together, or there is nothing in it to compare.
     """
     kind = case.meta["kind"]
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"{case.name}: kind {kind!r} is unknown; known: {', '.join(KINDS)}")
     try:
         with jax.default_matmul_precision("highest"):
-            return list(KINDS[kind](case))
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{case.name}: incomplete for its kind: {error!r}") from error
+            checks = list(KINDS[kind](case))
+    except UserError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError, FlaxError) as error:
+        raise UserError(f"{case.name}: incomplete or wrong for its kind: {error!r}") from error
+    if not checks:
+        raise UserError(f"{case.name}: holds nothing to compare")
+    return checks

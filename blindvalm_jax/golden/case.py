@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,18 @@ from blindvalm_jax.errors import UserError
 # Largest difference allowed. Features are unit vectors; the reference's own fp32 noise against
 # fp64 is 2e-6 to 5e-6 in logits. Gradients: relative to the largest entry of the expected tensor.
 FEATURE, OUTPUT, GRADIENT, RATE = 1e-5, 1e-4, 1e-3, 1e-9
+
+# What json and numpy raise for files that are missing, cut short, damaged, or of another make.
+_BROKEN = (
+    AttributeError,
+    EOFError,
+    KeyError,
+    OSError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,15 +93,17 @@ def read(path: Path) -> Case:
     """
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        kind = meta["kind"]
         arrays: dict[str, np.ndarray] = {}
-        if kind != "segmentation":
-            with np.load(path.with_suffix(".npz"), allow_pickle=False) as stored:
+        if meta["kind"] != "segmentation":
+            # opened here, because numpy leaves a file open that it cannot read
+            npz = path.with_suffix(".npz")
+            with npz.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        shapes = {name: about["shape"] for name, about in meta.get("arrays", {}).items()}
+    except _BROKEN as error:
         raise UserError(f"{path.name}: cannot be read as a golden case: {error}") from error
-    for name, about in meta.get("arrays", {}).items():
-        if name not in arrays or list(arrays[name].shape) != about["shape"]:
-            got = arrays[name].shape if name in arrays else "nothing"
-            raise UserError(f"{path.name}: array {name} should be {about['shape']}, got {got}")
+    for name, shape in shapes.items():
+        if name not in arrays or list(arrays[name].shape) != shape:
+            got = list(arrays[name].shape) if name in arrays else "nothing"
+            raise UserError(f"{path.name}: array {name} should be {shape}, got {got}")
     return Case(path.stem, meta, arrays)
