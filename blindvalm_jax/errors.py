@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -37,13 +38,12 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except (flags.Error, UserError) as error:
         _fail(str(error))
     except (AttributeError, KeyError) as error:
-        name = str(error.args[0]).strip("'\"") if error.args else ""
-        given = next((a for a in argv if a.lstrip("-").split("=")[0].endswith(f".{name}")), None)
+        word = re.search(r"\w+", str(error))
+        name = f".{word[0]}" if word else ""
+        given = next((a for a in argv if name and a.split("=")[0].endswith(name)), None)
         if given is None:
             raise  # an error of the config file itself: its traceback says where
         _fail(f"unknown setting {given}; `python -m blindvalm_jax.config` lists all of them")
-    except OSError as error:
-        _fail(f"the config file cannot be read: {error}")
 
 
 def _fail(message: str) -> NoReturn:

@@ -51,8 +51,11 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(
             f"unexpected argument {argv[1]!r}; settings are --config.section.name=value"
         )
-    if _CONFIG.value is None or not _WORKDIR.value:
+    if not flags.FLAGS["config"].present or not _WORKDIR.value:
         raise UserError("--config=FILE.py and --workdir=DIR are needed")
+    file = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
+    if not file.is_file():
+        raise UserError(f"there is no config file {file}; configs/ holds some to start from")
     settings = config.parse(_CONFIG.value)
     return train(settings, Path(_WORKDIR.value), dry_run=_DRY_RUN.value)
 

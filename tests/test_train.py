@@ -1,0 +1,386 @@
+"""The trainer as a user meets it: every variant runs, resumes bit for bit, and refuses misfits."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+import small_text
+import tiny_tokenizers
+
+from blindvalm_jax import config, runs, system, train
+from blindvalm_jax.config import TowerConfig
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.interop import weights
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    small_text.write_text(path, small_text.documents(120))
+    return path
+
+
+def settings(text: Path, **changes: Any) -> ml_collections.ConfigDict:
+    """A run of seconds: 2 blocks of width 32 on rows of 32 tokens; changes: dotted names."""
+    values = config.default()
+    values.data.files = str(text)
+    values.data.sequence_length = 32
+    values.data.eval_fraction = 0.2
+    values.tokenizer.kind = "train"
+    values.tokenizer.train_vocab_size = 320
+    values.decoder.layers, values.decoder.width, values.decoder.heads = 2, 32, 2
+    values.grounding.random.width, values.grounding.random.layers = 16, 1
+    values.grounding.random.projection = 16
+    values.train.dtype = values.grounding.dtype = "float32"
+    values.train.steps, values.train.batch_size = 6, 8
+    values.optimizer.schedule, values.optimizer.warmup_steps = "cosine", 2
+    values.checkpoint.every_steps = 2
+    values.eval.every_steps = 3
+    values.log.every_steps = 1
+    values.mesh.data = 8
+    values.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return values
+
+
+def run(values: ml_collections.ConfigDict, workdir: Path) -> dict[str, dict[int, float]]:
+    """Trains and returns {metric: {step: value}}."""
+    assert train.train(config.parse(values), workdir) == 0
+    return read_metrics(workdir)
+
+
+def read_metrics(workdir: Path) -> dict[str, dict[int, float]]:
+    found: dict[str, dict[int, float]] = {}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        step = record.pop("step")
+        for name, value in record.items():
+            assert step not in found.setdefault(name, {}), f"{name} twice at step {step}"
+            found[name][step] = value
+    return found
+
+
+def computed(metrics: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:
+    """Without what a clock says."""
+    return {name: values for name, values in metrics.items() if not name.startswith("perf/")}
+
+
+@pytest.fixture(scope="module")
+def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("finished")
+    run(settings(text), workdir)
+    return workdir
+
+
+def test_run_leaves_the_record_that_checks_rely_on(finished: Path) -> None:
+    metrics = read_metrics(finished)
+    every = {"train/loss", "train/grad_norm", "train/learning_rate", "train/tokens"}
+    every |= {"perf/tokens_per_second", "perf/step_seconds", "perf/data_wait_seconds"}
+    every |= {"train/grounding_attention", "train/perplexity", "train/update_norm"}
+    for name in every:
+        assert sorted(metrics[name]) == [1, 2, 3, 4, 5, 6], name
+    assert sorted(metrics["eval/loss"]) == [3, 6]
+    assert "perf/mfu" not in metrics  # the peak of this device is not known
+    assert metrics["train/tokens"][6] == 6 * 8 * 32
+    assert all(0 < share < 1 for share in metrics["train/grounding_attention"].values())
+    record = json.loads((finished / "run.json").read_text())
+    assert record["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert record["kernels"] == {"attention": "xla"}
+    assert record["versions"]["jax"] == jax.__version__
+    assert record["flops_per_token"]["total"] > record["flops_per_token"]["decoder"] > 0
+    assert record["tower"]["sha256"] == weights.load(finished / "tower").sha256
+    resolved = json.loads((finished / "config.json").read_text())
+    assert resolved["decoder"]["width"] == 32
+    assert config.from_dict(resolved).train.steps == 6
+    assert sorted(int(p.name) for p in (finished / "checkpoints").iterdir()) == [2, 4, 6]
+
+
+def test_same_command_after_the_end_changes_nothing(finished: Path, text: Path) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    run(settings(text), finished)
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_learns(text: Path, tmp_path: Path) -> None:
+    changes = {"train__steps": 40, "eval__every_steps": 40, "checkpoint__every_steps": 40}
+    metrics = run(
+        settings(text, decoder__dropout=0.0, optimizer__weight_decay=0.0, **changes), tmp_path
+    )
+    uniform = np.log(320)
+    assert abs(metrics["train/loss"][1] - uniform) < 1.0
+    assert metrics["eval/loss"][40] < metrics["train/loss"][1] - 1.0
+
+
+def test_killed_run_ends_bit_identical(text: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle, the same command again: every metric equal to the last bit."""
+    changes = {"train__steps": 120, "checkpoint__every_steps": 20, "eval__every_steps": 60}
+    values = settings(text, **changes)
+    expected = computed(run(values, tmp_path / "whole"))
+    (tmp_path / "settings.json").write_text(values.to_json())
+    (tmp_path / "config.py").write_text(
+        "import json, ml_collections\n"
+        "def get_config():\n"
+        f"    file = open({str(tmp_path / 'settings.json')!r})\n"
+        "    return ml_collections.ConfigDict(json.load(file))\n"
+    )
+    command = [sys.executable, "-m", "blindvalm_jax.train", f"--config={tmp_path / 'config.py'}"]
+    command.append(f"--workdir={tmp_path / 'killed'}")
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    with process.stdout as lines:
+        for line in lines:
+            if line.startswith("step 70/"):
+                process.send_signal(signal.SIGKILL)
+                break
+    assert process.wait() == -signal.SIGKILL
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"resumed at step [2-6]0\b", done.stdout), done.stdout
+    assert computed(read_metrics(tmp_path / "killed")) == expected
+
+
+@pytest.mark.parametrize(
+    "mesh", [{"fsdp": 4, "data": 2}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str
+)
+def test_resume_on_another_mesh(
+    finished: Path, text: Path, tmp_path: Path, mesh: dict[str, int]
+) -> None:
+    """The same batches and, up to the order of sums, the same losses: 1e-5."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "checkpoints" / str(step))
+    sizes = {f"mesh__{name}": size for name, size in mesh.items()}
+    metrics = computed(run(settings(text, **sizes), tmp_path))
+    expected = computed(read_metrics(finished))
+    for step in range(3, 7):
+        assert metrics["train/loss"][step] == pytest.approx(expected["train/loss"][step], abs=1e-5)
+
+
+def test_resume_refuses_other_settings_and_says_which(finished: Path, text: Path) -> None:
+    before = (finished / "config.json").read_bytes()
+    changes = {"optimizer__learning_rate": 1e-3, "seed": 1, "log__every_steps": 2}
+    with pytest.raises(UserError) as caught:
+        train.train(config.parse(settings(text, **changes)), finished)
+    message = str(caught.value)
+    assert "optimizer.learning_rate: 0.002 -> 0.001" in message
+    assert "seed: 0 -> 1" in message
+    assert "log.every_steps" not in message
+    assert (finished / "config.json").read_bytes() == before
+
+
+def test_resume_announces_settings_that_may_change(
+    finished: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert runs.open_run(finished, config.parse(settings(text, log__every_steps=2)))
+    assert "log.every_steps: 1 -> 2" in capsys.readouterr().out
+    runs.open_run(finished, config.parse(settings(text)))
+
+
+def test_length_may_grow_where_the_schedule_does_not_depend_on_it(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    values = config.default()
+    values.train.steps = 10
+    runs.open_run(tmp_path, config.parse(values))
+    values.train.steps = 20
+    assert runs.open_run(tmp_path, config.parse(values))
+    values.optimizer.schedule = "cosine"
+    values.train.steps = 30
+    with pytest.raises(UserError, match=r"optimizer\.schedule.*train\.steps"):
+        runs.open_run(tmp_path, config.parse(values))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"grounding__source": "none"},
+        {"grounding__readout": "eos"},
+        {"grounding__control": "shuffled", "mesh__data": 4, "mesh__fsdp": 2},
+        {"grounding__segments": "reference", "train__microbatches": 1},
+        {"decoder__positions": "learned", "decoder__init": "gpt2", "train__loss_chunk": 8},
+        {"fusion__grounding_kv": "own", "fusion__memory_bias": "learned"},
+        {"decoder__fusion_layers": (0, 1), "train__remat": "full"},
+        {"train__dtype": "bfloat16", "grounding__dtype": "bfloat16", "train__remat": "dots"},
+    ],
+    ids=lambda changes: ",".join(changes),
+)
+def test_every_variant_trains(text: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    metrics = run(settings(text, train__steps=2, eval__every_steps=2, **changes), tmp_path)
+    assert np.isfinite(metrics["train/loss"][2])
+    assert metrics["train/loss"][2] != metrics["train/loss"][1]
+    grounded = changes.get("grounding__source") != "none"
+    assert ("train/grounding_attention" in metrics) == grounded
+
+
+def write_tower(directory: Path, *, vocab_size: int) -> Path:
+    """A tower in our own format, with CLIP's tokenizer in small beside it."""
+    shape = TowerConfig(
+        layers=1,
+        width=16,
+        heads=2,
+        mlp_width=32,
+        projection=24,
+        vocab_size=vocab_size,
+        start_id=vocab_size - 2,
+        end_id=vocab_size - 1,
+    )
+    tower = system.fresh_tower(shape, seed=3)
+    weights.save(directory, tower.params, config=shape, source="made for a test")
+    return directory
+
+
+@pytest.mark.parametrize("kind", ["clip", "gpt2"])
+def test_tower_from_files_and_tokenizers_from_files(text: Path, tmp_path: Path, kind: str) -> None:
+    """CLIP's tokens shared with the tower, and GPT-2's aligned with it."""
+    clip_vocab, clip_merges = tiny_tokenizers.clip_parts()
+    tower = write_tower(tmp_path / "tower", vocab_size=len(clip_vocab))
+    tiny_tokenizers.write_pair(tower, clip_vocab, clip_merges)
+    path = tower
+    if kind == "gpt2":
+        path = tiny_tokenizers.write_pair(tmp_path / "gpt2", *tiny_tokenizers.gpt2_parts())
+    changes = {"tokenizer__kind": kind, "tokenizer__path": str(path), "train__steps": 2}
+    values = settings(text, grounding__tower=str(tower), **changes)
+    metrics = run(values, tmp_path / "run")
+    assert np.isfinite(metrics["train/loss"][2])
+    stored = weights.load(tmp_path / "run" / "tower")
+    assert stored.sha256 == weights.load(tower).sha256
+    assert stored.source == "made for a test"
+
+
+def test_tower_with_another_vocabulary_is_refused(text: Path, tmp_path: Path) -> None:
+    clip_vocab, clip_merges = tiny_tokenizers.clip_parts()
+    tower = write_tower(tmp_path / "tower", vocab_size=len(clip_vocab) - 5)
+    tiny_tokenizers.write_pair(tower, clip_vocab, clip_merges)
+    with pytest.raises(UserError, match="knows .* tokens, the text was cut"):
+        run(settings(text, grounding__tower=str(tower)), tmp_path / "run")
+
+
+def test_starts_from_weights_of_a_plain_decoder(finished: Path, text: Path, tmp_path: Path) -> None:
+    """A plain decoder's blocks land in a grounded one, which starts out (nearly) the same."""
+    plain = {"grounding__source": "none", "train__steps": 4, "fusion__query_scale": "head_width"}
+    run(settings(text, **plain), tmp_path / "plain")
+    source = _export(tmp_path / "plain", tmp_path / "weights")
+    grounded = {
+        "train__init_from": str(source),
+        "train__steps": 1,
+        "eval__every_steps": 1,
+        "optimizer__learning_rate": 0.0,
+        "optimizer__warmup_init": 0.0,
+        "fusion__query_scale": "head_width",
+        "fusion__memory_bias": "learned",
+    }
+    metrics = run(settings(text, **grounded), tmp_path / "grounded")
+    expected = read_metrics(tmp_path / "plain")["eval/loss"][4]
+    # exp(-10) of the attention goes to the memory: 5e-5, less in the loss.
+    assert metrics["eval/loss"][1] == pytest.approx(expected, abs=1e-3)
+    assert metrics["train/grounding_attention"][1] < 1e-3
+
+
+def _export(workdir: Path, out: Path) -> Path:
+    """The decoder of a run as a weights directory."""
+    from blindvalm_jax import checkpoint, optim, partitioning
+    from blindvalm_jax.data.windows import Windows
+
+    parsed = config.from_dict(runs.read_json(workdir / "config.json"))
+    windows = Windows(next((workdir / "data").glob("windows-*")), "train")
+    vocab_size = windows.manifest.tokenizer.vocab_size
+    model = system.build(parsed, vocab_size=vocab_size, tower=None, platform="cpu")
+    mesh = partitioning.make_mesh(parsed.mesh)
+    optimizer = optim.make(parsed.optimizer, steps=parsed.train.steps)
+    fresh = train.init_state(model, optimizer, seed=0, mesh=mesh)
+    with checkpoint.Checkpoints(workdir, parsed.checkpoint) as checkpoints:
+        state = checkpoints.restore(fresh)
+    spec = weights.DecoderSpec(decoder=parsed.decoder, fusion=parsed.fusion, vocab_size=vocab_size)
+    weights.save(out, jax.tree.map(np.asarray, state.params), config=spec, source="a run of a test")
+    return out
+
+
+def test_weights_of_another_size_are_refused_by_name(
+    finished: Path, text: Path, tmp_path: Path
+) -> None:
+    plain = {"grounding__source": "none", "train__steps": 1, "decoder__width": 48}
+    run(settings(text, **plain), tmp_path / "plain")
+    source = _export(tmp_path / "plain", tmp_path / "weights")
+    with pytest.raises(UserError, match=r"does not fit the decoder.*\(.*48.*\) instead of"):
+        run(settings(text, train__init_from=str(source)), tmp_path / "grounded")
+
+
+def test_divergence_ends_with_its_own_exit_code(text: Path, tmp_path: Path) -> None:
+    values = settings(text, optimizer__learning_rate=1e30, optimizer__warmup_steps=0)
+    assert train.train(config.parse(values), tmp_path) == train.DIVERGED
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh__data": 3}, "mesh data=3 fsdp=1 tensor=1 does not fit 8 devices"),
+        ({"train__batch_size": 12}, "train.batch_size / train.microbatches is 12, not a multiple"),
+        ({"decoder__heads": 2, "mesh__data": 2, "mesh__tensor": 4}, "decoder.heads is 2"),
+        ({"decoder__vocab_size": 999}, "decoder.vocab_size is 999, the tokenizer has"),
+        ({"data__files": "nowhere/*.txt"}, "nowhere"),
+        ({"data__files": ""}, "there is no text"),
+        ({"grounding__tower": "nowhere/at/all"}, "nowhere/at/all"),
+        ({"tokenizer__kind": "clip"}, "tokenizer.kind=clip needs tokenizer.path"),
+        ({"grounding__random__heads": 3}, "grounding.random.width 16 is not a multiple"),
+        ({"data__eval_fraction": 0.0}, "eval"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_misfits_are_refused_before_compilation(
+    text: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        train.train(config.parse(settings(text, **changes)), tmp_path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/quickstart.py"], "--workdir=DIR are needed"),
+        (["--config=configs/nowhere.py", "--workdir=x"], "configs/nowhere.py"),
+        (
+            ["--config=configs/quickstart.py", "--workdir=x", "--config.train.stepz=3"],
+            "unknown setting --config.train.stepz=3",
+        ),
+        (
+            ["--config=configs/quickstart.py", "--workdir=x", "--config.train.steps=many"],
+            "--config.train.steps=many",
+        ),
+        (["--config=configs/text.py:huge", "--workdir=x"], "takes any of"),
+    ],
+    ids=["no workdir", "no file", "unknown key", "bad value", "bad argument"],
+)
+def test_command_line_errors_are_one_line(arguments: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "blindvalm_jax.train", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_file_parses(path: Path) -> None:
+    namespace: dict[str, Any] = {}
+    exec(compile(path.read_text(), path, "exec"), namespace)
+    parsed = config.parse(namespace["get_config"]())
+    assert parsed.train.steps > 0
