@@ -254,6 +254,7 @@ def test_bf16_computation_keeps_fp32_parameters_logits_and_gradients() -> None:
     run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
     (grads, logits), (_, want) = run(params, rough), run(params, exact)
     assert logits.dtype == jnp.float32
+    assert (logits != logits.astype(jnp.bfloat16)).mean() > 0.9  # not rounded on the way
     assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
     difference = np.abs(logits - want)
     assert difference.max() > 1e-4

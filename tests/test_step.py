@@ -193,6 +193,20 @@ def test_dropout_is_a_function_of_seed_and_step_alone(frozen: Any) -> None:
     assert len({loss(state), loss(later), loss(state, seed=1)}) == 3
 
 
+def test_microbatches_drop_different_entries(frozen: Any) -> None:
+    """Two microbatches of the same rows: the step's loss is the mean of two different ones."""
+    model, batch = small_models.blind_model(DROPOUT), small_models.blind_batch(rows=4)
+    twice = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), batch)  # row i goes to i mod 2
+    state = state_of(params_of(model))
+    _, metrics = updater(model, microbatches=2)(state, frozen, twice)
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    loss = jax.jit(model.loss)
+    parts = [loss(state.params, frozen, batch, jax.random.fold_in(key, i)) for i in range(2)]
+    assert abs(float(parts[0].loss - parts[1].loss)) > 0.01
+    want = float((parts[0].loss + parts[1].loss) / (2 * parts[0].weight))
+    assert float(metrics["train/loss"]) == pytest.approx(want, rel=1e-5)
+
+
 def test_evaluation_has_no_dropout_and_adds_up(frozen: Any) -> None:
     still, wild = small_models.blind_model(), small_models.blind_model(DROPOUT)
     batch, params = small_models.blind_batch(), params_of(still)
