@@ -63,7 +63,7 @@ class DecoderConfig:
     """The language model: GPT-2 with either face (reference.md, section 1)."""
 
     layers: int = _field(12, "blocks (L)", low=1)
-    width: int = _field(768, "model width (D)", low=2)
+    width: int = _field(768, "model width (D)", low=4)
     heads: int = _field(12, "attention heads (N)", low=1)
     mlp_width: int = _field(0, "width of the MLP (F); 0: 4 x width", low=0)
     vocab_size: int = _field(0, "entries of the vocabulary (V); 0: the tokenizer's", low=0)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blindvalm_jax import step
+from blindvalm_jax import config, step
 from blindvalm_jax.config import DecoderConfig, TowerConfig
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.models import attention
 from blindvalm_jax.models.clip import TextTower
 from blindvalm_jax.models.decoder import Decoder, padded_vocab, sinusoidal
@@ -270,6 +271,18 @@ def test_sinusoidal_positions_follow_their_formula_and_skip_pads() -> None:
             want = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
             np.testing.assert_allclose(found[row, t], want or np.zeros(8), rtol=0, atol=1e-6)
     np.testing.assert_array_equal(sinusoidal(4, 8, None), sinusoidal(4, 8, jnp.ones((1, 4), bool)))
+
+
+def test_sinusoidal_positions_exist_for_every_width_the_config_takes() -> None:
+    """At width 2 the formula divides by zero; at 4 it is sin and cos of p and of p / 1e4."""
+    settings = config.default()
+    settings.decoder.width, settings.decoder.heads = 2, 1
+    with pytest.raises(UserError, match="config.decoder.width is 2, outside its range"):
+        config.parse(settings)
+    settings.decoder.width = 4
+    assert config.parse(settings).decoder.width == 4
+    want = [math.sin(2), math.sin(2e-4), math.cos(2), math.cos(2e-4)]
+    np.testing.assert_allclose(sinusoidal(1, 4, None)[0, 0], want, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("with_memory", [False, True])
