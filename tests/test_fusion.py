@@ -246,8 +246,11 @@ def test_a_learned_bias_starts_as_the_decoder_without_memory() -> None:
     gated = fused(layers, query_scale="head_width", memory_bias="learned")
     tokens, z = tokens_of(), normal(5, B, T, K, WIDTH)
     params = small_models.decoder_params(gated)
+    born = jax.jit(step.Model(gated).init)(jax.random.key(0))["h"]
     for index in layers:
-        params["h"][f"fusion_{index}"]["attn"]["memory"]["logit_bias"] = np.full(4, -10.0, "f")
+        bias = np.asarray(born[f"fusion_{index}"]["attn"]["memory"]["logit_bias"].value)
+        np.testing.assert_array_equal(bias, np.full(N, -10.0))
+        params["h"][f"fusion_{index}"]["attn"]["memory"]["logit_bias"] = bias
     plain = small_models.decoder()
     want = logits(plain, plain_params(params, 3), tokens)
     np.testing.assert_allclose(logits(gated, params, tokens, z), want, rtol=0, atol=2e-2)
@@ -257,13 +260,6 @@ def test_a_learned_bias_starts_as_the_decoder_without_memory() -> None:
     for index in layers:
         del params["h"][f"fusion_{index}"]["attn"]["memory"]["logit_bias"]
     assert np.abs(logits(open_, params, tokens, z) - want).max() > 0.5
-
-
-def test_a_learned_bias_is_born_at_minus_ten() -> None:
-    model = fused(memory_bias="learned")
-    born = jax.jit(step.Model(model).init)(jax.random.key(0))
-    bias = born["h"]["fusion_1"]["attn"]["memory"]["logit_bias"].value
-    np.testing.assert_array_equal(bias, np.full(N, -10.0))
 
 
 def test_a_memory_of_another_width_is_joined_by_a_linear_map() -> None:
