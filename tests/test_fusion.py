@@ -126,12 +126,12 @@ def test_dropout_acts_on_text_and_memory_of_the_joint_softmax() -> None:
         )
         return np.asarray(attended.out_BTNH[0, :, 0, 0])
 
-    both, text_only, memory_only = kept(1, 1), kept(1, 0), kept(0, 1)
+    text_only, memory_only = kept(1, 0), kept(0, 1)
     whole = attention.Causal().attend(
         q, k, k, scale=0.1, memory=attention.Memory(memory_k, memory_k)
     )
     share = np.asarray(whole.memory_share_BT)[0]
-    np.testing.assert_allclose(both, text_only + memory_only, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(kept(1, 1), text_only + memory_only, rtol=0, atol=1e-5)
     assert (np.abs(text_only - (1 - share)) > 0.01).sum() > T // 2
     assert (np.abs(memory_only - share) > 0.01).sum() > T // 2
 
@@ -157,8 +157,7 @@ def test_dropout_of_a_decoder_is_off_without_a_key_and_repeats_with_one() -> Non
 
 def test_queries_are_divided_by_the_root_of_model_or_head_width() -> None:
     """model_width equals head_width with the fusion block's queries times sqrt(H / D)."""
-    tokens, z = tokens_of(), normal(1, B, T, K, WIDTH)
-    params = small_models.decoder_params(fused())
+    params, tokens, z = small_models.decoder_params(fused()), tokens_of(), normal(1, B, T, K, WIDTH)
     found = logits(fused(query_scale="model_width"), params, tokens, z)
     assert np.abs(found - logits(fused(query_scale="head_width"), params, tokens, z)).max() > 0.01
     block = params["h"]["fusion_1"]
