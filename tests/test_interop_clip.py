@@ -9,7 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from foreign_models import (
+
+from blindvalm_jax.config import TowerConfig
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.interop import clip_openai, rules, weights
+from blindvalm_jax.interop.clip_text import load_tower
+from tests.foreign_models import (
     TOWER,
     assert_equal,
     features,
@@ -18,11 +23,6 @@ from foreign_models import (
     write_hugging_face,
     write_tensors,
 )
-
-from blindvalm_jax.config import TowerConfig
-from blindvalm_jax.errors import UserError
-from blindvalm_jax.interop import clip_openai, rules, weights
-from blindvalm_jax.interop.clip_text import load_tower
 
 # fp32 sums in another order, on unit vectors: 2e-6 measured.
 TOLERANCE = 1e-5
@@ -166,7 +166,9 @@ def test_openai_files_that_do_not_fit(
 
 def test_half_precision_and_the_buffer_of_older_files(tmp_path: Path) -> None:
     config, tensors, _, _ = golden("hf_clip")
-    half = {name: value.astype(np.float16) for name, value in tensors.items()}
+    half: dict[str, np.ndarray] = {
+        name: value.astype(np.float16) for name, value in tensors.items()
+    }
     half["text_model.embeddings.position_ids"] = np.arange(14)[None]
     single = {name: half[name].astype(np.float32) for name in tensors}
     got = load_tower(write_hugging_face(tmp_path / "half", config, half))
@@ -264,8 +266,9 @@ def test_a_weights_directory_keeps_source_and_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", ["CLIPModel", "CLIPTextModelWithProjection"])
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 def test_live_features(architecture: str, activation: str, tmp_path: Path) -> None:
-    import make_golden
     import transformers
+
+    from tests import make_golden
 
     model = make_golden.clip_model(getattr(transformers, architecture), hidden_act=activation)
     ids = make_golden.clip_ids(vocab_size=67, rows=4, length=12)
@@ -294,8 +297,9 @@ def _pooled(call: Any, ids: np.ndarray) -> np.ndarray:
 
 @pytest.mark.torch
 def test_a_text_model_without_projection_is_refused(tmp_path: Path) -> None:
-    import make_golden
     import transformers
+
+    from tests import make_golden
 
     make_golden.clip_model(transformers.CLIPTextModel).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="take a CLIPModel or CLIPTextModelWithProjection"):
@@ -347,8 +351,9 @@ def _archive_module(tensors: dict[str, Any]) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "heads"), [(512, 8), (768, 12)])
 def test_live_features_at_full_size(width: int, heads: int, tmp_path: Path) -> None:
-    import make_golden
     import transformers
+
+    from tests import make_golden
 
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}
     model = make_golden.clip_model(

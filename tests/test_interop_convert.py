@@ -10,7 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from foreign_models import (
+
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.interop import clip_openai, fairseq, formats, gpt2, rules, weights
+from tests.foreign_models import (
     BLIND,
     GPT2,
     TOWER,
@@ -20,9 +23,6 @@ from foreign_models import (
     write_hugging_face,
     write_tensors,
 )
-
-from blindvalm_jax.errors import UserError
-from blindvalm_jax.interop import clip_openai, fairseq, formats, gpt2, rules, weights
 
 
 def _run(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -117,9 +117,8 @@ def test_what_cannot_be_recognised(case: str, message: str, tmp_path: Path) -> N
 
 
 def test_tokenizer_files_travel_with_the_weights(tmp_path: Path) -> None:
-    import tiny_tokenizers
-
     from blindvalm_jax.data import tokenizers
+    from tests import tiny_tokenizers
 
     config, tensors, _, _ = golden("hf_clip")
     clip = write_hugging_face(tmp_path / "clip", config, tensors)

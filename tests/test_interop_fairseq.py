@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from foreign_models import BLIND, assert_equal, logits, random_params, write_tensors
 
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import fairseq
+from tests.foreign_models import BLIND, assert_equal, logits, random_params, write_tensors
 
 
 def _checkpoint(*, prefix: str = "decoder.") -> dict[str, np.ndarray]:

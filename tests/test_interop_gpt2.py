@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from foreign_models import (
+
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.interop import gpt2, weights
+from tests.foreign_models import (
     BLIND,
     GPT2,
     assert_equal,
@@ -21,9 +24,6 @@ from foreign_models import (
     write_hugging_face,
     write_tensors,
 )
-
-from blindvalm_jax.errors import UserError
-from blindvalm_jax.interop import gpt2, weights
 
 # fp32 sums in another order, logits up to 7 in size: 4e-6 measured.
 TOLERANCE = 1e-4
@@ -218,8 +218,9 @@ def test_torch_files_need_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.torch
 def test_live_logits_of_sharded_and_pickled_files(tmp_path: Path) -> None:
-    import make_golden
     import torch
+
+    from tests import make_golden
 
     model = make_golden.gpt2_model()
     ids = make_golden.gpt2_ids(vocab_size=61, rows=4, length=12)
@@ -237,8 +238,9 @@ def test_live_logits_of_sharded_and_pickled_files(tmp_path: Path) -> None:
 
 @pytest.mark.torch
 def test_transformers_reads_what_is_exported(tmp_path: Path) -> None:
-    import make_golden
     import transformers
+
+    from tests import make_golden
 
     params = random_params(GPT2)
     gpt2.export_gpt2(params, GPT2.decoder, vocab_size=50, directory=tmp_path, eos_id=49)
@@ -253,7 +255,7 @@ def test_transformers_reads_what_is_exported(tmp_path: Path) -> None:
 @pytest.mark.torch
 @pytest.mark.slow
 def test_live_logits_at_full_size(tmp_path: Path) -> None:
-    import make_golden
+    from tests import make_golden
 
     sizes = {"vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None}
     model = make_golden.gpt2_model(**sizes, n_positions=1024)

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from foreign_models import BLIND, GPT2, TOWER, assert_equal, logits, random_params
 
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import weights
 from blindvalm_jax.interop.clip_text import load_tower
+from tests.foreign_models import BLIND, GPT2, TOWER, assert_equal, logits, random_params
 
 
 @pytest.mark.parametrize("config", [TOWER, GPT2, BLIND], ids=["tower", "gpt2", "blind"])

@@ -16,13 +16,12 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
-import small_text
-import tiny_tokenizers
 
 from blindvalm_jax import config, runs, system, train
 from blindvalm_jax.config import TowerConfig
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import weights
+from tests import small_text, tiny_tokenizers
 
 ROOT = Path(__file__).resolve().parents[1]
 
