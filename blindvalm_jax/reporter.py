@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -49,6 +51,7 @@ class Reporter:
         if self._peak:
             values["perf/mfu"] = per_device * self._flops / (self._peak * 1e12)
         self._writer.write(done, values)
+        values["perf/peak_memory_mib"] = peak_memory_mib()
         left = duration(seconds * (self._last - done))
         print(
             f"step {done}/{self._last}  loss {values['train/loss']:.4f}  "
@@ -67,3 +70,13 @@ class Reporter:
     def close(self) -> None:
         """Closes the files."""
         self._writer.close()
+
+
+def peak_memory_mib() -> float:
+    """Most memory used so far: of the fullest local device, or of this process on a CPU."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
+    if peaks:
+        return max(peaks) / 2**20
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return used / (2**20 if sys.platform == "darwin" else 2**10)

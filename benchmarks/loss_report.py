@@ -1,0 +1,157 @@
+"""Compares the losses of runs on the same windows with each other and with counting baselines.
+
+    python -m benchmarks.run loss_report --runs=runs/gpt2,runs/blind --out=docs/results/text
+
+Writes OUT.png (training and held-out loss over tokens) and OUT.md (a table: held-out loss, speed,
+memory, cost). Baselines, from the training windows: unigram (add 0.1) and bigram, the counts
+interpolated with the unigram by a weight chosen on training windows that are not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from blindvalm_jax.data.windows import Windows
+from blindvalm_jax.errors import UserError
+
+_RUNS = flags.DEFINE_list("runs", [], "Directories of runs.")
+_OUT = flags.DEFINE_string("out", "", "Where the report goes, without .md and .png.")
+_WINDOWS = flags.DEFINE_string("windows", "", "The windows they trained on, for the baselines.")
+
+_TUNING_SHARE = 0.02
+
+
+def run() -> dict[str, Any]:
+    """Writes the report and returns its numbers."""
+    if not (_RUNS.value and _OUT.value and _WINDOWS.value):
+        raise UserError("loss_report needs --runs=A,B --windows=DIR --out=PATH")
+    curves = {Path(name).name: read_curve(Path(name)) for name in _RUNS.value}
+    baselines = count_baselines(_WINDOWS.value)
+    out = Path(_OUT.value)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw(curves, baselines, out.with_suffix(".png"))
+    table = write_table(curves, baselines)
+    out.with_suffix(".md").write_text(table, encoding="utf-8")
+    print(table)
+    return {"baselines": baselines, "final": {k: v["summary"] for k, v in curves.items()}}
+
+
+def read_curve(workdir: Path) -> dict[str, Any]:
+    """Losses over tokens and a summary of a run.
+
+    Raises:
+      UserError: the directory holds no run.
+    """
+    try:
+        lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        record = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
+        settings = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{workdir} holds no run: {error}") from error
+    rows = [json.loads(line) for line in lines]
+    per_step = settings["train"]["batch_size"] * settings["data"]["sequence_length"]
+    train = [(row["train/tokens"], row["train/loss"]) for row in rows if "train/loss" in row]
+    held_out = [(row["step"] * per_step, row["eval/loss"]) for row in rows if "eval/loss" in row]
+    speeds = [row["perf/tokens_per_second"] for row in rows if "perf/tokens_per_second" in row]
+    shares = [row.get("train/grounding_attention") for row in rows if "train/loss" in row]
+    summary = {
+        "tokens": train[-1][0],
+        "train_loss_last_tenth": float(np.mean([x for _, x in train[-len(train) // 10 :]])),
+        "held_out_loss": held_out[-1][1],
+        "tokens_per_second": float(np.median(speeds)),
+        "decoder_parameters": record["parameters"]["decoder"],
+        "tower_parameters": record["parameters"]["tower"],
+        "mflops_per_token": record["flops_per_token"]["total"] / 1e6,
+        "grounding_attention": shares[-1],
+        "peak_memory_mib": max((row.get("perf/peak_memory_mib", 0.0) for row in rows)),
+        "commit": record["commit"],
+    }
+    return {"train": train, "held_out": held_out, "summary": summary}
+
+
+def count_baselines(directory: str) -> dict[str, float]:
+    """Held-out loss in nats a token of a unigram and an interpolated bigram model."""
+    pairs, vocab = _pairs(directory, "train")
+    cut = int(len(pairs) * (1 - _TUNING_SHARE))
+    counted, tuning = pairs[:cut], pairs[cut:]
+    held_out, _ = _pairs(directory, "eval")
+    unigram = np.bincount(counted[:, 1], minlength=vocab) + 0.1
+    unigram /= unigram.sum()
+    keys, counts = np.unique(counted[:, 0] * vocab + counted[:, 1], return_counts=True)
+    contexts = np.bincount(counted[:, 0], minlength=vocab)
+
+    def bigram(pairs: np.ndarray) -> np.ndarray:
+        wanted = pairs[:, 0] * vocab + pairs[:, 1]
+        at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+        found = np.where(keys[at] == wanted, counts[at], 0)
+        return found / np.maximum(contexts[pairs[:, 0]], 1)
+
+    def loss(pairs: np.ndarray, weight: float) -> float:
+        mixed = weight * bigram(pairs) + (1 - weight) * unigram[pairs[:, 1]]
+        return float(-np.log(mixed).mean())
+
+    weights = np.arange(0.05, 1.0, 0.05)
+    best = float(weights[np.argmin([loss(tuning, weight) for weight in weights])])
+    return {"unigram": loss(held_out, 0.0), "bigram": loss(held_out, best)}
+
+
+def _pairs(directory: str, split: str) -> tuple[np.ndarray, int]:
+    """Every (token, next token) of a split [n, 2], and the size of the vocabulary."""
+    windows = Windows(directory, split)
+    found = []
+    for index in range(len(windows)):
+        window = windows[index]
+        tokens = window["tokens"][: window["count"]].astype(np.int64)
+        found.append(np.stack([tokens[:-1], tokens[1:]], axis=1))
+    return np.concatenate(found), windows.manifest.tokenizer.vocab_size
+
+
+def draw(curves: dict[str, Any], baselines: dict[str, float], path: Path) -> None:
+    """Training loss (thin) and held-out loss (dots) over tokens, baselines as lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for number, (name, curve) in enumerate(curves.items()):
+        tokens, losses = zip(*curve["train"], strict=True)
+        axes.plot(np.array(tokens) / 1e6, losses, color=f"C{number}", alpha=0.35, linewidth=0.8)
+        tokens, losses = zip(*curve["held_out"], strict=True)
+        axes.plot(np.array(tokens) / 1e6, losses, "o-", color=f"C{number}", ms=4, label=name)
+    for number, (name, loss) in enumerate(baselines.items()):
+        axes.axhline(loss, color="0.4", linestyle=("--", ":")[number], label=f"{name} {loss:.2f}")
+    axes.set_xlabel("training tokens (millions)")
+    axes.set_ylabel("loss (nats a token)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write_table(curves: dict[str, Any], baselines: dict[str, float]) -> str:
+    """The Markdown table."""
+    lines = [
+        "| system | tokens | train loss (last tenth) | held-out loss | perplexity | tokens/s "
+        "(median) | peak MiB | MFLOPs a token | decoder | frozen tower |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, loss in baselines.items():
+        lines.append(f"| {name} counts | | | {loss:.3f} | {np.exp(loss):.1f} | | | | | |")
+    for name, curve in curves.items():
+        row = curve["summary"]
+        lines.append(
+            f"| {name} | {row['tokens'] / 1e6:.2f} M | {row['train_loss_last_tenth']:.3f} | "
+            f"{row['held_out_loss']:.3f} | {np.exp(row['held_out_loss']):.1f} | "
+            f"{row['tokens_per_second']:,.0f} | {row['peak_memory_mib']:,.0f} | {row['mflops_per_token']:.1f} | "
+            f"{row['decoder_parameters'] / 1e6:.1f} M | {row['tower_parameters'] / 1e6:.1f} M |"
+        )
+    commits = sorted({str(curve["summary"]["commit"]) for curve in curves.values()})
+    lines += ["", f"{platform.machine()}, commit {', '.join(commits)}", ""]
+    return "\n".join(lines)
