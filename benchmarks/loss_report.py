@@ -69,7 +69,7 @@ def read_curve(workdir: Path) -> dict[str, Any]:
         "tower_parameters": record["parameters"]["tower"],
         "mflops_per_token": record["flops_per_token"]["total"] / 1e6,
         "grounding_attention": shares[-1],
-        "peak_memory_mib": max((row.get("perf/peak_memory_mib", 0.0) for row in rows)),
+        "peak_memory_mib": max(row.get("perf/peak_memory_mib", 0.0) for row in rows),
         "commit": record["commit"],
     }
     return {"train": train, "held_out": held_out, "summary": summary}
@@ -146,12 +146,19 @@ def write_table(curves: dict[str, Any], baselines: dict[str, float]) -> str:
         lines.append(f"| {name} counts | | | {loss:.3f} | {np.exp(loss):.1f} | | | | | |")
     for name, curve in curves.items():
         row = curve["summary"]
-        lines.append(
-            f"| {name} | {row['tokens'] / 1e6:.2f} M | {row['train_loss_last_tenth']:.3f} | "
-            f"{row['held_out_loss']:.3f} | {np.exp(row['held_out_loss']):.1f} | "
-            f"{row['tokens_per_second']:,.0f} | {row['peak_memory_mib']:,.0f} | {row['mflops_per_token']:.1f} | "
-            f"{row['decoder_parameters'] / 1e6:.1f} M | {row['tower_parameters'] / 1e6:.1f} M |"
-        )
+        cells = [
+            name,
+            f"{row['tokens'] / 1e6:.2f} M",
+            f"{row['train_loss_last_tenth']:.3f}",
+            f"{row['held_out_loss']:.3f}",
+            f"{np.exp(row['held_out_loss']):.1f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['peak_memory_mib']:,.0f}",
+            f"{row['mflops_per_token']:.1f}",
+            f"{row['decoder_parameters'] / 1e6:.1f} M",
+            f"{row['tower_parameters'] / 1e6:.1f} M",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     commits = sorted({str(curve["summary"]["commit"]) for curve in curves.values()})
     lines += ["", f"{platform.machine()}, commit {', '.join(commits)}", ""]
     return "\n".join(lines)

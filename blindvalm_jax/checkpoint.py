@@ -23,7 +23,6 @@ class Checkpoints:
             (workdir / "checkpoints").absolute(),
             item_names=("state", "data", "config"),
             options=ocp.CheckpointManagerOptions(
-                save_decision_policy=checkpoint_managers.FixedIntervalPolicy(config.every_steps),
                 preservation_policy=checkpoint_managers.LatestN(config.keep),
                 enable_async_checkpointing=True,
             ),
@@ -34,21 +33,19 @@ class Checkpoints:
         """Updates done in the newest checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, *, step: int, config: Config, last: bool) -> bool:
-        """Saves when the policy says so, and always at the last step; True if it did.
+    def save(self, state: TrainState, *, step: int, config: Config) -> None:
+        """Saves in the background.
 
         The data position is one integer: batches are a pure function of (seed, step).
         """
-        if step == self.latest_step:
-            return False
-        return self._manager.save(
+        self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
                 data=ocp.args.JsonSave({"next_step": step, "seed": config.seed}),
                 config=ocp.args.JsonSave(dataclasses.asdict(config)),
             ),
-            force=last,
+            force=True,
         )
 
     def restore(self, like: TrainState) -> TrainState:

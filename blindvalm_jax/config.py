@@ -389,10 +389,6 @@ def _check_together(config: Config) -> None:
     unknown = [size for size in dataclasses.astuple(config.mesh) if size == -1]
     if len(unknown) > 1 or 0 in dataclasses.astuple(config.mesh):
         raise UserError(f"mesh sizes must be positive, at most one -1, got {config.mesh}")
-    if train.attention == "cudnn" and decoder.attention_dropout > 0:
-        raise UserError(
-            "train.attention=cudnn has no attention dropout: set decoder.attention_dropout=0"
-        )
 
 
 if __name__ == "__main__":

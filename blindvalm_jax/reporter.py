@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class Reporter:
     ) -> None:
         """Opens metrics.jsonl; `first`: updates done before."""
         self.timer = StepTimer()
+        self._begin, self._updating = time.perf_counter(), 0.0
         self._writer = MetricWriter(
             workdir,
             resume_step=first,
@@ -40,7 +42,9 @@ class Reporter:
         """Writes the metrics of a step; False when its loss is not finite."""
         values = {name: float(value) for name, value in scalars.items()}
         updates = done - self._logged
-        seconds = self.timer.lap() / updates
+        spent = self.timer.lap()
+        self._updating += spent
+        seconds = spent / updates
         values["train/perplexity"] = float(np.exp(values["train/loss"]))
         values["train/tokens"] = done * self._tokens
         values["perf/step_seconds"] = seconds
@@ -51,6 +55,7 @@ class Reporter:
         if self._peak:
             values["perf/mfu"] = per_device * self._flops / (self._peak * 1e12)
         self._writer.write(done, values)
+        values["perf/goodput"] = self._updating / (time.perf_counter() - self._begin)
         values["perf/peak_memory_mib"] = peak_memory_mib()
         left = duration(seconds * (self._last - done))
         print(

@@ -102,7 +102,12 @@ def fresh_tower(shape: TowerConfig, *, seed: int) -> Tower:
         return nn.unbox(TextTower(shape).init(key, tokens_BS, tokens_BS == 0, readout="token"))
 
     params = jax.tree.map(np.asarray, jax.jit(init)(key)["params"])
-    return Tower(shape, params, f"random weights, seed {seed}", weights.params_sha256(params))
+    return Tower(
+        shape,
+        params,
+        f"random weights (seed {seed}), no pretrained knowledge",
+        weights.params_sha256(params),
+    )
 
 
 def _random_shape(config: Config, vocabulary: TokenizerRecord) -> TowerConfig:

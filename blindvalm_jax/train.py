@@ -169,21 +169,34 @@ def loop(
     """Updates until the last step, with metrics, evaluation and checkpoints on the way."""
     first, last = int(state.step), settings.train.steps
     reporter = Reporter(settings, workdir, first=first, flops_per_token=flops_per_token)
+    every = settings.eval.every_steps
+    pending = None  # metrics are read one update late, so that the device never waits for the host
     try:
         for done in range(first + 1, last + 1):
             state, scalars = compiled(state, frozen, batch)
             finished = done == last
             if not finished:
                 batch = to_device(next(batches), mesh)
-            logged = finished or done % settings.log.every_steps == 0
-            if logged and not reporter.log(done, scalars, batches.seconds_waited):
-                print(f"error: the loss is not finite at step {done}: diverged", flush=True)
-                return DIVERGED
+            evaluating = every > 0 and (finished or done % every == 0)
+            saving = finished or done % settings.checkpoint.every_steps == 0
+            due = [pending] if pending else []
+            pending = None
+            if finished or done % settings.log.every_steps == 0:
+                pending = (done, scalars)
+                if evaluating or saving:  # what is saved must have been reported
+                    due.append(pending)
+                    pending = None
+            for at, values in due:
+                if not reporter.log(at, values, batches.seconds_waited):
+                    print(f"error: the loss is not finite at step {at}: diverged", flush=True)
+                    return DIVERGED
+            if evaluating or saving:
+                jax.block_until_ready(scalars)  # the update's own time is not the pause's
             begin = time.perf_counter()
-            every = settings.eval.every_steps
-            if every and (finished or done % every == 0):
+            if evaluating:
                 reporter.evaluated(done, evaluate(state.params, frozen))
-            checkpoints.save(state, step=done, config=settings, last=finished)
+            if saving:
+                checkpoints.save(state, step=done, config=settings)
             reporter.timer.pause(time.perf_counter() - begin)
         checkpoints.wait()
         say(f"done: {last} steps, {workdir}")

@@ -191,11 +191,6 @@ def test_value_out_of_range(key: str, bound: str) -> None:
             id="mesh-two-unknowns",
         ),
         pytest.param({"mesh.fsdp": 0}, ["mesh", "positive", "fsdp=0"], id="mesh-zero"),
-        pytest.param(
-            {"train.attention": "cudnn"},
-            ["train.attention=cudnn", "decoder.attention_dropout=0"],
-            id="cudnn-dropout",
-        ),
     ],
 )
 def test_values_that_do_not_fit_together(changes: dict[str, Any], parts: list[str]) -> None:

@@ -345,10 +345,19 @@ def test_auto_takes_the_flash_kernel_only_where_it_fits() -> None:
         "dropout": 0.0,
     }
     assert attention.resolve_kernel("auto", **fits) == "cudnn"
-    misfits = ({"platform": "cpu"}, {"dtype": "float32"}, {"head_width": 136}, {"head_width": 20})
-    for misfit in (*misfits, {"dropout": 0.1}):
+    assert attention.resolve_kernel("cudnn", **fits) == "cudnn"
+    assert attention.resolve_kernel("xla", **fits) == "xla"
+    misfits: list[tuple[dict[str, Any], str]] = [
+        ({"platform": "cpu"}, "a GPU"),
+        ({"dtype": "float32"}, "train.dtype=bfloat16"),
+        ({"head_width": 136}, "head width"),
+        ({"head_width": 20}, "head width"),
+        ({"dropout": 0.1}, "decoder.attention_dropout=0"),
+    ]
+    for misfit, named in misfits:
         assert attention.resolve_kernel("auto", **(fits | misfit)) == "xla"
-    assert attention.resolve_kernel("cudnn", **(fits | {"platform": "cpu"})) == "cudnn"
+        with pytest.raises(UserError, match=named):
+            attention.resolve_kernel("cudnn", **(fits | misfit))
 
 
 def size(init: Any, *args: Any) -> int:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from blindvalm_jax.errors import UserError
+
 
 @struct.dataclass
 class Memory:
@@ -214,12 +216,21 @@ def _power_of_two(n: int) -> int:
 def resolve_kernel(
     setting: str, *, platform: str, dtype: str, head_width: int, dropout: float
 ) -> str:
-    """The kernel of plain attention that `auto` means on this platform: "xla" or "cudnn".
+    """The kernel of plain attention that a setting means on this platform: "xla" or "cudnn".
 
-    cuDNN's flash attention takes half precision, head widths up to 128 in multiples of 8, and no
-    dropout of weights.
+    cuDNN's flash attention takes a GPU, half precision, head widths up to 128 in multiples of 8,
+    and no dropout of weights; `auto` takes it where it can.
+
+    Raises:
+      UserError: cudnn is asked for where it cannot run.
     """
-    if setting != "auto":
-        return setting
-    fits = dtype == "bfloat16" and head_width <= 128 and head_width % 8 == 0 and dropout == 0
-    return "cudnn" if platform == "gpu" and fits else "xla"
+    needs = {
+        "a GPU": platform == "gpu",
+        "train.dtype=bfloat16": dtype == "bfloat16",
+        "a head width of at most 128, a multiple of 8": head_width <= 128 and head_width % 8 == 0,
+        "decoder.attention_dropout=0": dropout == 0,
+    }
+    lacking = [need for need, met in needs.items() if not met]
+    if setting == "cudnn" and lacking:
+        raise UserError(f"train.attention=cudnn needs {', '.join(lacking)}; or set auto or xla")
+    return "xla" if setting == "xla" or lacking else "cudnn"
