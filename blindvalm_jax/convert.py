@@ -19,9 +19,10 @@ from typing import Any
 
 from absl import flags
 
+from blindvalm_jax import trees
 from blindvalm_jax.data import tokenizers
 from blindvalm_jax.errors import UserError, run_main
-from blindvalm_jax.interop import formats, gpt2, rules, weights
+from blindvalm_jax.interop import formats, gpt2, weights
 from blindvalm_jax.models.transformer import ACTIVATIONS
 
 _FROM = flags.DEFINE_enum("from", "auto", ["auto", *formats.FORMATS], "layout of --input")
@@ -97,7 +98,7 @@ def _export() -> None:
 
 def _table(params: Mapping[str, Any], sha256: str) -> str:
     """Each tensor with its shape and number of parameters, then the totals and the hash."""
-    flat = {path: tuple(value.shape) for path, value in sorted(rules.flatten(params).items())}
+    flat = {path: tuple(value.shape) for path, value in sorted(trees.flatten(params).items())}
     width = max(len(path) for path in flat)
     lines = [
         f"{path:{width}}  {math.prod(shape):>13,}  {list(shape)}" for path, shape in flat.items()

@@ -72,12 +72,7 @@ def block_rules(index: int, *, heads: int) -> list[Rule]:
     return [
         *rules.norm("ln_1", f"{layer}.ln_1"),
         Rule("attn/qkv/kernel", (f"{layer}.attn.in_proj_weight",), load_kernel, save_kernel),
-        Rule(
-            "attn/qkv/bias",
-            (f"{layer}.attn.in_proj_bias",),
-            lambda bias: bias.reshape(3, heads, -1),
-            lambda bias: (bias.reshape(-1),),
-        ),
+        rules.packed_bias(f"{layer}.attn.in_proj_bias", heads),
         *rules.attention_output(f"{layer}.attn.out_proj", heads),
         *rules.norm("ln_2", f"{layer}.ln_2"),
         *rules.linear("c_fc", f"{layer}.mlp.c_fc"),

@@ -14,7 +14,6 @@ from blindvalm_jax.config import DecoderConfig, FusionConfig
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import rules, tensor_files, weights
 from blindvalm_jax.interop.rules import Rule, Tensors
-from blindvalm_jax.models.decoder import padded_vocab
 
 # The reference saves these matrices and never uses them: the fusion layer projects its memory with
 # the text's k_proj and v_proj. The other two are buffers that hold no learned value.
@@ -34,12 +33,7 @@ def is_dead(name: str) -> bool:
 
 def model_rules(vocab_multiple: int) -> list[Rule]:
     """Embedding (padded with zero rows) and final norm."""
-
-    def pad(table: np.ndarray) -> np.ndarray:
-        rows = padded_vocab(table.shape[0], vocab_multiple)
-        return np.pad(table, ((0, rows - table.shape[0]), (0, 0)))
-
-    embedding = Rule("wte", ("embed_tokens.weight",), pad, lambda table: (table,))
+    embedding = rules.embedding("embed_tokens.weight", vocab_multiple)
     return [embedding, *rules.norm("ln_f", "layer_norm")]
 
 

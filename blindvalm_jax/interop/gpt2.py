@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from blindvalm_jax import trees
 from blindvalm_jax.config import DecoderConfig, FusionConfig
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import rules, tensor_files, weights
 from blindvalm_jax.interop.hugging_face import check_types, our_activation, their_activation
 from blindvalm_jax.interop.rules import Rule
-from blindvalm_jax.models.decoder import padded_vocab
 
 # What transformers takes for a field that is absent.
 _DEFAULTS: dict[str, Any] = {
@@ -55,13 +55,11 @@ def is_gpt2(config: Mapping[str, Any]) -> bool:
 
 def model_rules(vocab_multiple: int) -> list[Rule]:
     """Embedding (padded with zero rows), positions, final norm."""
-
-    def pad(table: np.ndarray) -> np.ndarray:
-        rows = padded_vocab(table.shape[0], vocab_multiple)
-        return np.pad(table, ((0, rows - table.shape[0]), (0, 0)))
-
-    embedding = Rule("wte", ("wte.weight",), pad, lambda table: (table,))
-    return [embedding, rules.same("wpe", "wpe.weight"), *rules.norm("ln_f", "ln_f")]
+    return [
+        rules.embedding("wte.weight", vocab_multiple),
+        rules.same("wpe", "wpe.weight"),
+        *rules.norm("ln_f", "ln_f"),
+    ]
 
 
 def block_rules(index: int, *, heads: int) -> list[Rule]:
@@ -75,12 +73,7 @@ def block_rules(index: int, *, heads: int) -> list[Rule]:
             lambda w: w.reshape(w.shape[0], 3, heads, -1),
             lambda kernel: (kernel.reshape(kernel.shape[0], -1),),
         ),
-        Rule(
-            "attn/qkv/bias",
-            (f"{layer}.attn.c_attn.bias",),
-            lambda bias: bias.reshape(3, heads, -1),
-            lambda bias: (bias.reshape(-1),),
-        ),
+        rules.packed_bias(f"{layer}.attn.c_attn.bias", heads),
         Rule(
             "attn/out/kernel",
             (f"{layer}.attn.c_proj.weight",),
@@ -246,7 +239,7 @@ def _config_json(config: DecoderConfig, *, vocab_size: int, eos_id: int | None) 
 
 
 def _check_expressible(params: Mapping[str, Any], config: DecoderConfig) -> None:
-    fused = sorted({path.split("/")[1] for path in rules.flatten(params) if "/fusion_" in path})
+    fused = sorted({path.split("/")[1] for path in trees.flatten(params) if "/fusion_" in path})
     if fused:
         raise UserError(f"GPT-2 has no place for the grounding of {', '.join(fused)}")
     if config.positions != "learned":

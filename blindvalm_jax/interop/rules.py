@@ -13,7 +13,27 @@ from typing import Any
 import numpy as np
 
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.models.decoder import padded_vocab
 from blindvalm_jax.models.transformer import split_stack
+from blindvalm_jax.trees import flatten, unflatten
+
+__all__ = [
+    "Rule",
+    "Tensors",
+    "attention_output",
+    "embedding",
+    "flatten",
+    "linear",
+    "load",
+    "norm",
+    "packed_bias",
+    "same",
+    "save",
+    "stacked_bias",
+    "stacked_linear",
+    "transposed",
+    "unflatten",
+]
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -39,6 +59,16 @@ def same(ours: str, theirs: str) -> Rule:
 def transposed(ours: str, theirs: str) -> Rule:
     """A torch.nn.Linear weight [out, in] as our kernel [in, out]."""
     return Rule(ours, (theirs,), lambda x: x.T, lambda x: (x.T,))
+
+
+def embedding(theirs: str, vocab_multiple: int) -> Rule:
+    """The embedding [V, D] as `wte`, with zero rows up to a multiple; saved with those rows."""
+
+    def pad(table: np.ndarray) -> np.ndarray:
+        rows = padded_vocab(table.shape[0], vocab_multiple)
+        return np.pad(table, ((0, rows - table.shape[0]), (0, 0)))
+
+    return Rule("wte", (theirs,), pad, lambda table: (table,))
 
 
 def norm(ours: str, theirs: str) -> list[Rule]:
@@ -78,6 +108,16 @@ def stacked_bias(ours: str, theirs: Sequence[str], heads: int) -> Rule:
         tuple(theirs),
         lambda *biases: np.stack([b.reshape(heads, -1) for b in biases]),
         lambda bias: tuple(b.reshape(-1) for b in bias),
+    )
+
+
+def packed_bias(theirs: str, heads: int) -> Rule:
+    """The biases of q, k and v one after the other [3 D] as one [3, N, H]."""
+    return Rule(
+        "attn/qkv/bias",
+        (theirs,),
+        lambda bias: bias.reshape(3, heads, -1),
+        lambda bias: (bias.reshape(-1),),
     )
 
 
@@ -145,19 +185,17 @@ def load(
                 )
         return np.stack(arrays)
 
-    params: dict[str, Any] = {}
-    for rule in model_rules:
-        _put(params, rule.ours, read(rule))
+    params = {rule.ours: read(rule) for rule in model_rules}
     for segment in split_stack(layers, fusion_layers):
         first = rules[segment.start]
         for position, rule in enumerate(first):
             path = f"h/{segment.name}/{rule.ours}"
             if segment.fused:
-                _put(params, path, read(rule))
+                params[path] = read(rule)
             else:
                 run = range(segment.start, segment.stop)
-                _put(params, path, stack([rules[index][position] for index in run]))
-    return params
+                params[path] = stack([rules[index][position] for index in run])
+    return unflatten(params)
 
 
 def save(
@@ -196,29 +234,3 @@ def save(
     if left:
         raise UserError(f"this format has no place for the parameters {left}")
     return tensors
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts to one, with paths like "h/blocks_0_3/attn/qkv/kernel" as keys."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{name}/"))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        _put(tree, path, value)
-    return tree
-
-
-def _put(tree: dict[str, Any], path: str, value: Any) -> None:
-    *parents, leaf = path.split("/")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[leaf] = value

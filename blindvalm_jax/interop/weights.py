@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from blindvalm_jax import trees
 from blindvalm_jax.config import DecoderConfig, FusionConfig, TowerConfig
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.interop import rules, tensor_files
+from blindvalm_jax.interop import tensor_files
 from blindvalm_jax.models.clip import TextTower
 from blindvalm_jax.models.decoder import Decoder
 from blindvalm_jax.models.transformer import ACTIVATIONS
@@ -106,7 +107,7 @@ def kind_of(config: Spec) -> str:
 def params_sha256(params: Mapping[str, Any]) -> str:
     """Hash in hex over names, dtypes, shapes and bytes of all parameters, in order of names."""
     digest = hashlib.sha256()
-    for path, value in sorted(rules.flatten(params).items()):
+    for path, value in sorted(trees.flatten(params).items()):
         array = np.ascontiguousarray(value)
         digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
@@ -147,7 +148,7 @@ def save(
         "source": source,
         "sha256": sha256,
     }
-    flat = {path: np.ascontiguousarray(value) for path, value in rules.flatten(params).items()}
+    flat = {path: np.ascontiguousarray(value) for path, value in trees.flatten(params).items()}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if tokenizer_files is not None:
@@ -181,7 +182,7 @@ def load(directory: str | Path, *, kind: str | None = None) -> Weights:
         )
     config = _rebuild(_KINDS[content["kind"]], content["config"], f"{path}: config")
     params_path = directory / PARAMS_FILE
-    params = rules.unflatten(tensor_files.read_safetensors(params_path))
+    params = trees.unflatten(tensor_files.read_safetensors(params_path))
     check(params, config, str(params_path))
     sha256 = params_sha256(params)
     if sha256 != content["sha256"]:
@@ -216,7 +217,7 @@ def abstract_params(config: Spec) -> dict[str, jax.ShapeDtypeStruct]:
         z_BTKE = jnp.zeros((1, 1, 1, config.memory_width)) if config.fusion_layers else None
         return config.module().init(key, tokens_BT, z_BTKE)
 
-    return rules.flatten(nn.unbox(jax.eval_shape(init))["params"])
+    return trees.flatten(nn.unbox(jax.eval_shape(init))["params"])
 
 
 def check(params: Mapping[str, Any], config: Spec, source: str) -> None:
@@ -225,7 +226,7 @@ def check(params: Mapping[str, Any], config: Spec, source: str) -> None:
     Raises:
       UserError: naming `source`, and what is missing, unknown or of another shape.
     """
-    expected, got = abstract_params(config), rules.flatten(params)
+    expected, got = abstract_params(config), trees.flatten(params)
     missing, unknown = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
     if missing or unknown:
         raise UserError(
