@@ -16,7 +16,7 @@ from pathlib import Path
 from absl import flags
 
 from blindvalm_jax.config import DataConfig
-from blindvalm_jax.data import packing, prepared, tokenizers
+from blindvalm_jax.data import output, packing, prepared, tokenizers
 from blindvalm_jax.data.manifest import Manifest
 from blindvalm_jax.errors import UserError, run_main
 from blindvalm_jax.grounding import segments
@@ -75,6 +75,9 @@ def _recipe(out: Path) -> packing.Recipe:
             eval_files=_EVAL_FILES.value,
         )
     )
+    if _TOKENIZER.value == "train" and not _TOKENIZER_PATH.value:  # it is kept in `out`
+        paths = [path for texts in (source, eval_source) if texts for path in texts.paths()]
+        output.claim(out, paths)
     tokenizer = prepared.load_or_train(
         _TOKENIZER.value,
         _TOKENIZER_PATH.value,

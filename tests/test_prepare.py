@@ -16,7 +16,16 @@ import numpy as np
 import pytest
 
 from blindvalm_jax import config as config_lib
-from blindvalm_jax.data import alignment, corpora, manifest, packing, prepared, tokenizers, units
+from blindvalm_jax.data import (
+    alignment,
+    corpora,
+    manifest,
+    output,
+    packing,
+    prepared,
+    tokenizers,
+    units,
+)
 from blindvalm_jax.data.windows import Windows
 from blindvalm_jax.data.workers import Workers
 from blindvalm_jax.errors import UserError
@@ -108,10 +117,10 @@ def test_workers_and_units_do_not_change_a_byte(
 
 
 KILLED = """
-import os, shutil, signal, sys
+import os, signal, sys
 from pathlib import Path
 from tests import test_prepare
-from blindvalm_jax.data import packing
+from blindvalm_jax.data import output, packing
 left = int(sys.argv[3])
 def dying(function):
     def call(*args, **keywords):
@@ -122,7 +131,7 @@ def dying(function):
         return function(*args, **keywords)
     return call
 os.replace = dying(os.replace)
-shutil.rmtree = dying(shutil.rmtree)
+output.remove_work = dying(output.remove_work)
 made = test_prepare.recipe(Path(sys.argv[1]), tower_tokenizer=test_prepare.CLIP)
 packing.prepare(made, Path(sys.argv[2]), workers=1, unit_characters=1500)
 print(left)
@@ -170,11 +179,11 @@ def test_a_killed_run_ends_its_workers(tmp_path: Path) -> None:
 import multiprocessing, os, signal, sys
 from pathlib import Path
 from tests import test_prepare
-from blindvalm_jax.data import manifest, packing
-def die(path, content):
+from blindvalm_jax.data import output, packing
+def die(path):
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
-manifest.write_atomically = die
+output.remove_shards = die
 if __name__ == "__main__":
     made = test_prepare.recipe(Path(sys.argv[1]))
     packing.prepare(made, Path(sys.argv[2]), workers=2, unit_characters=1500)
@@ -214,10 +223,123 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     made = recipe(tmp_path / "a.txt")
     with pytest.raises(UserError, match="cannot make the directory .*a.txt/out"):
         packing.prepare(made, tmp_path / "a.txt" / "out", workers=1)
-    (tmp_path / "out").mkdir()
+    output.claim(tmp_path / "out", [])
     (tmp_path / "out" / "train").write_text("a file where a directory must be")
     with pytest.raises(UserError, match="cannot prepare .*File exists.*goes on where it stopped"):
         packing.prepare(made, tmp_path / "out", workers=1)
+
+
+def test_what_prepare_did_not_make_is_never_deleted(tmp_path: Path) -> None:
+    """A directory with the user's own files is refused untouched, also the folders of a split."""
+    made = recipe(tmp_path / "a.txt")
+    out = tmp_path / "out"
+    for name in (
+        "train/a.txt",
+        "eval/windows-00000.array_record",
+        "work/x.npz",
+        manifest.FILE_NAME,
+    ):
+        path = out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+        with pytest.raises(UserError, match="not empty and was not made by prepare"):
+            packing.prepare(made, out, workers=1)
+        assert [p.read_text() for p in out.rglob("*") if p.is_file()] == ["mine"]
+        path.unlink()
+    for folder in ("train", "eval", "work"):
+        (out / folder).rmdir()
+    packing.prepare(made, out, workers=1)
+
+
+def test_own_directories_keep_files_of_others(tmp_path: Path) -> None:
+    """Shards of a plan that was given up go; a file put beside them stays."""
+    made = recipe(tmp_path / "a.txt")
+    out = tmp_path / "out"
+    output.claim(out, [])
+    for name in ("train/notes.txt", "train/windows-00099.array_record", "work/notes.txt"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    packing.prepare(made, out, workers=1)
+    assert (out / "train" / "notes.txt").read_text() == "mine"
+    assert (out / "work" / "notes.txt").read_text() == "mine"
+    assert not (out / "train" / "windows-00099.array_record").exists()
+
+
+def test_text_below_the_output_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    output.claim(out, [])
+    with pytest.raises(UserError, match="a.txt lies under .*out, where windows"):
+        packing.prepare(recipe(out / "a.txt"), out, workers=1)
+    (tmp_path / "link").symlink_to(out)
+    source = corpora.FileSource((str(tmp_path / "link" / "a.txt"),))
+    with pytest.raises(UserError, match="lies under"):
+        packing.prepare(recipe(tmp_path / "b.txt", source=source), out, workers=1)
+    assert (out / "a.txt").exists()
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from tests import test_prepare
+from blindvalm_jax import errors
+from blindvalm_jax.data import packing
+made = test_prepare.recipe(Path(sys.argv[1]))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
+try:
+    packing.prepare(made, Path(sys.argv[2]), workers=1)
+except errors.UserError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_takes_no_more_is_one_clear_line(tmp_path: Path) -> None:
+    """A limit on file sizes stands for a full disk: in the units, then in the shards."""
+    for limit in (9_000, 30_000):
+        made = recipe(tmp_path / "a.txt")
+        done = run_python(FULL, tmp_path / "a.txt", tmp_path / "out", limit)
+        assert done.returncode == 0, done.stderr
+        assert "cannot prepare" in done.stdout
+        assert ("cannot write" in done.stdout) == bool(list((tmp_path / "out/work").glob("*.npz")))
+        assert len(done.stdout.splitlines()) == 1
+    packing.prepare(made, tmp_path / "out", workers=1)
+
+
+def test_a_damaged_unit_is_tokenized_again(tmp_path: Path) -> None:
+    made = recipe(tmp_path / "a.txt")
+    job = units.UnitJob(path=tmp_path / "train-000000-x.npz", texts=("the cat sat " * 50,))
+
+    def again() -> bool:
+        tallies = {split: units.Tally() for split in manifest.SPLITS}
+        found = units.jobs(made.documents(), directory=tmp_path, key="k", tallies=tallies)
+        return bool(next(iter(found))[1].texts)
+
+    assert again()
+    tallies = {split: units.Tally() for split in manifest.SPLITS}
+    (_, job), *_ = units.jobs(made.documents(), directory=tmp_path, key="k", tallies=tallies)
+    units.encode(made.encoding, ("train", job))
+    assert not again()
+    whole = job.path.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    for damaged in (b"", whole[:-100], flipped):
+        job.path.write_bytes(damaged)
+        assert again()
+
+
+def test_a_shard_of_another_size_is_packed_again(tmp_path: Path) -> None:
+    made = recipe(tmp_path / "a.txt")
+    whole = packing.prepare(made, tmp_path / "whole", workers=1)
+    lived = run_python(KILLED, tmp_path / "a.txt", tmp_path / "count", MANY)
+    out = tmp_path / "out"
+    run_python(KILLED, tmp_path / "a.txt", out, MANY - int(lived.stdout) - 2)
+    (path, *_) = sorted((out / "train").iterdir())
+    path.write_bytes(path.read_bytes()[:-1])
+    made = recipe(tmp_path / "a.txt", tower_tokenizer=CLIP)
+    found = packing.prepare(made, out, workers=1, unit_characters=1500)
+    assert path.stat().st_size == found.splits["train"].shards[0].bytes
+    assert found.splits["train"].windows == whole.splits["train"].windows
+    Windows(out, "train")
 
 
 def test_finished_units_are_not_tokenized_again(tmp_path: Path) -> None:

@@ -41,6 +41,10 @@ class FileSource:
     patterns: tuple[str, ...]
     text_field: str = "text"
 
+    def paths(self) -> list[Path]:
+        """The files."""
+        return find_files(self.patterns)
+
     def size(self) -> int:
         """Bytes on disk."""
         return sum(path.stat().st_size for path in find_files(self.patterns))
@@ -67,6 +71,10 @@ class TfdsSource:
     split: str = "train"
     data_dir: str = ""
     text_field: str = "text"
+
+    def paths(self) -> list[Path]:
+        """The directory of all datasets, if one is given."""
+        return [Path(self.data_dir)] if self.data_dir else []
 
     def size(self) -> int:
         """Examples."""

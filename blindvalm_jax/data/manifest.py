@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from blindvalm_jax.data import output
 from blindvalm_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,10 +100,11 @@ class Manifest:
         """The tokenizer whose own ids the tower reads."""
         return self.tower_tokenizer or self.tokenizer
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, *, work: Path | None = None) -> None:
         """Writes the manifest; a directory that holds it is complete."""
         text = json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, ensure_ascii=False)
-        write_atomically(directory / FILE_NAME, text.encode() + b"\n")
+        with output.replacing(directory / FILE_NAME, work=work) as partial:
+            partial.write_bytes(text.encode() + b"\n")
 
 
 def load(directory: Path) -> Manifest:
@@ -192,13 +193,3 @@ def tower_table(tokenizer: Tokenizer | TokenizerRecord) -> np.ndarray:
         start, end = ids[-2:]
         ids[:4] = start, 0, end, end
     return ids
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that is either absent or whole, also after a crash."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)

@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blindvalm_jax.data import manifest, shards, units
+from blindvalm_jax.data import manifest, output, shards, units
 from blindvalm_jax.data.clip_bpe import ClipTokenizer
 from blindvalm_jax.data.corpora import Advance, Document, FileSource, Source
 from blindvalm_jax.data.manifest import Manifest, SplitRecord, TokenizerRecord
@@ -106,6 +103,11 @@ class Recipe:
         fields = [source.text_field for source in (self.source, self.eval_source) if source]
         return hash_of([settings, fields, self.windows_per_shard, manifest.FORMAT_VERSION])
 
+    def paths(self) -> list[Path]:
+        """Where the text lies."""
+        sources = [source for source in (self.source, self.eval_source) if source is not None]
+        return [path for source in sources for path in source.paths()]
+
     def documents(self) -> Iterator[tuple[str, Document]]:
         """Every document with the split it belongs to."""
         if self.eval_source is not None:
@@ -137,10 +139,15 @@ def prepare(
     `workers` (0: one per core) and `unit_characters` change speed and memory, never the bytes.
 
     Raises:
-      UserError: the text cannot be read; a split is left without text; `out` holds other windows.
+      UserError: the text cannot be read; a split is left without text; `out` holds other windows,
+        the text itself, or what `prepare` did not make.
     """
+    output.claim(out, recipe.paths())
     try:
-        with only_here(out):
+        found = _finished(out, recipe.key)
+        if found is not None:  # perhaps read-only
+            return found
+        with output.locked(out):
             return _finished(out, recipe.key) or _make(
                 recipe, out, workers=workers, unit_characters=unit_characters
             )
@@ -179,22 +186,9 @@ def _make(recipe: Recipe, out: Path, *, workers: int, unit_characters: int) -> M
         versions={name: importlib.metadata.version(name) for name in _VERSIONED},
         **recipe.settings,
     )
-    done.save(work)
-    os.replace(work / manifest.FILE_NAME, out / manifest.FILE_NAME)
-    shutil.rmtree(work)
+    done.save(out, work=work)
+    output.remove_work(work)
     return done
-
-
-@contextlib.contextmanager
-def only_here(out: Path) -> Iterator[None]:
-    """Makes `out` and keeps other processes from preparing it; released when a process dies."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the directory {out}: {error}") from error
-    with (out / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def hash_of(values: Any) -> str:
@@ -228,7 +222,8 @@ def _finished(out: Path, key: str) -> Manifest | None:
             f"{out} already holds windows made of other text or with other settings: choose "
             "another directory or delete it"
         )
-    shutil.rmtree(out / "work", ignore_errors=True)  # left by a run killed at its very end
+    with contextlib.suppress(OSError):  # left by a run killed at its very end
+        output.remove_work(out / "work")
     return found
 
 
@@ -296,10 +291,9 @@ def _drop_other_shards(out: Path, streams: dict[str, shards.Stream]) -> None:
     wanted = hash_of(names).encode()
     if not plan.exists() or plan.read_bytes() != wanted:
         for split in streams:
-            shutil.rmtree(out / split, ignore_errors=True)
-        for stale in (out / "work").glob("*.json"):
-            stale.unlink()
-        manifest.write_atomically(plan, wanted)
+            output.remove_shards(out / split)
+        with output.replacing(plan) as partial:
+            partial.write_bytes(wanted)
     for split in streams:
         (out / split).mkdir(exist_ok=True)
 

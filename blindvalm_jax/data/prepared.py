@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from blindvalm_jax.config import Config, DataConfig
-from blindvalm_jax.data import byte_level_bpe, corpora, manifest, packing, tokenizers
+from blindvalm_jax.data import byte_level_bpe, corpora, manifest, output, packing, tokenizers
 from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import segments
@@ -101,7 +101,9 @@ def load_or_train(
         + [TOKENIZER_SAMPLE_CHARACTERS]
     )
     directory = cache / f"tokenizer-{key[:16]}"
-    with packing.only_here(cache):
+    if directory.is_dir():  # perhaps read-only
+        return tokenizers.load("train", str(directory))
+    with output.locked(cache):
         if not directory.is_dir():
             texts = _sample(source, eval_fraction)
             learned = byte_level_bpe.train(texts, vocab_size=vocab_size)

@@ -10,7 +10,6 @@ import bisect
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from blindvalm_jax.data import manifest
+from blindvalm_jax.data import manifest, output
 from blindvalm_jax.data.manifest import Shard
 from blindvalm_jax.data.units import Encoding, Unit
 from blindvalm_jax.grounding import segments
@@ -143,27 +142,44 @@ def tower_length(streams: Sequence[Stream], sequence_length: int) -> int:
 def pack(encoding: Encoding, job: ShardJob) -> Packed:
     """Writes a shard unless it is complete; runs in a worker process."""
     record = job.work / f"{job.path.parent.name}-{job.path.name}.json"
-    if record.exists() and job.path.exists():
-        values = json.loads(record.read_bytes())
-        return Packed(**{**values, "shard": Shard(**values["shard"])})
+    found = _packed_before(record, job.path)
+    if found is not None:
+        return found
     records, counts = _windows(encoding, job)
-    partial = job.work / f"{record.stem}.{os.getpid()}.partial"
-    writer = array_record_module.ArrayRecordWriter(str(partial), WRITER_OPTIONS)
-    for item in records:
-        writer.write(item.tobytes())
-    writer.close()
-    with partial.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    shard = Shard(
-        file=f"{job.path.parent.name}/{job.path.name}",
-        windows=len(records),
-        bytes=partial.stat().st_size,
-        sha256=digest,
-    )
-    packed = Packed(shard=shard, **counts)
-    manifest.write_atomically(record, json.dumps(dataclasses.asdict(packed)).encode())
-    os.replace(partial, job.path)
+    with output.replacing(job.path, work=job.work) as partial:
+        _write(records, partial)
+        with partial.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        shard = Shard(
+            file=f"{job.path.parent.name}/{job.path.name}",
+            windows=len(records),
+            bytes=partial.stat().st_size,
+            sha256=digest,
+        )
+        packed = Packed(shard=shard, **counts)
+        with output.replacing(record) as partial_record:
+            partial_record.write_text(json.dumps(dataclasses.asdict(packed)))
     return packed
+
+
+def _packed_before(record: Path, path: Path) -> Packed | None:
+    """What is known of a shard that is there, whole as far as its size tells."""
+    try:
+        values = json.loads(record.read_bytes())
+        found = Packed(**{**values, "shard": Shard(**values["shard"])})
+        return found if path.stat().st_size == found.shard.bytes else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _write(records: np.ndarray, path: Path) -> None:
+    try:
+        writer = array_record_module.ArrayRecordWriter(str(path), WRITER_OPTIONS)
+        for item in records:
+            writer.write(item.tobytes())
+        writer.close()
+    except RuntimeError as error:  # all that ArrayRecord raises, on a full disk too
+        raise OSError(f"cannot write {path}: {' '.join(str(error).split())[:200]}") from error
 
 
 def _seen_at_window_ends(stream: Stream, sequence_length: int) -> Iterator[int]:

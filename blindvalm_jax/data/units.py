@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from blindvalm_jax.data import alignment
+from blindvalm_jax.data import alignment, output
 from blindvalm_jax.data.corpora import Document
 from blindvalm_jax.grounding.segments import Rule, Separators
 
@@ -40,7 +41,7 @@ class Encoding:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UnitJob:
-    """Texts for one unit file; `texts` is empty when the file exists already."""
+    """Texts for one unit file; `texts` is empty when the file is there and whole."""
 
     path: Path
     texts: tuple[str, ...]
@@ -85,7 +86,7 @@ def jobs(
     def close(split: str) -> tuple[str, UnitJob]:
         digest = _digest(key, texts[split])
         path = directory / f"{split}-{numbers[split]:06d}-{digest}.npz"
-        job = UnitJob(path=path, texts=() if path.exists() else tuple(texts[split]))
+        job = UnitJob(path=path, texts=() if _is_whole(path) else tuple(texts[split]))
         texts[split], sizes[split] = [], 0
         numbers[split] += 1
         return split, job
@@ -103,17 +104,25 @@ def jobs(
 
 
 def encode(encoding: Encoding, job: tuple[str, UnitJob]) -> tuple[str, Unit]:
-    """Writes a unit file unless it exists; runs in a worker process."""
+    """Writes a unit file unless there are no texts for it; runs in a worker process."""
     split, unit = job
     if unit.texts:
         arrays = _encode_texts(encoding, unit.texts)
-        partial = unit.path.with_suffix(f".{os.getpid()}.partial")
-        with partial.open("wb") as stream:
+        with output.replacing(unit.path) as partial, partial.open("wb") as stream:
             np.savez(stream, allow_pickle=False, **arrays)
-        os.replace(partial, unit.path)
     with np.load(unit.path) as arrays:
         tokens, tower_tokens = arrays["sizes"].tolist()
     return split, Unit(path=unit.path, tokens=tokens, tower_tokens=tower_tokens)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a unit file can be read to its end; reading checks the checksums of its arrays."""
+    try:
+        with path.open("rb") as stream, np.load(stream) as arrays:
+            sizes = [len(arrays["tokens"]), len(arrays["tower"]) if "tower" in arrays else 0]
+            return bool(arrays["sizes"].tolist() == sizes)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return False
 
 
 def _encode_texts(encoding: Encoding, texts: Sequence[str]) -> dict[str, np.ndarray]:
