@@ -9,6 +9,7 @@ import numpy as np
 from blindvalm_jax.data.clip_bpe import ClipTokenizer
 from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.grounding.segments import Rule
 
 
 class Aligned(NamedTuple):
@@ -22,6 +23,8 @@ class Aligned(NamedTuple):
     """int32[m], CLIP's own ids: `clip.encode(text)`."""
     clip_end: np.ndarray
     """int32[m], never decreasing."""
+    clip_known: np.ndarray
+    """int32[m], never decreasing: how much text it takes to know that this is the token."""
 
 
 def align(lm: Tokenizer, clip: ClipTokenizer, text: str) -> Aligned:
@@ -40,7 +43,12 @@ def align(lm: Tokenizer, clip: ClipTokenizer, text: str) -> Aligned:
     - where words clean differently alone than in their line, the words in between are matched in
       order if there are as many cleaned as raw ones; if not, all end with the last of them.
 
-    CLIP's ids are those of the whole text in every case.
+    CLIP's ids are those of the whole text in every case. How CLIP splits a word depends on all its
+    letters ("stat" is one token, in "statuette" it is two others), so a token is known only with
+    one character of white space after its word, `clip_known`; at a text's end never. Text that
+    reaches a token's `clip_known` gives the same tokens up to there whatever follows, if cleaning
+    leaves it alone or changes only single characters. In a line that ftfy repairs (mojibake,
+    entities) a later character of the same line may still change how an earlier word is read.
 
     Raises:
       UserError: `lm` normalises text, so that its tokens have no place in it, or is CLIP's, whose
@@ -52,13 +60,17 @@ def align(lm: Tokenizer, clip: ClipTokenizer, text: str) -> Aligned:
             "or set tokenizer.kind=gpt2"
         )
     lm_ids, lm_end = lm.encode_with_ends(text)
-    clip_ids, clip_end = clip.encode_with_ends(text)
-    return Aligned(lm_ids, lm_end, clip_ids - np.int32(clip.lm_offset), clip_end)
+    words = clip.encode_words(text)
+    clip_ids = words.ids - np.int32(clip.lm_offset)
+    return Aligned(lm_ids, lm_end, clip_ids, words.ends, words.known)
 
 
-def lm_to_tower_index(aligned: Aligned) -> np.ndarray:
-    """int32[n]: for each language-model token, how many CLIP tokens end at or before its end.
+def lm_to_tower_index(aligned: Aligned, *, rule: Rule) -> np.ndarray:
+    """int32[n]: for each language-model token, how many CLIP tokens of its text it may look at.
 
-    0 is the tower's start token, k its k-th token: the last one whose text is all known.
+    0 is the tower's start token, k its k-th token. `causal`: those that are known by the token's
+    end, so that no later text changes them (see `align`). `reference`: those that end at or before
+    its end, the word being read included; how that word is split then tells of its next letters.
     """
-    return np.searchsorted(aligned.clip_end, aligned.lm_end, side="right").astype(np.int32)
+    reached = aligned.clip_known if rule == "causal" else aligned.clip_end
+    return np.searchsorted(reached, aligned.lm_end, side="right").astype(np.int32)

@@ -14,7 +14,7 @@ import regex
 
 from blindvalm_jax.data import tokenizer_files as files
 from blindvalm_jax.data.clip_cleaning import clean_words
-from blindvalm_jax.data.token_ends import CleanedWordEnds, Encoded
+from blindvalm_jax.data.token_ends import CleanedWordEnds, Encoded, EncodedWords
 from blindvalm_jax.errors import UserError
 
 FAIRSEQ_SPECIALS = 4
@@ -79,6 +79,10 @@ class ClipTokenizer:
 
     def encode_with_ends(self, text: str) -> Encoded:
         """Language-model ids, and where in the raw text each token ends (see `alignment`)."""
+        return Encoded(*self._ends.encode(text)[:2])
+
+    def encode_words(self, text: str) -> EncodedWords:
+        """`encode_with_ends`, and from where on in the raw text each token is certain."""
         return self._ends.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -20,7 +20,7 @@ from blindvalm_jax.errors import UserError
 if TYPE_CHECKING:
     from blindvalm_jax.data.tokenizers import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: under `causal` the aligned mode looked at words not read to their end
 FILE_NAME = "manifest.json"
 SPLITS = ("train", "eval")
 

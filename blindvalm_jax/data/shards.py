@@ -84,7 +84,7 @@ class Stream:
         return self._read("tokens", [part.begin for part in self.parts], first, last)
 
     def seen_between(self, first: int, last: int) -> np.ndarray:
-        """For tokens first ... last - 1: tower tokens of the stream up to the token's end."""
+        """For tokens first ... last - 1: how many tower tokens of the stream each may look at."""
         return self._read("seen", [part.begin for part in self.parts], first, last)
 
     def tower_between(self, first: int, last: int) -> np.ndarray:
@@ -238,8 +238,8 @@ def _tower_fields(
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Tower tokens and index of the windows (aligned mode), and the count of their tower tokens.
 
-    A window's tower tokens are those that end after the token before the window and not after the
-    end of its last input.
+    A window's tower tokens are those that its last input may look at and the token before the
+    window may not.
     """
     begin = job.first * length
     size = job.last - job.first

@@ -29,6 +29,20 @@ class Encoded(NamedTuple):
     """int32[n], exclusive offsets in characters of the raw text; never decreasing."""
 
 
+class EncodedWords(NamedTuple):
+    """Tokens of cleaned words, where they end, and from where on they are certain."""
+
+    ids: np.ndarray
+    """int32[n], ids of the language model."""
+    ends: np.ndarray
+    """int32[n], exclusive offsets in characters of the raw text; never decreasing."""
+    known: np.ndarray
+    """int32[n], how much raw text it takes to know the token: its word and a character after it.
+
+    Never decreasing, greater than `ends`; greater than the length of a text that ends in the word.
+    """
+
+
 class _Span(NamedTuple):
     """A word of the raw text: what it is cleaned to on its own, and its place."""
 
@@ -62,10 +76,10 @@ class CleanedWordEnds:
         self._ids_of = ids_of
         self._ends_of = _EndsCache(ids_of, lengths_of)
 
-    def encode(self, text: str) -> Encoded:
+    def encode(self, text: str) -> EncodedWords:
         """The tokens of a text with their ends; the rules are those of `alignment.align`."""
         if is_untouched_ascii(text):
-            return _joined([self._exact(text.lower(), 0)])
+            return self._exact(text.lower(), 0)
         parts = []
         exact: list[str] = []
         start = done = 0
@@ -80,19 +94,21 @@ class CleanedWordEnds:
         parts.append(self._exact("".join(exact), start))
         return _joined(parts)
 
-    def _exact(self, clean: str, start: int) -> Encoded:
+    def _exact(self, clean: str, start: int) -> EncodedWords:
         """Tokens of text whose cleaned characters stand where the raw ones do."""
         words = clean.split()
         ids = list(map(self._ids_of.__getitem__, words))
         inside = b"".join(map(self._ends_of.__getitem__, words))
-        starts = [match.start() for match in _WORD.finditer(clean)]
+        begins = np.array([match.start() for match in _WORD.finditer(clean)], np.int32) + start
+        sizes = np.fromiter(map(len, words), np.int32, len(words))
         counts = np.fromiter(map(len, ids), np.int64, len(ids)) // _ID_BYTES
-        offsets = np.repeat(np.array(starts, np.int32) + np.int32(start), counts)
-        return Encoded(
-            np.frombuffer(b"".join(ids), np.int32), np.frombuffer(inside, np.int32) + offsets
+        return EncodedWords(
+            np.frombuffer(b"".join(ids), np.int32),
+            np.frombuffer(inside, np.int32) + np.repeat(begins, counts),
+            np.repeat(begins + sizes + 1, counts),
         )
 
-    def _mapped(self, raw: str, clean: list[str], start: int) -> Encoded:
+    def _mapped(self, raw: str, clean: list[str], start: int) -> EncodedWords:
         """Tokens of a line whose cleaning moves characters."""
         spans = [
             _Span(match.group(), clean_words(match.group()), match.start(), match.end())
@@ -105,7 +121,8 @@ class CleanedWordEnds:
                 ends = np.frombuffer(self._ends_of[word], np.int32) + np.int32(span.start)
             else:
                 ends = np.full(ids.size, end, np.int32)
-            parts.append(Encoded(ids, ends + np.int32(start)))
+            known = np.full(ids.size, end + start + 1, np.int32)
+            parts.append(EncodedWords(ids, ends + np.int32(start), known))
         return _joined(parts)
 
 
@@ -138,12 +155,10 @@ class _EndsCache(dict[str, bytes]):
         return ends
 
 
-def _joined(parts: list[Encoded]) -> Encoded:
+def _joined(parts: list[EncodedWords]) -> EncodedWords:
     empty = np.zeros(0, np.int32)
-    return Encoded(
-        np.concatenate([empty, *(part.ids for part in parts)]),
-        np.concatenate([empty, *(part.ends for part in parts)]),
-    )
+    columns = zip(*parts, strict=True) if parts else ((), (), ())
+    return EncodedWords(*(np.concatenate([empty, *column]) for column in columns))
 
 
 def _place(clean: list[str], spans: list[_Span], size: int) -> list[tuple[str, _Span | None, int]]:

@@ -126,7 +126,10 @@ def _is_whole(path: Path) -> bool:
 
 
 def _encode_texts(encoding: Encoding, texts: Sequence[str]) -> dict[str, np.ndarray]:
-    """tokens: LM ids, each document after an eos; seen: tower tokens ended by each LM token."""
+    """tokens: LM ids, each document after an eos; seen: tower tokens each LM token may look at.
+
+    An eos sees all of the document before it and the tower's end token.
+    """
     eos = np.array([encoding.tokenizer.eos_id], np.int32)
     clip = encoding.tower_tokenizer
     if clip is None:
@@ -139,7 +142,8 @@ def _encode_texts(encoding: Encoding, texts: Sequence[str]) -> dict[str, np.ndar
         aligned = alignment.align(encoding.tokenizer, clip, text)
         tokens += [eos, aligned.lm_ids]
         tower += [end, aligned.clip_ids]
-        seen += [np.array([total + 1]), total + 1 + alignment.lm_to_tower_index(aligned)]
+        index = alignment.lm_to_tower_index(aligned, rule=encoding.rule)
+        seen += [np.array([total + 1]), total + 1 + index]
         total += 1 + len(aligned.clip_ids)
     return _unit(tokens=tokens, tower=tower, seen=seen)
 
