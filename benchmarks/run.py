@@ -30,6 +30,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(
             f"usage: python -m benchmarks.run NAME [--json=FILE]; names: {', '.join(BENCHMARKS)}"
         )
+    if _JSON.value and not Path(_JSON.value).parent.is_dir():
+        raise UserError(f"--json={_JSON.value}: there is no such directory")
     result = BENCHMARKS[argv[1]]()
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

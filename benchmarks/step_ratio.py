@@ -95,7 +95,12 @@ class _Worker:
 
     def __init__(self, command: list[str]) -> None:
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            # three processes share a GPU: none may take it whole
+            env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
         )
 
     def ask(self, question: str) -> dict[str, Any]:
@@ -124,7 +129,7 @@ def worker(variant: str) -> None:
     import jax
     import numpy as np
 
-    from blindvalm_jax import flops, optim, partitioning, presets, runs, system, train
+    from blindvalm_jax import compilation, flops, optim, partitioning, presets, runs, system
     from blindvalm_jax.config import TowerConfig, default, parse
 
     settings_dict = presets.variant(presets.paper(default(), "small"), variant)
@@ -142,8 +147,10 @@ def worker(variant: str) -> None:
     platform_name = jax.devices()[0].platform
     model = system.build(settings, vocab_size=vocab_size, tower=tower, platform=platform_name)
     optimizer = optim.make(settings.optimizer, steps=settings.train.steps)
-    state = train.init_state(model, optimizer, seed=0, mesh=mesh)
-    frozen = None if tower is None else train.place_tower(tower, mesh)
+    state = compilation.init_state(model, optimizer, seed=0, mesh=mesh)
+    frozen = None
+    if tower is not None:
+        frozen = compilation.place_tower(tower, compilation.abstract_tower(shape, settings, mesh))
     rng = np.random.default_rng(0)
     size = (_ROWS.value, _LENGTH.value)
     tokens = rng.integers(4, vocab_size, size, dtype=np.int32)
@@ -157,9 +164,9 @@ def worker(variant: str) -> None:
         starts = rng.random(size) < 1 / _SEGMENT
         starts[:, :: _SEGMENT * 2] = True  # none longer than the tower reads
         rows["tower_starts"] = starts
-    batch = train.to_device(rows, mesh)
-    update = train.make_update(settings, model, optimizer)
-    compiled = train.compile_step(update, state, frozen, batch, mesh)
+    batch = compilation.to_device(rows, mesh)
+    update = compilation.make_update(settings, model, optimizer)
+    compiled = compilation.compile_step(update, state, frozen, batch, mesh)
     cost = flops.per_token(
         settings,
         vocab_size=vocab_size,

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from blindvalm_jax.config import CheckpointConfig, Config
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.step import TrainState
 
 
@@ -19,8 +20,9 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, config: CheckpointConfig) -> None:
         """Opens <workdir>/checkpoints."""
+        self._directory = (workdir / "checkpoints").absolute()
         self._manager = ocp.CheckpointManager(
-            (workdir / "checkpoints").absolute(),
+            self._directory,
             item_names=("state", "data", "config"),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.LatestN(config.keep),
@@ -48,15 +50,34 @@ class Checkpoints:
             force=True,
         )
 
-    def restore(self, like: TrainState) -> TrainState:
-        """The newest state, placed as `like` is: on this mesh, whatever mesh it was saved on."""
+    def restore(self, like: TrainState, *, seed: int) -> TrainState:
+        """The newest state, placed as `like` is: on this mesh, whatever mesh it was saved on.
+
+        Raises:
+          UserError: the checkpoint cannot be read, or its data position is not that of its state.
+        """
+        step = self.latest_step
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
-        restored = self._manager.restore(
-            self.latest_step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)),
-        )
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
+                ),
+            )
+        except Exception as error:  # the storage below Orbax raises nothing more special
+            reason = (str(error) or repr(error)).strip().splitlines()[0][:200]
+            raise UserError(
+                f"checkpoint {self._directory / str(step)} cannot be restored: {reason}; delete it "
+                "to go on from the one before"
+            ) from error
+        if restored.data != {"next_step": step, "seed": seed} or int(restored.state.step) != step:
+            raise UserError(
+                f"checkpoint {self._directory / str(step)} holds step {int(restored.state.step)} "
+                f"and data position {restored.data}; expected {step} and seed {seed}: delete it"
+            )
         return restored.state
 
     def wait(self) -> None:

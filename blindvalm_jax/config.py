@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import ml_collections
@@ -116,7 +116,7 @@ class GroundingConfig:
     """Where the grounding features z come from."""
 
     source: str = _field("text", "none: plain GPT-2; text: BLIND-VALM", choices=("none", "text"))
-    tower: str = _field("random", "CLIP: directory, hub id, or `random`")
+    tower: str = _field("", "CLIP: directory, hub id, or `random` (a control)")
     tokenizer: str = _field("", "tokenizer of the tower; empty: its own directory's")
     readout: str = _field(
         "token",
@@ -169,8 +169,8 @@ class OptimizerConfig:
     warmup_init: float = _field(1e-7, "learning rate of the first update", low=0.0)
     final_fraction: float = _field(0.1, "end of the cosine, of the peak", low=0.0, high=1.0)
     cooldown_fraction: float = _field(0.2, "share of steps that cool down", low=0.0, high=1.0)
-    beta1: float = _field(0.9, "Adam", low=0.0, high=1.0)
-    beta2: float = _field(0.98, "Adam", low=0.0, high=1.0)
+    beta1: float = _field(0.9, "Adam", low=0.0, high=0.99999)
+    beta2: float = _field(0.98, "Adam", low=0.0, high=0.99999)
     epsilon: float = _field(1e-8, "Adam", low=0.0)
     weight_decay: float = _field(0.01, "decoupled, times the learning rate", low=0.0)
     decay: str = _field("all", "what is decayed", choices=("all", "matrices"))
@@ -217,7 +217,7 @@ class LogConfig:
 class Config:
     """A whole run."""
 
-    seed: int = _field(0, "of initialisation, dropout and data order", low=0)
+    seed: int = _field(0, "of initialisation, dropout and data order", low=0, high=2**31 - 1)
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
@@ -272,6 +272,17 @@ def parse(config: ml_collections.ConfigDict) -> Config:
 def from_dict(values: dict[str, Any]) -> Config:
     """Reads a config back from the `config.json` of a run."""
     return parse(ml_collections.ConfigDict(values))
+
+
+def resolve(config: Config, *, vocab_size: int, mesh: Mapping[str, int]) -> Config:
+    """The settings with every "0: take it from elsewhere" and -1 filled in, for the record."""
+    decoder = dataclasses.replace(
+        config.decoder,
+        vocab_size=vocab_size,
+        mlp_width=config.decoder.mlp_width or 4 * config.decoder.width,
+        fusion_layers=fusion_layers(config),
+    )
+    return dataclasses.replace(config, decoder=decoder, mesh=MeshConfig(**mesh))
 
 
 def fusion_layers(config: Config) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import jax
 from absl import app, flags, logging
 
 
@@ -27,6 +28,15 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
             sys.exit(main(argv) or 0)
         except UserError as error:
             _fail(str(error))
+        except KeyboardInterrupt:
+            _fail("interrupted; the same command goes on from what is on disk")
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            _fail(
+                "out of device memory; more train.microbatches, train.remat=full, train.loss_chunk "
+                "or a larger mesh.fsdp need less, and --dry_run tells how much"
+            )
 
     app.run(guarded, flags_parser=_parse)
 
@@ -36,14 +46,24 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(list(argv))
     except (flags.Error, UserError) as error:
-        _fail(str(error))
+        _fail(_cause(str(error)))
     except (AttributeError, KeyError) as error:
         word = re.search(r"\w+", str(error))
         name = f".{word[0]}" if word else ""
-        given = next((a for a in argv if name and a.split("=")[0].endswith(name)), None)
+        given = next((a for a in argv if name and name in a.split("=")[0]), None)
         if given is None:
             raise  # an error of the config file itself: its traceback says where
         _fail(f"unknown setting {given}; `python -m blindvalm_jax.config` lists all of them")
+
+
+def _cause(message: str) -> str:
+    """What a config file's own error says, without the traceback that absl prints around it."""
+    own = re.search(r"UserError: (.*)", message)
+    if own:
+        return own[1]
+    if re.search(r"get_config\(\) takes 0 positional arguments", message):
+        return "this config file takes no argument after a colon"
+    return message
 
 
 def _fail(message: str) -> NoReturn:

@@ -2,8 +2,9 @@
 
 Per token (V, D, F, T as everywhere, c = (T + 1) / 2T keys per position under a causal mask):
 decoder L (8 D^2 + 4 D F + 4 c T D) + 2 D V forward, 3 x that in training; fusion layer with K
-features 4 K D^2 (+ 2 K E D with an adapter) for projections, 2 x in training because nothing flows
-back to the features, and 4 K D for scores and values, 3 x; the frozen tower forward only.
+features 4 K D^2 for projections, 2 x in training because nothing flows back to the features (with
+an adapter 3 x, and 2 K E D for the adapter itself, 2 x), and 4 K D for scores and values, 3 x; the
+frozen tower forward only.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ def per_token(
     if tower is None:
         return FlopsPerToken(3.0 * forward, 0.0, 0.0)
     fused = len(fusion_layers(config)) * config.grounding.neighbours
-    projections = 4 * width**2
+    projections = 2.0 * 4 * width**2
     if tower.projection != width:
-        projections += 2 * tower.projection * width
-    fusion = fused * (2.0 * projections + 3.0 * 4 * width)
+        projections = 3.0 * 4 * width**2 + 2.0 * 2 * tower.projection * width
+    fusion = fused * (projections + 3.0 * 4 * width)
     return FlopsPerToken(3.0 * forward, fusion, tower_forward(config, tower, tower_length) / length)
 
 

@@ -14,7 +14,7 @@ from blindvalm_jax.errors import UserError
 
 
 class MetricWriter:
-    """Appends one JSON object a line; keys are `part/name`, see contracts in docs/training.md.
+    """Appends one JSON object a line; keys are `part/name`, see docs/training.md.
 
     Lines past `resume_step` come from a run that was cut off and are dropped: the updates they
     describe are done again. Only the first process writes.
@@ -30,13 +30,8 @@ class MetricWriter:
         _drop_after(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError as error:
-                raise UserError(
-                    "log.tensorboard needs tensorboardX: pip install 'blindvalm_jax[tensorboard]'"
-                ) from error
-            self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+            writer = import_tensorboard()
+            self._events = writer(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes the scalars of a step; numbers that are not finite are written as null."""
@@ -55,6 +50,21 @@ class MetricWriter:
             self._file.close()
         if self._events is not None:
             self._events.close()
+
+
+def import_tensorboard() -> Any:
+    """The class that writes TensorBoard events.
+
+    Raises:
+      UserError: tensorboardX is not installed.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "log.tensorboard needs tensorboardX: pip install 'blindvalm_jax[tensorboard]'"
+        ) from error
+    return SummaryWriter
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -102,9 +102,19 @@ def shardings(abstract_boxed: Any, mesh: Mesh) -> Any:
     return nn.logical_to_mesh_sharding(specs, mesh, RULES)
 
 
+def abstract(init: Callable[[jax.Array], Any], mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of what `init(key)` makes, unboxed, without making it."""
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        nn.unbox(boxed),
+        shardings(boxed, mesh),
+    )
+
+
 def init_sharded(init: Callable[[jax.Array], Any], key: jax.Array, mesh: Mesh) -> Any:
     """Runs `init(key)` so that every leaf is born on the devices that keep it, and unboxes it."""
-    placed = shardings(jax.eval_shape(init, key), mesh)
+    placed = jax.tree.map(lambda x: x.sharding, abstract(init, mesh))
     with use(mesh):
         return jax.jit(lambda k: nn.unbox(init(k)), out_shardings=placed)(key)
 
@@ -130,17 +140,23 @@ def unsharded_share(params: Any) -> float:
     return sum(size for size, whole in sizes if whole) / max(1, sum(size for size, _ in sizes))
 
 
-def check_sharded(params: Any, mesh: Mesh) -> None:
-    """Refuses to go on when a mesh with fsdp or tensor leaves more than 2 % of parameters whole."""
+def check_sharded(params: Any, mesh: Mesh, expected: Any = None) -> None:
+    """Refuses to go on when a mesh with fsdp or tensor leaves more than 2 % of parameters whole.
+
+    expected: the shardings the rules ask for; what they leave whole themselves (a position table on
+    a mesh with tensor alone) is then not counted.
+    """
     if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
         return
-    share = unsharded_share(params)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    asked = [None] * len(leaves) if expected is None else jax.tree.leaves(expected)
+    whole = [
+        (x.size, jax.tree_util.keystr(path))
+        for (path, x), sharding in zip(leaves, asked, strict=True)
+        if x.sharding.is_fully_replicated and (sharding is None or not sharding.is_fully_replicated)
+    ]
+    share = sum(size for size, _ in whole) / sum(x.size for _, x in leaves)
     if share > UNSHARDED_LIMIT:
-        whole = [
-            (x.size, jax.tree_util.keystr(path))
-            for path, x in jax.tree_util.tree_leaves_with_path(params)
-            if x.sharding.is_fully_replicated
-        ]
         names = [name for _, name in sorted(whole, reverse=True)]
         raise UserError(
             f"{share:.1%} of the parameters are on every device whole, at most "

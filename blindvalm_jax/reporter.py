@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +16,10 @@ from blindvalm_jax import flops
 from blindvalm_jax.config import Config
 from blindvalm_jax.metrics import MetricWriter, StepTimer, duration
 from blindvalm_jax.step import Sums
+
+# What must be a number, or the run has diverged: the update's and the parameters' norms too, since
+# the loss is that of the parameters before the update.
+FINITE = ("train/loss", "train/grad_norm", "train/update_norm", "train/param_norm")
 
 
 class Reporter:
@@ -39,8 +44,8 @@ class Reporter:
         self._peak = flops.peak_tflops(kind, settings.log.peak_tflops)
 
     def log(self, done: int, scalars: Mapping[str, jax.Array], waited: float) -> bool:
-        """Writes the metrics of a step; False when its loss is not finite."""
-        values = {name: float(value) for name, value in scalars.items()}
+        """Writes the metrics of a step; False when it diverged (see `FINITE`)."""
+        values = {name: float(value) for name, value in jax.device_get(scalars).items()}
         updates = done - self._logged
         spent = self.timer.lap()
         self._updating += spent
@@ -54,9 +59,9 @@ class Reporter:
         values["perf/data_wait_seconds"] = (waited - self._waited) / updates
         if self._peak:
             values["perf/mfu"] = per_device * self._flops / (self._peak * 1e12)
-        self._writer.write(done, values)
         values["perf/goodput"] = self._updating / (time.perf_counter() - self._begin)
         values["perf/peak_memory_mib"] = peak_memory_mib()
+        self._writer.write(done, values)
         left = duration(seconds * (self._last - done))
         print(
             f"step {done}/{self._last}  loss {values['train/loss']:.4f}  "
@@ -64,7 +69,12 @@ class Reporter:
             f"{values['perf/tokens_per_second']:,.0f} tokens/s  left {left}"
         )
         self._logged, self._waited = done, waited
-        return bool(np.isfinite(values["train/loss"]))
+        return self.is_finite(values)
+
+    @staticmethod
+    def is_finite(scalars: Mapping[str, Any]) -> bool:
+        """Whether an update left a sound state; waits for it."""
+        return all(np.isfinite(scalars[name]) for name in FINITE)
 
     def evaluated(self, done: int, sums: Sums) -> None:
         """Writes the loss on held-out windows."""

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,56 +20,92 @@ from blindvalm_jax.config import Config
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop.rules import flatten
 
-# May differ when a run is resumed: none of them changes what is computed, beyond rounding.
-_FREE = ("log", "eval", "checkpoint", "mesh", "data.workers", "data.cache")
-_FREE_IN_TRAIN = ("train.remat", "train.scan_unroll", "train.loss_chunk")
+# May differ when a run is resumed: none of them changes what is computed, beyond rounding. Paths of
+# text and tokenizer are among them because their contents are compared (`check_data`).
+_FREE = (
+    *("log", "eval", "checkpoint", "mesh", "data.workers", "data.cache", "data.files"),
+    *("data.eval_files", "data.windows", "data.tfds_dir", "tokenizer.path"),
+    *("grounding.tokenizer", "train.remat", "train.scan_unroll", "train.loss_chunk"),
+)
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def open_run(workdir: Path, config: Config) -> bool:
-    """Creates the directory and `config.json`; True when there is a checkpoint to resume from.
+def check_resume(workdir: Path, config: Config) -> bool:
+    """Whether the directory holds a run to resume; creates the directory.
 
-    Resuming refuses settings that change the run, and says which others changed.
+    Says which settings changed that may.
 
     Raises:
-      UserError: listing field by field what differs from the settings of the run.
+      UserError: the directory cannot be made, its record is gone, or settings changed that change
+        the run, listed field by field.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / "config.json"
-    given = json.loads(json.dumps(dataclasses.asdict(config)))
-    resuming = any((workdir / "checkpoints").glob("[0-9]*"))
-    if resuming and path.exists():
-        before, now = (
-            {key.replace("/", "."): value for key, value in flatten(settings).items()}
-            for settings in (read_json(path), given)
+    try:
+        (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
+    if not any(path.name.isdigit() for path in (workdir / "checkpoints").iterdir()):
+        return False
+    record = _record(workdir)
+    before, now = (
+        {key.replace("/", "."): value for key, value in flatten(settings).items()}
+        for settings in (record["config_as_given"], _plain(config))
+    )
+    changed = [k for k in sorted(set(before) | set(now)) if before.get(k) != now.get(k)]
+    lines = {k: f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in changed}
+    refused = [lines[key] for key in changed if not _is_free(key, config)]
+    if refused:
+        raise UserError(
+            f"{workdir} holds a run with other settings: {'; '.join(refused)}. Give the same "
+            "settings to resume it, or another --workdir"
         )
-        changed = [k for k in sorted(set(before) | set(now)) if before.get(k) != now.get(k)]
-        refused = [key for key in changed if not _is_free(key, config)]
-        lines = {k: f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in changed}
-        if refused:
+    for key in changed:
+        print(f"resuming with another setting, {lines[key]}", flush=True)
+    return True
+
+
+def check_data(workdir: Path, about: Mapping[str, Any]) -> None:
+    """Refuses to resume a run on other text or another tokenizer than it was started on.
+
+    about: as `write_record` gets it.
+    """
+    before = _record(workdir)
+    for name, key in (("tokenizer", "fingerprint"), ("data", "key")):
+        if before[name][key] != about[name][key]:
             raise UserError(
-                f"{workdir} holds a run with other settings: "
-                f"{'; '.join(lines[key] for key in refused)}. Give the same settings to resume it, "
-                "or another --workdir"
+                f"{workdir} was trained with another {name}: on {before['data']['directory']}, now "
+                f"{about['data']['directory']}. Bring the text back, set data.windows to the "
+                "windows of the run, or take another --workdir"
             )
-        for key in changed:
-            print(f"resuming with another setting, {lines[key]}", flush=True)
-    write_json(path, given)
-    return resuming
+
+
+def _record(workdir: Path) -> Any:
+    path = workdir / "run.json"
+    if not path.exists():
+        raise UserError(f"{workdir} has checkpoints but no run.json: take another --workdir")
+    return read_json(path)
+
+
+def _plain(config: Config) -> Any:
+    """Settings as JSON gives them back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def _is_free(key: str, config: Config) -> bool:
     if key == "train.steps":
         return config.optimizer.schedule == "inverse_sqrt"  # the others depend on the length
-    return key in _FREE_IN_TRAIN or any(key == f or key.startswith(f + ".") for f in _FREE)
+    return any(key == free or key.startswith(f"{free}.") for free in _FREE)
 
 
-def write_record(workdir: Path, about: Mapping[str, Any], *, step: int) -> None:
-    """Writes `run.json`: what this run is and computes with, and each time it was started."""
+def write_record(
+    workdir: Path, about: Mapping[str, Any], *, given: Config, resolved: Config, step: int
+) -> None:
+    """Writes config.json (as resolved) and run.json: what this run is and each of its starts."""
     path = workdir / "run.json"
-    starts = read_json(path).get("starts", []) if path.exists() else []
+    starts = read_json(path)["starts"] if step and path.exists() else []
     starts.append({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step})
     record = {
+        "command": sys.argv,
+        "config_as_given": _plain(given),
         "versions": versions(),
         "commit": commit(),
         "devices": [jax.devices()[0].device_kind, jax.device_count()],
@@ -76,6 +113,7 @@ def write_record(workdir: Path, about: Mapping[str, Any], *, step: int) -> None:
         **about,
         "starts": starts,
     }
+    write_json(workdir / "config.json", _plain(resolved))
     write_json(path, record)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from blindvalm_jax.models.decoder import Decoder
 from blindvalm_jax.models.transformer import split_stack
 from blindvalm_jax.step import Model
 
+_TOWER_KEY = 2**31  # no update's number, whose dropout key is folded in likewise
+# What the same parameters mean another function under.
+_FACE = ("positions", "embedding_scale", "activation", "norm_epsilon", "heads")
 _DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -50,6 +54,11 @@ def read_tower(config: Config, resumed: Path | None) -> Tower | None:
         return Tower(found.tower, found.params, found.source, found.sha256)
     if grounding.tower == "random":
         return None
+    if not grounding.tower:
+        raise UserError(
+            "grounding.tower is needed: a CLIP directory or hub id, or `random` for a control "
+            "without knowledge (or grounding.source=none for a plain GPT-2)"
+        )
     loaded = clip_text.load_tower(grounding.tower)
     return Tower(loaded.config, loaded.params, loaded.source, loaded.sha256)
 
@@ -64,10 +73,9 @@ def prepare_tower(
     tower: Tower | None,
     *,
     vocabulary: TokenizerRecord,
-    workdir: Path,
     resuming: bool,
 ) -> Tower | None:
-    """The tower that is trained with, stored in the run: as read, or fresh where settings say so.
+    """The tower that is trained with: as read, or fresh where settings say so.
 
     tower: from `read_tower`; vocabulary: of the tokens the tower reads.
 
@@ -88,14 +96,19 @@ def prepare_tower(
             f"cut into a vocabulary of {vocabulary.tower_vocab_size}: set grounding.tokenizer to "
             "the tower's own tokenizer"
         )
-    if jax.process_index() == 0:
-        weights.save(workdir / "tower", tower.params, config=tower.config, source=tower.source)
     return tower
+
+
+def store_tower(tower: Tower, workdir: Path) -> None:
+    """Keeps the tower of a new run, once, with its source and hash; replaces a dead run's."""
+    directory = workdir / "tower"
+    shutil.rmtree(directory, ignore_errors=True)
+    weights.save(directory, tower.params, config=tower.config, source=tower.source)
 
 
 def fresh_tower(shape: TowerConfig, *, seed: int) -> Tower:
     """A tower of random weights: the control that carries no knowledge."""
-    key = jax.random.fold_in(jax.random.key(seed), 1)
+    key = jax.random.fold_in(jax.random.key(seed), _TOWER_KEY)
     tokens_BS = jnp.zeros((1, 1), jnp.int32)
 
     def init(key: jax.Array) -> Any:
@@ -172,23 +185,43 @@ def build(config: Config, *, vocab_size: int, tower: Tower | None, platform: str
     )
 
 
-def start_from(fresh: Any, model: Model, directory: str) -> tuple[Any, list[str]]:
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """Decoder parameters taken from elsewhere; names that stayed fresh, and that found no place."""
+
+    params: Any
+    fresh: list[str]
+    dropped: list[str]
+
+
+def start_from(fresh: Any, model: Model, directory: str, vocabulary: TokenizerRecord) -> Started:
     """Replaces fresh decoder parameters by those of a weights directory, block by block.
 
     The weights may come from a decoder with other fusion layers, or none: memory parameters that
-    they lack stay fresh. Returns the parameters (on the host) and the names that stayed fresh.
+    they lack stay fresh, those that this decoder lacks are dropped, and both are named.
 
     Raises:
-      UserError: naming each parameter that is missing, left over or of another shape.
+      UserError: naming each parameter that is missing, left over or of another shape, or the
+        setting or tokenizer that differs.
     """
     found = weights.load(directory, kind="decoder")
     spec, decoder = found.decoder, model.decoder
+    known = (found.tokenizer or {}).get("fingerprint", vocabulary.fingerprint)
+    differing = [
+        f"decoder.{name} is {getattr(decoder.config, name)!r}, was {getattr(spec.decoder, name)!r}"
+        for name in _FACE
+        if getattr(decoder.config, name) != getattr(spec.decoder, name)
+    ]
+    if known != vocabulary.fingerprint:
+        differing.append("the tokenizer is another one")
+    if differing:
+        raise UserError(f"{directory} does not fit the decoder of this run: {'; '.join(differing)}")
     layers = decoder.config.layers
     ours = _by_layer(jax.tree.map(np.asarray, fresh), layers, decoder.fusion_layers)
     theirs = _by_layer(found.params, spec.decoder.layers, spec.fusion_layers)
     kept = sorted(name for name in ours if name not in theirs)
-    wrong = [name for name in kept if "/memory/" not in name]
-    wrong += [name for name in theirs if name not in ours and "/memory/" not in name]
+    dropped = sorted(name for name in theirs if name not in ours)
+    wrong = [name for name in [*kept, *dropped] if "/memory/" not in name]
     wrong += [
         f"{name} {theirs[name].shape} instead of {ours[name].shape}"
         for name in theirs
@@ -197,7 +230,7 @@ def start_from(fresh: Any, model: Model, directory: str) -> tuple[Any, list[str]
     if wrong:
         raise UserError(f"{directory} does not fit the decoder of this run: {', '.join(wrong)}")
     merged = {name: theirs.get(name, value) for name, value in ours.items()}
-    return _stacked(merged, layers, decoder.fusion_layers), kept
+    return Started(_stacked(merged, layers, decoder.fusion_layers), kept, dropped)
 
 
 def _by_layer(params: Any, layers: int, fused: tuple[int, ...]) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +19,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import flags
-from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from blindvalm_jax import (
     checkpoint,
+    compilation,
     config,
     flops,
+    metrics,
     optim,
     partitioning,
     runs,
@@ -33,9 +35,9 @@ from blindvalm_jax import (
     system,
 )
 from blindvalm_jax.data import pipeline, prepared
+from blindvalm_jax.data.manifest import TokenizerRecord
 from blindvalm_jax.data.windows import Windows
 from blindvalm_jax.errors import UserError, run_main
-from blindvalm_jax.grounding.text import TowerInput
 from blindvalm_jax.reporter import Reporter
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings of the run.", lock_config=True)
@@ -69,21 +71,20 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
     # ---------------------------------------------------------------- where it runs
     mesh = partitioning.make_mesh(settings.mesh)
     say(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
+    resuming = runs.check_resume(workdir, settings)
+    if settings.log.tensorboard:
+        metrics.import_tensorboard()
 
     # ---------------------------------------------------------------- text and tower
-    resuming = runs.open_run(workdir, settings)
     tower = system.read_tower(settings, workdir if resuming else None)
     partitioning.check_divisible(settings, mesh, None if tower is None else tower.config)
     context = system.tower_context(settings, tower)
     directory = prepared.ensure_prepared(settings, workdir, tower_context=context)
     windows = Windows(directory, "train")
     held_out = Windows(directory, "eval") if settings.eval.every_steps else None
+    vocabulary = windows.manifest.tokenizer
     tower = system.prepare_tower(
-        settings,
-        tower,
-        vocabulary=windows.manifest.tower_record,
-        workdir=workdir,
-        resuming=resuming,
+        settings, tower, vocabulary=windows.manifest.tower_record, resuming=resuming
     )
     shape = None if tower is None else tower.config
     partitioning.check_divisible(settings, mesh, shape)
@@ -91,65 +92,64 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
     if tower is not None:
         say(f"tower: {tower.source}, {describe_grounding(settings)}")
 
-    # ---------------------------------------------------------------- model and state
+    # ---------------------------------------------------------------- model, compiled
     platform = jax.devices()[0].platform
-    vocab_size = windows.manifest.tokenizer.vocab_size
-    model = system.build(settings, vocab_size=vocab_size, tower=tower, platform=platform)
+    model = system.build(settings, vocab_size=vocabulary.vocab_size, tower=tower, platform=platform)
     optimizer = optim.make(settings.optimizer, steps=settings.train.steps)
-    state = init_state(model, optimizer, seed=settings.seed, mesh=mesh)
-    frozen = None if tower is None else place_tower(tower, mesh)
-    partitioning.check_sharded(state.params, mesh)
-    checkpoints = checkpoint.Checkpoints(workdir, settings.checkpoint)
-    if checkpoints.latest_step is not None:
-        state = checkpoints.restore(state)
-        say(f"resumed at step {int(state.step)}")
-    elif settings.train.init_from:
-        state, fresh = start_from(state, model, settings.train.init_from)
-        say(f"started from {settings.train.init_from}; fresh: {', '.join(fresh) or 'nothing'}")
-    first = int(state.step)
-    if first >= settings.train.steps:
-        say(f"nothing to do: {workdir} has {first} of {settings.train.steps} steps")
-        checkpoints.close()
+    state = compilation.abstract_state(model, optimizer, mesh)
+    frozen = None if shape is None else compilation.abstract_tower(shape, settings, mesh)
+    batch = compilation.abstract_batch(settings, windows, mesh, tower=tower is not None)
+    about = describe_run(settings, state, frozen, model, mesh, windows, directory, tower, batch)
+    if resuming:
+        runs.check_data(workdir, about)
+    begin = time.perf_counter()
+    update = compilation.make_update(settings, model, optimizer)
+    compiled = compilation.compile_step(update, state, frozen, batch, mesh)
+    say(f"compiled in {time.perf_counter() - begin:.1f} s; {describe_memory(compiled)}")
+    if dry_run:
         return 0
 
-    # ---------------------------------------------------------------- compilation, loop
-    batches = pipeline.batches(
-        windows,
-        batch_size=settings.train.batch_size,
-        seed=settings.seed,
-        start_step=first,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        tower=tower is not None,
-    )
-    with checkpoints, batches:
-        batch = to_device(next(batches), mesh)
-        cost = flops.per_token(
-            settings,
-            vocab_size=vocab_size,
-            tower=shape,
-            tower_length=0 if batch.tower is None else batch.tower.tokens_BS.shape[1],
-        )
-        if jax.process_index() == 0:
-            write_records(workdir, state, frozen, model, mesh, windows, tower, cost)
-        begin = time.perf_counter()
-        compiled = compile_step(make_update(settings, model, optimizer), state, frozen, batch, mesh)
-        say(f"compiled in {time.perf_counter() - begin:.1f} s; {describe_memory(compiled)}")
-        if dry_run:
+    # ---------------------------------------------------------------- state, loop
+    state = compilation.init_state(model, optimizer, seed=settings.seed, mesh=mesh)
+    partitioning.check_sharded(state.params, mesh, jax.tree.map(lambda x: x.sharding, state.params))
+    with checkpoint.Checkpoints(workdir, settings.checkpoint) as checkpoints:
+        if resuming:
+            state = checkpoints.restore(state, seed=settings.seed)
+            say(f"resumed at step {int(state.step)}")
+        elif settings.train.init_from:
+            state = start_from(state, model, settings.train.init_from, vocabulary)
+        first = int(state.step)
+        if first >= settings.train.steps:
+            say(f"nothing to do: {workdir} has {first} of {settings.train.steps} steps")
             return 0
-        return loop(
-            settings,
-            workdir,
-            state=state,
-            frozen=frozen,
-            batch=batch,
-            batches=batches,
-            compiled=compiled,
-            evaluate=make_evaluation(settings, model, held_out, mesh),
-            checkpoints=checkpoints,
-            mesh=mesh,
-            flops_per_token=cost.total,
-        )
+        if tower is not None:
+            frozen = compilation.place_tower(tower, frozen)
+            if not resuming:
+                system.store_tower(tower, workdir)
+            del tower
+        resolved = config.resolve(settings, vocab_size=vocabulary.vocab_size, mesh=mesh.shape)
+        runs.write_record(workdir, about, given=settings, resolved=resolved, step=first)
+        with pipeline.batches(
+            windows,
+            batch_size=settings.train.batch_size,
+            seed=settings.seed,
+            start_step=first,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            tower=shape is not None,
+        ) as batches:
+            return loop(
+                settings,
+                workdir,
+                state=state,
+                frozen=frozen,
+                batches=batches,
+                compiled=compiled,
+                evaluate=make_evaluation(settings, model, held_out, mesh),
+                checkpoints=checkpoints,
+                mesh=mesh,
+                flops_per_token=about["flops_per_token"]["total"],
+            )
 
 
 def loop(
@@ -158,7 +158,6 @@ def loop(
     *,
     state: step.TrainState,
     frozen: Any,
-    batch: step.Batch,
     batches: pipeline.Batches,
     compiled: Any,
     evaluate: Any,
@@ -171,12 +170,13 @@ def loop(
     reporter = Reporter(settings, workdir, first=first, flops_per_token=flops_per_token)
     every = settings.eval.every_steps
     pending = None  # metrics are read one update late, so that the device never waits for the host
+    batch = compilation.to_device(next(batches), mesh)
     try:
         for done in range(first + 1, last + 1):
             state, scalars = compiled(state, frozen, batch)
             finished = done == last
             if not finished:
-                batch = to_device(next(batches), mesh)
+                batch = compilation.to_device(next(batches), mesh)
             evaluating = every > 0 and (finished or done % every == 0)
             saving = finished or done % settings.checkpoint.every_steps == 0
             due = [pending] if pending else []
@@ -186,12 +186,12 @@ def loop(
                 if evaluating or saving:  # what is saved must have been reported
                     due.append(pending)
                     pending = None
-            for at, values in due:
-                if not reporter.log(at, values, batches.seconds_waited):
-                    print(f"error: the loss is not finite at step {at}: diverged", flush=True)
-                    return DIVERGED
-            if evaluating or saving:
-                jax.block_until_ready(scalars)  # the update's own time is not the pause's
+            sound = all(reporter.log(*report, batches.seconds_waited) for report in due)
+            if saving or evaluating:  # waits for the update: its time is not the pause's
+                sound = sound and reporter.is_finite(scalars)
+            if not sound:
+                say_error(f"diverged at step {done}: the loss or a norm is not finite")
+                return DIVERGED
             begin = time.perf_counter()
             if evaluating:
                 reporter.evaluated(done, evaluate(state.params, frozen))
@@ -205,69 +205,19 @@ def loop(
         reporter.close()
 
 
-def init_state(model: step.Model, optimizer: Any, *, seed: int, mesh: Mesh) -> step.TrainState:
-    """A fresh state, every array born on the devices that keep it."""
-
-    def init(key: jax.Array) -> step.TrainState:
-        params = model.init(key)
-        return step.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    return partitioning.init_sharded(init, jax.random.key(seed), mesh)
-
-
 def start_from(
-    state: step.TrainState, model: step.Model, directory: str
-) -> tuple[step.TrainState, list[str]]:
+    state: step.TrainState, model: step.Model, directory: str, vocabulary: TokenizerRecord
+) -> step.TrainState:
     """Puts the weights of a directory in the place of the fresh ones, sharded alike."""
-    params, fresh = system.start_from(state.params, model, directory)
-    placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, state.params)
-    return dataclasses.replace(state, params=placed), fresh
-
-
-def place_tower(tower: system.Tower, mesh: Mesh) -> Any:
-    """The tower's parameters on the devices, sharded by the same rules as the decoder's."""
-    module = system.TextTower(tower.config)
-    tokens_BS = jnp.zeros((1, 1), jnp.int32)
-
-    def init(key: jax.Array) -> Any:
-        return module.init(key, tokens_BS, tokens_BS == 0, readout="token")["params"]
-
-    placed = partitioning.shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
-    return jax.tree.map(jax.device_put, tower.params, placed)
-
-
-def to_device(batch: pipeline.Batch, mesh: Mesh) -> step.Batch:
-    """This process's rows as arrays of the global batch."""
-    put = functools.partial(partitioning.put_rows, mesh=mesh)
-    tower = None
-    if "tower_tokens" in batch:
-        index = put(batch["tower_index"]) if "tower_index" in batch else None
-        tower = TowerInput(put(batch["tower_tokens"]), put(batch["tower_starts"]), index)
-    return step.Batch(put(batch["tokens"]), put(batch["targets"]), put(batch["weights"]), tower)
-
-
-def make_update(settings: config.Config, model: step.Model, optimizer: Any) -> Any:
-    """The update (state, frozen, batch) -> (state, metrics) of a run."""
-    return functools.partial(
-        step.train_step,
-        model=model,
-        optimizer=optimizer,
-        rate=optim.schedule(settings.optimizer, steps=settings.train.steps),
-        seed=settings.seed,
-        microbatches=settings.train.microbatches,
+    started = system.start_from(state.params, model, directory, vocabulary)
+    say(
+        f"started from {directory}; fresh: {', '.join(started.fresh) or 'nothing'}; "
+        f"left out: {', '.join(started.dropped) or 'nothing'}"
     )
-
-
-def compile_step(
-    update: Any, state: step.TrainState, frozen: Any, batch: step.Batch, mesh: Mesh
-) -> Any:
-    """Compiles an update ahead of time; the state's memory is reused for the next state."""
-    placed = jax.tree.map(lambda x: x.sharding, state)
-    jitted = jax.jit(
-        update, donate_argnums=0, out_shardings=(placed, partitioning.replicated(mesh))
+    placed = jax.tree.map(
+        lambda x, like: jax.device_put(x, like.sharding), started.params, state.params
     )
-    with partitioning.use(mesh):
-        return jitted.lower(state, frozen, batch).compile()
+    return dataclasses.replace(state, params=placed)
 
 
 def make_evaluation(
@@ -287,48 +237,66 @@ def make_evaluation(
             process_count=jax.process_count(),
             tower=model.tower is not None,
         )
+        zero = jnp.zeros(())
+        total = step.Sums(zero, zero, zero)
         with partitioning.use(mesh):
-            parts = [run(params, frozen, to_device(batch, mesh)) for batch in rows]
-        return functools.reduce(lambda a, b: a + b, parts)
+            for batch in rows:
+                total += run(params, frozen, compilation.to_device(batch, mesh))
+        return total
 
     return evaluate
 
 
-def write_records(
-    workdir: Path,
+def describe_run(
+    settings: config.Config,
     state: step.TrainState,
     frozen: Any,
     model: step.Model,
     mesh: Mesh,
     windows: Windows,
+    directory: Path,
     tower: system.Tower | None,
-    cost: flops.FlopsPerToken,
-) -> None:
-    """Writes run.json and parameters.txt, and says how large the model is."""
+    batch: step.Batch,
+) -> dict[str, Any]:
+    """What run.json says of the run; prints how large the model is."""
     sizes = {
-        "decoder": int(parameter_overview.count_parameters(state.params)),
-        "tower": 0 if frozen is None else int(parameter_overview.count_parameters(frozen)),
+        "decoder": count(state.params),
+        "tower": 0 if frozen is None else count(frozen),
         "bytes_per_device": partitioning.bytes_per_device((state, frozen)),
     }
-    table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-    (workdir / "parameters.txt").write_text(table + "\n", encoding="utf-8")
     say(
-        f"parameters: {sizes['decoder']:,} in the decoder (parameters.txt), {sizes['tower']:,} "
-        f"frozen in the tower; {sizes['bytes_per_device'] / 2**20:,.0f} MiB a device"
+        f"parameters: {sizes['decoder']:,} in the decoder, {sizes['tower']:,} frozen in the "
+        f"tower; {sizes['bytes_per_device'] / 2**20:,.0f} MiB a device"
     )
-    about = {
+    manifest = windows.manifest
+    cost = flops.per_token(
+        settings,
+        vocab_size=manifest.tokenizer.vocab_size,
+        tower=None if tower is None else tower.config,
+        tower_length=0 if batch.tower is None else batch.tower.tokens_BS.shape[1],
+    )
+    grounding = None
+    if tower is not None:
+        projection = tower.config.projection
+        grounding = {"source": tower.source, "sha256": tower.sha256, "projection": projection}
+    return {
         "mesh": dict(mesh.shape),
-        "kernels": {"attention": model.decoder.kernel},
+        "kernels": {"attention": model.decoder.kernel, "fusion": "xla", "tower": "xla"},
         "parameters": sizes,
         "flops_per_token": {**dataclasses.asdict(cost), "total": cost.total},
+        "tokenizer": dataclasses.asdict(manifest.tokenizer),
         "data": {
-            "key": windows.manifest.key,
-            "tokenizer": windows.manifest.tokenizer.fingerprint,
+            "key": manifest.key,
+            "directory": str(directory.resolve()),
             "train_windows": len(windows),
         },
-        "tower": None if tower is None else {"source": tower.source, "sha256": tower.sha256},
+        "tower": grounding,
     }
-    runs.write_record(workdir, about, step=int(state.step))
+
+
+def count(params: Any) -> int:
+    """Number of parameters, the padding of the vocabulary included."""
+    return sum(x.size for x in jax.tree.leaves(params))
 
 
 def describe_grounding(settings: config.Config) -> str:
@@ -351,6 +319,12 @@ def say(text: str) -> None:
     """Prints on the first process."""
     if jax.process_index() == 0:
         print(text, flush=True)
+
+
+def say_error(text: str) -> None:
+    """Prints an error on the first process."""
+    if jax.process_index() == 0:
+        print(f"error: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

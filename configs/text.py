@@ -33,6 +33,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             raise UserError(f"configs/text.py takes any of {known}; got {word!r}")
     config = presets.variant(presets.sized(default(), size), name)
     config.tokenizer.kind = "train"
+    config.grounding.tower = "random"
     config.data.sequence_length = 256
     config.decoder.attention_dropout = 0.0
     config.train.steps = 2000

@@ -48,6 +48,7 @@ def settings(text: Path, **changes: Any) -> ml_collections.ConfigDict:
     values.tokenizer.kind = "train"
     values.tokenizer.train_vocab_size = 320
     values.decoder.layers, values.decoder.width, values.decoder.heads = 2, 32, 2
+    values.grounding.tower = "random"
     values.grounding.random.width, values.grounding.random.layers = 16, 1
     values.grounding.random.projection = 16
     values.train.dtype = values.grounding.dtype = "float32"
@@ -103,12 +104,15 @@ def test_run_leaves_the_record_that_checks_rely_on(finished: Path) -> None:
     assert all(0 < share < 1 for share in metrics["train/grounding_attention"].values())
     record = json.loads((finished / "run.json").read_text())
     assert record["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
-    assert record["kernels"] == {"attention": "xla"}
+    assert set(record["kernels"].values()) == {"xla"}
     assert record["versions"]["jax"] == jax.__version__
     assert record["flops_per_token"]["total"] > record["flops_per_token"]["decoder"] > 0
     assert record["tower"]["sha256"] == weights.load(finished / "tower").sha256
     resolved = json.loads((finished / "config.json").read_text())
     assert resolved["decoder"]["width"] == 32
+    assert resolved["decoder"]["vocab_size"] == record["tokenizer"]["vocab_size"] == 320
+    assert resolved["decoder"]["fusion_layers"] == [0]
+    assert resolved["mesh"] == record["mesh"]
     assert config.from_dict(resolved).train.steps == 6
     assert sorted(int(p.name) for p in (finished / "checkpoints").iterdir()) == [2, 4, 6]
 
@@ -190,22 +194,43 @@ def test_resume_refuses_other_settings_and_says_which(finished: Path, text: Path
 def test_resume_announces_settings_that_may_change(
     finished: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert runs.open_run(finished, config.parse(settings(text, log__every_steps=2)))
+    assert runs.check_resume(finished, config.parse(settings(text, log__every_steps=2)))
     assert "log.every_steps: 1 -> 2" in capsys.readouterr().out
-    runs.open_run(finished, config.parse(settings(text)))
 
 
-def test_length_may_grow_where_the_schedule_does_not_depend_on_it(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
-    values = config.default()
-    values.train.steps = 10
-    runs.open_run(tmp_path, config.parse(values))
-    values.train.steps = 20
-    assert runs.open_run(tmp_path, config.parse(values))
-    values.optimizer.schedule = "cosine"
-    values.train.steps = 30
-    with pytest.raises(UserError, match=r"optimizer\.schedule.*train\.steps"):
-        runs.open_run(tmp_path, config.parse(values))
+def test_length_may_grow_where_the_schedule_does_not_depend_on_it(
+    finished: Path, text: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"train\.steps: 6 -> 7"):
+        runs.check_resume(finished, config.parse(settings(text, train__steps=7)))
+    shape = {"optimizer__schedule": "inverse_sqrt"}
+    run(settings(text, train__steps=2, eval__every_steps=0, **shape), tmp_path)
+    longer = settings(text, train__steps=4, eval__every_steps=0, **shape)
+    assert sorted(run(longer, tmp_path)["train/loss"]) == [1, 2, 3, 4]
+
+
+def test_resume_on_changed_text_is_refused(text: Path, tmp_path: Path) -> None:
+    """The BPE learned from it would be another, and every embedding row mean another token."""
+    mine = tmp_path / "mine.txt"
+    mine.write_text(text.read_text())
+    values = settings(mine, train__steps=4, optimizer__schedule="inverse_sqrt")
+    run(values, tmp_path / "run")
+    record = (tmp_path / "run" / "run.json").read_bytes()
+    small_text.write_text(mine, small_text.documents(120, seed=5))
+    values.train.steps = 6
+    with pytest.raises(UserError, match="was trained with another tokenizer"):
+        run(values, tmp_path / "run")
+    assert (tmp_path / "run" / "run.json").read_bytes() == record
+
+
+def test_damaged_checkpoint_is_one_line(finished: Path, text: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    state = tmp_path / "checkpoints" / "6" / "state"
+    data = max((p for p in state.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data.write_bytes(data.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"checkpoints/6 cannot be restored") as caught:
+        run(settings(text), tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +321,7 @@ def test_starts_from_weights_of_a_plain_decoder(finished: Path, text: Path, tmp_
 
 def _export(workdir: Path, out: Path) -> Path:
     """The decoder of a run as a weights directory."""
-    from blindvalm_jax import checkpoint, optim, partitioning
+    from blindvalm_jax import checkpoint, compilation, optim, partitioning
     from blindvalm_jax.data.windows import Windows
 
     parsed = config.from_dict(runs.read_json(workdir / "config.json"))
@@ -305,9 +330,9 @@ def _export(workdir: Path, out: Path) -> Path:
     model = system.build(parsed, vocab_size=vocab_size, tower=None, platform="cpu")
     mesh = partitioning.make_mesh(parsed.mesh)
     optimizer = optim.make(parsed.optimizer, steps=parsed.train.steps)
-    fresh = train.init_state(model, optimizer, seed=0, mesh=mesh)
+    fresh = compilation.init_state(model, optimizer, seed=0, mesh=mesh)
     with checkpoint.Checkpoints(workdir, parsed.checkpoint) as checkpoints:
-        state = checkpoints.restore(fresh)
+        state = checkpoints.restore(fresh, seed=parsed.seed)
     spec = weights.DecoderSpec(decoder=parsed.decoder, fusion=parsed.fusion, vocab_size=vocab_size)
     weights.save(out, jax.tree.map(np.asarray, state.params), config=spec, source="a run of a test")
     return out
@@ -324,8 +349,12 @@ def test_weights_of_another_size_are_refused_by_name(
 
 
 def test_divergence_ends_with_its_own_exit_code(text: Path, tmp_path: Path) -> None:
+    """And leaves no checkpoint that is not finite, logged step or not."""
     values = settings(text, optimizer__learning_rate=1e30, optimizer__warmup_steps=0)
+    values.log.every_steps = 100
+    values.eval.every_steps = 0
     assert train.train(config.parse(values), tmp_path) == train.DIVERGED
+    assert not any((tmp_path / "checkpoints").glob("[0-9]*"))
 
 
 @pytest.mark.parametrize(
@@ -338,6 +367,7 @@ def test_divergence_ends_with_its_own_exit_code(text: Path, tmp_path: Path) -> N
         ({"data__files": "nowhere/*.txt"}, "nowhere"),
         ({"data__files": ""}, "there is no text"),
         ({"grounding__tower": "nowhere/at/all"}, "nowhere/at/all"),
+        ({"grounding__tower": ""}, "grounding.tower is needed"),
         ({"tokenizer__kind": "clip"}, "tokenizer.kind=clip needs tokenizer.path"),
         ({"grounding__random__heads": 3}, "grounding.random.width 16 is not a multiple"),
         ({"data__eval_fraction": 0.0}, "eval"),

@@ -37,8 +37,13 @@ class Dropout:
 
     def __call__(self, weights: Array) -> Array:
         """Zeroes a share `rate` of the weights and scales the others by 1 / (1 - rate)."""
-        keep = jax.random.bernoulli(self.key, 1.0 - self.rate, weights.shape)
-        return jnp.where(keep, weights / (1.0 - self.rate), 0.0)
+        # Two 16-bit draws from each random word: making the words costs more than the attention.
+        size = weights.shape[-1]
+        words = jax.random.bits(self.key, (*weights.shape[:-1], -(-size // 2)), jnp.uint32)
+        pairs = jax.lax.bitcast_convert_type(words, jnp.uint16)
+        draws = pairs.reshape(*weights.shape[:-1], -1)[..., :size]
+        dropped = round(self.rate * 2**16)
+        return jnp.where(draws < dropped, 0.0, weights / (1.0 - dropped / 2**16))
 
 
 @struct.dataclass
@@ -156,54 +161,65 @@ class Packed:
         """Attention under this pattern; takes neither memory nor dropout."""
         if memory is not None or dropout is not None:
             raise ValueError("packed attention takes neither a memory nor dropout")
-        if not self.side:
-            return Attended(self._local(q_BTNH, k_BTNH, v_BTNH, scale, None))
         length = self.segment_BT.shape[1]
-        q_main, q_side = q_BTNH[:, :length], q_BTNH[:, length:]
-        k_main, k_side = k_BTNH[:, :length], k_BTNH[:, length:]
-        v_main, v_side = v_BTNH[:, :length], v_BTNH[:, length:]
+        k_main, v_main = k_BTNH[:, :length], v_BTNH[:, :length]
+        # The start token sees only itself.
+        tokens = self._tokens(q_BTNH[:, 1:length], k_main, v_main, scale, None)
+        main_BTNH = jnp.concatenate([v_main[:, :1], tokens], axis=1)
+        if not self.side:
+            return Attended(main_BTNH)
+        q_side, k_side, v_side = (x[:, length:] for x in (q_BTNH, k_BTNH, v_BTNH))
         itself = Memory(k_side[:, :, None], v_side[:, :, None])
-        main_BTNH = self._local(q_main, k_main, v_main, scale, None)
-        side_BTNH = self._local(q_side, k_main, v_main, scale, itself)
-        return Attended(jnp.concatenate([main_BTNH, side_BTNH], axis=1))
+        empty = joint_attention(  # the <eos> right behind the start token: the empty text
+            q_side[:, :1],
+            k_main[:, :1],
+            v_main[:, :1],
+            mask_BTS=jnp.ones((1, 1, 1), bool),
+            scale=scale,
+            memory=jax.tree.map(lambda x: x[:, :1], itself),
+        )
+        behind = jax.tree.map(lambda x: x[:, 1:], itself)
+        tokens = self._tokens(q_side[:, 1:], k_main, v_main, scale, behind)
+        return Attended(jnp.concatenate([main_BTNH, empty.out_BTNH, tokens], axis=1))
 
-    def _local(
-        self, q_BTNH: Array, k_BTNH: Array, v_BTNH: Array, scale: float, memory: Memory | None
+    def _tokens(
+        self, q_BSNH: Array, k_BTNH: Array, v_BTNH: Array, scale: float, memory: Memory | None
     ) -> Array:
-        batch, length = q_BTNH.shape[:2]
+        """Attention of the S tokens behind the start token; keys and values include it."""
+        batch, length = q_BSNH.shape[:2]
         block = min(_power_of_two(self.longest), length)
         blocks = -(-length // block)
+        reach = 2 if blocks > 1 else 1  # a segment lies in a block and the one before
 
         def cut(x: Array) -> Array:
-            """[B, T, ...] to [B * blocks, block, ...], the tail filled with zeros."""
+            """[B, S, ...] to [B * blocks, block, ...], the tail filled with zeros."""
             pad = [(0, 0), (0, blocks * block - length)] + [(0, 0)] * (x.ndim - 2)
             return jnp.pad(x, pad).reshape(batch * blocks, block, *x.shape[2:])
 
-        def window(x: Array, first: Array) -> Array:
-            """Keys of each block: the start token, the block before, the block itself."""
-            own = cut(x).reshape(batch, blocks, block, *x.shape[2:])
-            before = jnp.pad(own[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (own.ndim - 2))
-            start = jnp.broadcast_to(first[:, None], (batch, blocks, 1, *x.shape[2:]))
-            joined = jnp.concatenate([start, before, own], axis=2)
-            return joined.reshape(batch * blocks, 2 * block + 1, *x.shape[2:])
+        def window(x: Array) -> Array:
+            """[B, 1 + S, ...] to the keys of each block: start token, block before, itself."""
+            own = cut(x[:, 1:]).reshape(batch, blocks, block, *x.shape[2:])
+            start = jnp.broadcast_to(x[:, None, :1], (batch, blocks, 1, *x.shape[2:]))
+            parts = [start, own]
+            if reach == 2:
+                shift = [(0, 0), (1, 0)] + [(0, 0)] * (own.ndim - 2)
+                parts.insert(1, jnp.pad(own[:, :-1], shift))
+            joined = jnp.concatenate(parts, axis=2)
+            return joined.reshape(batch * blocks, reach * block + 1, *x.shape[2:])
 
-        # Number 1 is the start token, 0 is filling: no query's segment, so never seen.
-        number_BT = self.segment_BT + 1
-        query_segment = cut(number_BT)[:, :, None]
-        key_segment = window(number_BT, number_BT[:, :1])[:, None, :]
-        query_at = jnp.arange(block)[None, :, None] + block
-        key_at = jnp.arange(-1, 2 * block)[None, None, :]
-        same = (query_segment == key_segment) & (key_at <= query_at) & (key_at >= 0)
-        start = (key_at < 0) & (query_segment != 1)
-        if memory is not None:
-            memory = jax.tree.map(cut, memory)
+        # Segments are numbered from 1, filling is 0: no token's segment.
+        query_segment = cut(self.segment_BT[:, 1:])[:, :, None]
+        key_segment = window(self.segment_BT)[:, None, :]
+        query_at = jnp.arange(block)[None, :, None] + (reach - 1) * block
+        key_at = jnp.arange(-1, reach * block)[None, None, :]
+        same = (query_segment == key_segment) & (key_at <= query_at)
         attended = joint_attention(
-            cut(q_BTNH),
-            window(k_BTNH, k_BTNH[:, :1]),
-            window(v_BTNH, v_BTNH[:, :1]),
-            mask_BTS=same | start,
+            cut(q_BSNH),
+            window(k_BTNH),
+            window(v_BTNH),
+            mask_BTS=same | (key_at < 0),
             scale=scale,
-            memory=memory,
+            memory=None if memory is None else jax.tree.map(cut, memory),
         )
         out = attended.out_BTNH
         return out.reshape(batch, blocks * block, *out.shape[2:])[:, :length]

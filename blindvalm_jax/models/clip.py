@@ -55,7 +55,8 @@ class TextTower(nn.Module):
         positions = self.param("position_embedding", position_init, size, jnp.float32)
         table = nn.with_logical_constraint(table, (None, None))
         positions = nn.with_logical_constraint(positions, (None, None))
-        x_BTD = jnp.take(table, tokens_BT, axis=0) + jnp.take(positions, position_BT, axis=0)
+        x_BTD = jnp.take(table, tokens_BT, axis=0, mode="clip")
+        x_BTD += jnp.take(positions, position_BT, axis=0, mode="clip")
         x_BTD = nn.with_logical_constraint(
             x_BTD.astype(self.dtype), ("batch", "length", "activation")
         )

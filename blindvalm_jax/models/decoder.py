@@ -119,7 +119,9 @@ class Decoder(nn.Module):
     def embed(self, tokens_BT: Array, valid_BT: Array | None = None) -> Array:
         """Token plus position embedding [B, T, D]."""
         table = nn.with_logical_constraint(self.wte, ("vocab", None))
-        x_BTD = jnp.take(table.astype(self.dtype), tokens_BT, axis=0)
+        # Cast after the lookup: its gradient adds up a token's occurrences, which half precision
+        # cannot. "clip": ids are known to be in range.
+        x_BTD = jnp.take(table, tokens_BT, axis=0, mode="clip").astype(self.dtype)
         if self.config.embedding_scale == "sqrt_width":
             x_BTD = x_BTD * math.sqrt(self.config.width)
         if self.config.positions == "learned":
