@@ -3,11 +3,12 @@
 python -m blindvalm_jax.convert --input=openai-community/gpt2 --out=weights/gpt2
 python -m blindvalm_jax.convert --from=openai_clip --input=RN50x16.pt --out=weights/clip
 python -m blindvalm_jax.convert --from=fairseq --input=checkpoint.pt --heads=12 --out=weights/blind
-python -m blindvalm_jax.convert --to=hf_gpt2 --input=weights/gpt2 --out=exported
+python -m blindvalm_jax.convert --input=runs/a --out=weights/a
+python -m blindvalm_jax.convert --to=hf_gpt2 --input=runs/a --out=exported
 
-An input is a path or a Hugging Face hub id. It prints a table of what was converted; tensors that
-do not fit the model end it with their names. Weights can start a run (`train.init_from`) or be its
-tower (`grounding.tower`).
+An input is a path or a Hugging Face hub id; of a run, the newest checkpoint is read. It prints a
+table of what was converted; tensors that do not fit the model end it with their names. Weights can
+start a run (`train.init_from`) or be its tower (`grounding.tower`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -22,7 +24,7 @@ from absl import flags
 from blindvalm_jax import trees
 from blindvalm_jax.data import tokenizers
 from blindvalm_jax.errors import UserError, run_main
-from blindvalm_jax.interop import formats, gpt2, weights
+from blindvalm_jax.interop import formats, gpt2, run_directory, weights
 from blindvalm_jax.models.transformer import ACTIVATIONS
 
 _FROM = flags.DEFINE_enum("from", "auto", ["auto", *formats.FORMATS], "layout of --input")
@@ -34,7 +36,7 @@ _ACTIVATION = flags.DEFINE_enum(
     "activation", None, list(ACTIVATIONS), "activation, where the input does not tell"
 )
 _EOS_ID = flags.DEFINE_integer(
-    "eos_id", None, "for --to=hf_gpt2: id that ends generation; without it, none does"
+    "eos_id", None, "for --to=hf_gpt2: id that ends generation; without it, the tokenizer's"
 )
 
 
@@ -44,8 +46,10 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}: everything is a --flag")
     if not _INPUT.value or not _OUT.value:
         raise UserError("give --input (a directory, file or hub id) and --out (a new directory)")
+    out = Path(_OUT.value).expanduser()
+    _check_free(out)
     if _TO.value == "hf_gpt2":
-        _export()
+        _export(out)
         return
     if _EOS_ID.value is not None:
         raise UserError("--eos_id is for --to=hf_gpt2")
@@ -55,45 +59,93 @@ def main(argv: Sequence[str]) -> None:
         heads=_HEADS.value,
         activation=_ACTIVATION.value,
     )
-    tokenizer = _fingerprint(model)
+    tokenizer = _tokenizer(model)
+    record = model.tokenizer
+    if record is None and tokenizer is not None:
+        record = {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint}
     sha256 = weights.save(
-        _OUT.value,
+        out,
         model.params,
         config=model.config,
-        source=_INPUT.value,
-        tokenizer=tokenizer,
+        source=model.source,
+        tokenizer=record,
         tokenizer_files=model.tokenizer_directory if tokenizer else None,
     )
     print(_table(model.params, sha256))
 
 
-def _fingerprint(model: formats.Converted) -> dict[str, str] | None:
-    """Kind and fingerprint of the tokenizer beside the weights; one we cannot read stays there."""
-    if model.tokenizer_directory is None:
+def _check_free(out: Path) -> None:
+    """Before a large model is read for nothing."""
+    for path in (out / "config.json", out / "model.safetensors"):
+        if path.exists():
+            raise UserError(f"{out} holds a model already ({path.name}): choose a new directory")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out} is a file: choose a new directory")
+
+
+def _tokenizer(model: formats.Converted) -> tokenizers.Tokenizer | None:
+    """The tokenizer beside the weights; one we cannot read or that is another stays there."""
+    directory, record = model.tokenizer_directory, model.tokenizer
+    if directory is None:
+        if record is not None:
+            _warn("its files are no longer where the model was trained")
         return None
     kind = "clip" if weights.kind_of(model.config) == "clip_text" else "gpt2"
     try:
-        tokenizer = tokenizers.load(kind, str(model.tokenizer_directory))
+        found = tokenizers.load(record["kind"] if record else kind, str(directory))
     except UserError as error:
-        print(f"warning: the tokenizer is not taken along: {error}", file=sys.stderr)
+        _warn(str(error))
         return None
-    return {"kind": kind, "fingerprint": tokenizer.fingerprint}
+    if record is not None and found.fingerprint != record["fingerprint"]:
+        _warn(f"the one in {directory} is not the one the model was trained with")
+        return None
+    return found
 
 
-def _export() -> None:
-    if _FROM.value != "auto" or _HEADS.value is not None or _ACTIVATION.value:
+def _warn(reason: str) -> None:
+    print(f"warning: the tokenizer is not taken along: {reason}", file=sys.stderr)
+
+
+def _export(out: Path) -> None:
+    if _FROM.value not in ("auto", "run") or _HEADS.value is not None or _ACTIVATION.value:
         raise UserError(
-            "--to=hf_gpt2 reads our weights directory: leave out --from, --heads and --activation"
+            "--to=hf_gpt2 reads a run or weights directory of ours: leave out --from, --heads and "
+            "--activation"
         )
-    stored = weights.load(_INPUT.value, kind="decoder")
+    model = _ours(Path(_INPUT.value).expanduser())
+    if not isinstance(model.config, weights.DecoderSpec):
+        raise UserError(f"{_INPUT.value} holds a {weights.kind_of(model.config)}, not a decoder")
+    gpt2.check_expressible(model.params, model.config.decoder)
+    tokenizer, files = _tokenizer(model), model.tokenizer_directory
+    if tokenizer is not None and tokenizer.lm_offset:
+        _warn(f"GPT-2 has no place for its offset of {tokenizer.lm_offset} between text and ids")
+        files = None
+    eos_id = _EOS_ID.value
+    if eos_id is None:
+        eos_id = tokenizer.eos_id if tokenizer else model.eos_id
     gpt2.export_gpt2(
-        stored.params,
-        stored.decoder.decoder,
-        vocab_size=stored.decoder.vocab_size,
-        directory=_OUT.value,
-        eos_id=_EOS_ID.value,
+        model.params,
+        model.config.decoder,
+        vocab_size=model.config.vocab_size,
+        directory=out,
+        eos_id=eos_id,
+        tokenizer_files=files if tokenizer else None,
     )
-    print(_table(stored.params, stored.sha256))
+    print(_table(model.params, weights.params_sha256(model.params)))
+
+
+def _ours(path: Path) -> formats.Converted:
+    """A model of ours: the newest checkpoint of a run, or a weights directory."""
+    if run_directory.is_run(path):
+        return formats.load(formats.Opened(path, "run"))
+    stored = weights.load(path, kind="decoder")
+    return formats.Converted(
+        config=stored.config,
+        params=stored.params,
+        source=stored.source,
+        tokenizer_directory=weights.tokenizer_directory(path),
+        tokenizer=stored.tokenizer,
+    )
 
 
 def _table(params: Mapping[str, Any], sha256: str) -> str:

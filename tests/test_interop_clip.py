@@ -145,7 +145,11 @@ def test_openai_archives_are_known_to_use_quick_gelu(tmp_path: Path) -> None:
         ),
         ("no ln", {"heads": 4, "activation": "quick_gelu"}, "missing ['ln_final.bias']"),
         ("extra", {"heads": 4, "activation": "quick_gelu"}, "not understood ['text_projection.b']"),
-        ("no blocks", {"heads": 4, "activation": "quick_gelu"}, "no OpenAI or open_clip tower"),
+        (
+            "no blocks",
+            {"heads": 4, "activation": "quick_gelu"},
+            "its tensors are of no known layout",
+        ),
     ],
 )
 def test_openai_files_that_do_not_fit(
@@ -230,7 +234,7 @@ def _text_model(case: str, directory: Path) -> Path:
         ("heads", "hidden_size 16 is not a multiple of 3 heads"),
         ("context", "position_embedding must be float32[77, 16], got float32[14, 16]"),
         ("type", "hidden_size must be int, got '16'"),
-        ("other", "expected model_type clip or clip_text_model, got 'siglip'"),
+        ("other", "has no config.json of a GPT-2 or CLIP (model_type 'siglip')"),
     ],
 )
 def test_hugging_face_directories_that_do_not_fit(case: str, message: str, tmp_path: Path) -> None:
@@ -245,7 +249,9 @@ def test_names_that_are_nowhere(tmp_path: Path) -> None:
     # The tests run with HF_HUB_OFFLINE=1, so that this is what an unreachable hub looks like.
     with pytest.raises(UserError, match="no/such-tower is no path here, and as a hub id it cannot"):
         load_tower("no/such-tower")
-    with pytest.raises(UserError, match=r"holds no weights: expected open_clip_model\.safetensors"):
+    with pytest.raises(
+        UserError, match=r"has no config\.json of a GPT-2 or CLIP \(model_type None\)"
+    ):
         load_tower(tmp_path)
 
 
@@ -304,6 +310,25 @@ def test_a_text_model_without_projection_is_refused(tmp_path: Path) -> None:
     make_golden.clip_model(transformers.CLIPTextModel).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="take a CLIPModel or CLIPTextModelWithProjection"):
         load_tower(tmp_path)
+
+
+@pytest.mark.torch
+def test_training_checkpoints_of_open_clip(tmp_path: Path) -> None:
+    import torch
+
+    params = random_params(TOWER)
+    named = _with_image_side(_openai(TOWER, params)).items()
+    content = {
+        "epoch": 3,
+        "name": "a run",
+        "state_dict": {f"module.{name}": torch.tensor(value) for name, value in named},
+        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3}]},
+        "scaler": {"scale": 65536.0},
+    }
+    torch.save(content, tmp_path / "epoch_3.pt")
+    tower = load_tower(tmp_path / "epoch_3.pt", heads=4, activation="gelu_erf")
+    assert_equal(tower.params, params)
+    assert tower.config.activation == "gelu_erf"
 
 
 @pytest.mark.torch

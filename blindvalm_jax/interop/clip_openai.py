@@ -26,6 +26,7 @@ from blindvalm_jax.models.transformer import ACTIVATIONS
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+OPEN_CLIP = (OPEN_CLIP_CONFIG, *OPEN_CLIP_FILES)
 
 # Numbers that OpenAI's archives carry among the tensors.
 OPENAI_ENTRIES = {"input_resolution", "context_length", "vocab_size"}
@@ -92,12 +93,16 @@ def load_params(tensors: Tensors, *, config: TowerConfig, source: str) -> dict[s
 
 
 def load(
-    path: Path, *, heads: int | None = None, activation: str | None = None
+    path: Path,
+    *,
+    heads: int | None = None,
+    activation: str | None = None,
+    content: Any = None,
 ) -> tuple[TowerConfig, dict[str, Any]]:
     """The tower's config and our parameters, from a file or an open_clip directory.
 
     heads: needed where no open_clip config gives them and the width is no multiple of 64 (OpenAI's
-    heads are 64 wide). activation: see the module.
+    heads are 64 wide). activation: see the module. content: of a torch file, when it has been read.
 
     Raises:
       UserError: the tensors do not fit, or something about the tower cannot be known.
@@ -108,7 +113,7 @@ def load(
         if not found:
             raise UserError(f"{path} holds no weights: expected {' or '.join(OPEN_CLIP_FILES)}")
         file = found[0]
-    text, from_openai = _text_tensors(_read(file), str(file))
+    text, from_openai = _text_tensors(_read(file, content), str(file))
     settings = None
     if (file.parent / OPEN_CLIP_CONFIG).exists():
         settings = _open_clip_settings(file.parent / OPEN_CLIP_CONFIG)
@@ -133,10 +138,14 @@ def has_layout(names: set[str]) -> bool:
     return any(re.match(r"(text\.)?transformer\.resblocks\.\d", name) for name in names)
 
 
-def _read(file: Path) -> dict[str, np.ndarray]:
+def _read(file: Path, content: Any) -> dict[str, np.ndarray]:
+    def skip(name: str) -> bool:
+        return name.startswith("visual.")
+
     if file.suffix == ".safetensors":
-        return tensor_files.read_safetensors(file, skip=lambda name: name.startswith("visual."))
-    return tensor_files.state_dict(tensor_files.read_torch(file), file)
+        return tensor_files.read_safetensors(file, skip=skip)
+    content = tensor_files.read_torch(file) if content is None else content
+    return tensor_files.state_dict(content, file, skip=skip)
 
 
 def _text_tensors(tensors: Tensors, source: str) -> tuple[dict[str, np.ndarray], bool]:

@@ -103,12 +103,14 @@ def load_checkpoint(
     heads: int | None = None,
     activation: str | None = None,
     vocab_multiple: int = 128,
+    content: Any = None,
 ) -> tuple[weights.DecoderSpec, dict[str, Any]]:
     """The decoder's spec and our parameters from a whole checkpoint (.pt) or a .safetensors file.
 
     Sizes come from the tensors; the fusion layers are those with img_* tensors. heads: needed where
     the checkpoint carries no arguments. activation: the exact GELU, which all architectures of the
-    reference use, unless the arguments or the caller say otherwise.
+    reference use, unless the arguments or the caller say otherwise. content: of a torch file, when
+    it has been read.
 
     Raises:
       UserError: naming what is missing, not understood, or contradicts the checkpoint's arguments.
@@ -119,7 +121,7 @@ def load_checkpoint(
     if path.suffix == ".safetensors":
         tensors = tensor_files.read_safetensors(path)
     else:
-        content = tensor_files.read_torch(path)
+        content = tensor_files.read_torch(path) if content is None else content
         arguments = _arguments(content)
         tensors = tensor_files.state_dict(content, path)
     tensors = _decoder_tensors(tensors, source)

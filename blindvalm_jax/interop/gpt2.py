@@ -178,16 +178,17 @@ def export_gpt2(
     vocab_size: int,
     directory: str | Path,
     eos_id: int | None = None,
+    tokenizer_files: Path | None = None,
 ) -> None:
     """Writes a plain GPT-2 that `transformers.GPT2LMHeadModel.from_pretrained` reads.
 
     vocab_size: real entries; padded rows are left out. eos_id: where generation stops by itself;
-    None writes null.
+    None writes null. tokenizer_files: the directory whose tokenizer files are copied beside it.
 
     Raises:
       UserError: GPT-2 has no place for something in the model, or the directory holds a model.
     """
-    _check_expressible(params, config)
+    check_expressible(params, config)
     directory = Path(directory).expanduser()
     spec = weights.DecoderSpec(decoder=config, fusion=FusionConfig(), vocab_size=vocab_size)
     weights.check(params, spec, "parameters to export")
@@ -207,6 +208,8 @@ def export_gpt2(
         raise UserError(f"{directory} holds a model already: choose a new directory")
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        if tokenizer_files is not None:
+            weights.copy_tokenizer(tokenizer_files, directory)
         saved = safetensors.numpy.save(tensors, metadata={"format": "pt"})
         tensor_files.write(directory / "model.safetensors", saved)
         for name, values in (("generation_config", generation), ("config", content)):
@@ -238,7 +241,12 @@ def _config_json(config: DecoderConfig, *, vocab_size: int, eos_id: int | None) 
     }
 
 
-def _check_expressible(params: Mapping[str, Any], config: DecoderConfig) -> None:
+def check_expressible(params: Mapping[str, Any], config: DecoderConfig) -> None:
+    """Checks that a model is a plain GPT-2.
+
+    Raises:
+      UserError: naming what GPT-2 has no place for.
+    """
     fused = sorted({path.split("/")[1] for path in trees.flatten(params) if "/fusion_" in path})
     if fused:
         raise UserError(f"GPT-2 has no place for the grounding of {', '.join(fused)}")

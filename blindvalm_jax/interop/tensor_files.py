@@ -22,6 +22,7 @@ from blindvalm_jax.errors import UserError
 
 Skip = Callable[[str], bool]
 
+_DISTRIBUTED = "module."
 _FLOATS = ("float16", "bfloat16", "float64")
 
 
@@ -52,10 +53,10 @@ def read_safetensors(path: Path, *, skip: Skip = lambda name: False) -> dict[str
         ) from error
 
 
-def names(path: Path) -> set[str]:
-    """Names of the tensors in a safetensors file or torch checkpoint."""
+def names(path: Path, content: Any = None) -> set[str]:
+    """Names of the tensors in a safetensors file, or in a torch file of this content."""
     if path.suffix != ".safetensors":
-        return set(state_dict(read_torch(path), path))
+        return set(_table(content, path))
     found: set[str] = set()
 
     def skip(name: str) -> bool:
@@ -75,8 +76,7 @@ def read_hugging_face(directory: Path, *, skip: Skip = lambda name: False) -> di
         return _read_shards(index, skip)
     pickled = directory / "pytorch_model.bin"
     if pickled.exists():
-        tensors = state_dict(read_torch(pickled), pickled)
-        return {name: value for name, value in tensors.items() if not skip(name)}
+        return state_dict(read_torch(pickled), pickled, skip=skip)
     raise UserError(
         f"{directory} holds no weights: expected {single.name}, {index.name} or {pickled.name}"
     )
@@ -146,11 +146,24 @@ def is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-def state_dict(content: Any, path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a torch checkpoint as numpy arrays, floats in fp32.
+def state_dict(
+    content: Any, path: Path, *, skip: Skip = lambda name: False
+) -> dict[str, np.ndarray]:
+    """The tensors of a torch checkpoint as numpy arrays, floats in fp32; `skip` as elsewhere.
 
-    They may be the whole checkpoint or its entry `model` (fairseq) or `state_dict` (open_clip).
+    They may be the whole checkpoint or its entry `model` (fairseq) or `state_dict` (open_clip),
+    with the `module.` that distributed training puts before every name.
     """
+    tensors = {}
+    for name, value in _table(content, path).items():
+        if not skip(name):
+            value = value.detach()
+            tensors[name] = (value.float() if value.is_floating_point() else value).numpy()
+    return tensors
+
+
+def _table(content: Any, path: Path) -> dict[str, Any]:
+    """Name to torch tensor."""
     import torch
 
     for key in ("model", "state_dict"):
@@ -161,11 +174,9 @@ def state_dict(content: Any, path: Path) -> dict[str, np.ndarray]:
     others = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise UserError(f"{path}: expected only tensors in the state dict, got also {others[:8]}")
-    tensors = {}
-    for name, value in content.items():
-        value = value.detach()
-        tensors[name] = (value.float() if value.is_floating_point() else value).numpy()
-    return tensors
+    if all(name.startswith(_DISTRIBUTED) for name in content):
+        return {name.removeprefix(_DISTRIBUTED): value for name, value in content.items()}
+    return dict(content)
 
 
 def write(path: Path, content: bytes) -> None:

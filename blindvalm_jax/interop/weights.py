@@ -152,7 +152,7 @@ def save(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if tokenizer_files is not None:
-            _copy_tokenizer(Path(tokenizer_files), directory)
+            copy_tokenizer(Path(tokenizer_files), directory)
         tensor_files.write(directory / PARAMS_FILE, safetensors.numpy.save(flat))
         tensor_files.write(directory / CONFIG_FILE, (json.dumps(content, indent=2) + "\n").encode())
     except OSError as error:
@@ -241,7 +241,8 @@ def check(params: Mapping[str, Any], config: Spec, source: str) -> None:
             )
 
 
-def _copy_tokenizer(source: Path, directory: Path) -> None:
+def copy_tokenizer(source: Path, directory: Path) -> None:
+    """Copies the tokenizer files that lie in a directory."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)

@@ -1,0 +1,119 @@
+"""A run of ours as the source of a model: the decoder in its newest checkpoint.
+
+`config.json` gives the settings, `run.json` the tokenizer and the width of the grounding. Only the
+parameters are read, onto the host, whatever devices they were trained on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from blindvalm_jax import config, trees
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.interop import tensor_files, weights
+
+
+class Trained(NamedTuple):
+    """A trained decoder.
+
+    step: updates done; tokenizer: its kind and fingerprint; tokenizer_directory: where its files
+    lie, or None; eos_id: the language model's id that ends a document.
+    """
+
+    config: weights.DecoderSpec
+    params: dict[str, Any]
+    step: int
+    tokenizer: dict[str, str]
+    tokenizer_directory: Path | None
+    eos_id: int
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a directory is that of a run, with or without a checkpoint."""
+    return (directory / "config.json").is_file() and (directory / "checkpoints").is_dir()
+
+
+def load(directory: Path) -> Trained:
+    """The decoder of a run.
+
+    Raises:
+      UserError: there is no checkpoint yet, or the run's files lack something or do not agree.
+    """
+    settings = config.from_dict(tensor_files.read_json(directory / "config.json"))
+    record_path = directory / "run.json"
+    record = tensor_files.read_json(record_path)
+    tokenizer = _table(record, "tokenizer", record_path)
+    fused = config.fusion_layers(settings)
+    width = 0
+    if fused:
+        width = _entry(_table(record, "tower", record_path), "projection", int, record_path)
+    spec = weights.DecoderSpec(
+        decoder=settings.decoder,
+        fusion=settings.fusion,
+        vocab_size=_entry(tokenizer, "vocab_size", int, record_path),
+        fusion_layers=fused,
+        memory_width=width,
+    )
+    step = latest_step(directory)
+    path = directory / "checkpoints" / str(step) / "state"
+    params = _restore(path, spec)
+    weights.check(params, spec, str(path))
+    windows = Path(_entry(_table(record, "data", record_path), "directory", str, record_path))
+    return Trained(
+        config=spec,
+        params=params,
+        step=step,
+        tokenizer={
+            name: _entry(tokenizer, name, str, record_path) for name in ("kind", "fingerprint")
+        },
+        tokenizer_directory=weights.tokenizer_directory(windows / "tokenizer"),
+        eos_id=_entry(tokenizer, "eos_id", int, record_path),
+    )
+
+
+def latest_step(directory: Path) -> int:
+    """Updates done in the newest checkpoint of a run; only whole ones have a plain number.
+
+    Raises:
+      UserError: there is none.
+    """
+    found = (directory / "checkpoints").iterdir()
+    steps = [int(path.name) for path in found if path.name.isdecimal()]
+    if not steps:
+        raise UserError(f"{directory} is a run without a checkpoint yet: train it further first")
+    return max(steps)
+
+
+def _restore(path: Path, spec: weights.DecoderSpec) -> dict[str, Any]:
+    item = {"params": trees.unflatten(weights.abstract_params(spec))}
+    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(
+                path.absolute(),
+                args=ocp.args.PyTreeRestore(item, restore_args=arguments, partial_restore=True),
+            )
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be restored as the decoder: {first_line}") from error
+    return restored["params"]
+
+
+def _table(record: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+    if not isinstance(record.get(name), dict):
+        raise UserError(
+            f"{path} has no table {name!r}, which older versions did not write: train the run for "
+            f"at least one more step with this version"
+        )
+    return record[name]
+
+
+def _entry(table: dict[str, Any], name: str, expected: type, path: Path) -> Any:
+    if type(table.get(name)) is not expected:
+        raise UserError(f"{path}: {name} must be {expected.__name__}, got {table.get(name)!r}")
+    return table[name]
