@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import collections
 import itertools
 import threading
 from pathlib import Path
@@ -14,11 +15,12 @@ from array_record.python import array_record_module
 from blindvalm_jax.data import manifest
 from blindvalm_jax.errors import UserError
 
+_MOST_OPEN = 32  # files of a process, per split: a large corpus has more shards than descriptors
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # windows are read in random order
 
 
 class Windows:
-    """Windows of one split; files are opened on first use, in each process for itself.
+    """Windows of one split; the files used last are open, in each process for itself.
 
     `windows[i]` is a dict: tokens int32 [T+1]; count, the number of real tokens in it;
     tower_tokens int32 [S], tower_starts bool [S]; in the aligned mode also tower_index int32 [T]
@@ -53,7 +55,7 @@ class Windows:
         )
         self._table = manifest.tower_table(self.manifest.tokenizer)
         self._ends = list(itertools.accumulate(shard.windows for shard in self.split.shards))
-        self._readers: dict[int, Any] = {}
+        self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -66,7 +68,7 @@ class Windows:
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but open files, which no other process can use."""
-        return {**self.__dict__, "_readers": {}, "_lock": None}
+        return {**self.__dict__, "_readers": collections.OrderedDict(), "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Opens nothing: files are opened on first use."""
@@ -74,14 +76,17 @@ class Windows:
         self._lock = threading.Lock()
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """One window (see the class)."""
+        """One window (see the class).
+
+        Raises:
+          UserError: its file is damaged.
+        """
         index = int(index)
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         number = bisect.bisect_right(self._ends, index)
         first = self._ends[number] - self.split.shards[number].windows
-        content = self._reader(number).read([index - first])[0]
-        record = np.frombuffer(content, self._layout)[0]
+        record = self._record(number, index - first)
         length = self.manifest.sequence_length
         tokens = record["tokens"].astype(np.int32)
         found = {"tokens": tokens, "count": np.int32(record["count"])}
@@ -106,11 +111,25 @@ class Windows:
                     f"delete {self._directory}, prepare again"
                 )
 
-    def _reader(self, number: int) -> Any:
+    def _record(self, number: int, place: int) -> Any:
+        path = self._directory / self.split.shards[number].file
+        try:
+            content = self._reader(number, path).read([place])[0]
+            return np.frombuffer(content, self._layout)[0]
+        except (RuntimeError, ValueError, IndexError, OSError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(
+                f"{path} is damaged at window {place} of it ({reason}): delete "
+                f"{self._directory}, prepare again"
+            ) from error
+
+    def _reader(self, number: int, path: Path) -> Any:
         with self._lock:
-            if number not in self._readers:
-                path = self._directory / self.split.shards[number].file
-                self._readers[number] = array_record_module.ArrayRecordReader(
-                    str(path), _READER_OPTIONS
-                )
-            return self._readers[number]
+            reader = self._readers.pop(number, None)
+            if reader is None:
+                reader = array_record_module.ArrayRecordReader(str(path), _READER_OPTIONS)
+            self._readers[number] = reader
+            if len(self._readers) > _MOST_OPEN:
+                # Not closed here, another thread may read from it: it closes with its last user.
+                self._readers.popitem(last=False)
+            return reader
