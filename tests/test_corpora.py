@@ -6,6 +6,8 @@ import dataclasses
 import gzip
 import json
 import lzma
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,8 @@ def test_progress_counts_the_bytes_on_disk(tmp_path: Path) -> None:
         ("a.jsonl", b'["body"]\n', r"a\.jsonl:1: no field 'body'.*has list"),
         ("a.jsonl", b'\n{"body": 3}\n', r"a\.jsonl:2: field 'body' must be text, got int"),
         ("a.jsonl", b'{"body": "\\ud800"}\n', r"a\.jsonl:1: half of a surrogate pair"),
+        ("a.jsonl", b'{"body": ' + b"[" * 100_000, r"a\.jsonl:1: not valid JSON: .*recursion"),
+        ("a.jsonl", b'{"body": ' + b"9" * 5_000 + b"}", r"a\.jsonl:1: not valid JSON: Exceeds"),
         ("a.txt.gz", b"good", r"a\.txt\.gz is damaged or cut short"),
         ("a.txt.xz", b"good", r"a\.txt\.xz is damaged or cut short"),
         ("a.txt.zst", b"good", r"a\.txt\.zst is damaged or cut short"),
@@ -132,6 +136,60 @@ def test_a_glob_without_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(UserError, match=r"no file matches '.*b\*\.txt'"):
         read(tmp_path / "a.txt", tmp_path / "b*.txt")
+
+
+def test_a_file_is_read_once_however_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "a.txt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read("a.txt", tmp_path / "*.txt", "~/a.txt", "./a.txt") == ["a"]
+    assert read("~/b.txt") == ["a"]
+
+
+def test_a_directory_is_named_as_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is a directory: name the files in it, as in .*\*\.txt"):
+        read(tmp_path)
+
+
+def test_zstd_with_a_long_window_is_read(tmp_path: Path) -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=30, enable_ldm=True)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(compressor.compress(b"one\n\ntwo") + compressor.flush())
+    with pytest.raises(zstandard.ZstdError, match="too much memory"):
+        zstandard.ZstdDecompressor().decompressobj().decompress(path.read_bytes())
+    assert read(path) == ["one", "two"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read")
+@pytest.mark.parametrize("use", ["documents", "describe", "size"])
+def test_a_file_that_cannot_be_read_is_one_clear_line(tmp_path: Path, use: str) -> None:
+    """/proc/self/mem gives an error for its first byte, whoever reads it."""
+    (tmp_path / "a.txt").symlink_to("/proc/self/mem")
+    source = corpora.FileSource((str(tmp_path / "a.txt"),))
+    with pytest.raises(UserError, match=r"a\.txt (cannot be read|is damaged.*): .*Input/output"):
+        list(source.documents()) if use == "documents" else getattr(source, use)()
+
+
+def test_known_hashes_are_not_computed_again(tmp_path: Path) -> None:
+    path, kept = tmp_path / "a.txt", tmp_path / "cache" / "hashes.json"
+
+    def digest() -> str:
+        return str(corpora.FileSource((str(path),), digests=kept).describe()[0]["sha256"])
+
+    path.write_text("one")
+    first, time = digest(), path.stat().st_mtime_ns
+    path.write_text("two")
+    os.utime(path, ns=(time, time))
+    assert digest() == first, "same size and time of change: not read"
+    os.utime(path, ns=(time, time + 1))
+    assert digest() != first
+    for damaged in ("", "[]", '{"x": 1}'):
+        kept.write_text(damaged)
+        assert digest() == corpora.FileSource((str(path),)).describe()[0]["sha256"]
 
 
 class TinyText(tfds.core.GeneratorBasedBuilder):
@@ -184,6 +242,8 @@ def test_tfds_documents_come_without_tensorflow(tfds_dir: Path) -> None:
         ({"text_field": "label"}, "field 'label' must be text"),
         ({"split": "test"}, "split 'test'"),
         ({"name": "unreachable_text"}, "could not be: no route to its host.*data.tfds_dir"),
+        ({"name": "tiny_text:2.0.0"}, "cannot be loaded at version 2.0.0, only: 1.0.0"),
+        ({"name": "tiny_text/other"}, "BuilderConfig other not found"),
         ({"name": "no_such_dataset"}, "'no_such_dataset' cannot be opened"),
     ],
 )
@@ -193,4 +253,14 @@ def test_tfds_mistakes_are_one_clear_line(
     source = corpora.TfdsSource("tiny_text", data_dir=str(tfds_dir), text_field="body")
     with pytest.raises(UserError, match=message) as error:
         list(dataclasses.replace(source, **change).documents())
+    assert "\n" not in str(error.value)
+
+
+def test_tfds_of_another_format_is_named(tfds_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tfds_dir, tmp_path, dirs_exist_ok=True)
+    info = tmp_path / "tiny_text" / "1.0.0" / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    source = corpora.TfdsSource("tiny_text", data_dir=str(tmp_path), text_field="body")
+    with pytest.raises(UserError, match="is prepared as tfrecord, not array_record") as error:
+        source.describe()
     assert "\n" not in str(error.value)

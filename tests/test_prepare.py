@@ -26,6 +26,7 @@ from blindvalm_jax.data import (
     tokenizers,
     units,
 )
+from blindvalm_jax.data import windows as windows_module
 from blindvalm_jax.data.windows import Windows
 from blindvalm_jax.data.workers import Workers
 from blindvalm_jax.errors import UserError
@@ -550,6 +551,34 @@ def test_damaged_directories_are_refused(tmp_path: Path, damage: Any, message: s
         Windows(tmp_path / "out", "train")
 
 
+def test_a_flipped_byte_in_a_shard_names_file_and_window(tmp_path: Path) -> None:
+    packing.prepare(recipe(tmp_path / "a.txt"), tmp_path / "out", workers=1)
+    path = tmp_path / "out" / "train" / "windows-00001.array_record"
+    whole = path.read_bytes()
+    row = Windows(tmp_path / "out", "train")[16 + 3]["tokens"].astype(np.uint16).tobytes()
+    place = whole.index(row)
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    windows = Windows(tmp_path / "out", "train")
+    windows[16 + 2]
+    with pytest.raises(UserError, match="windows-00001.array_record is damaged at window 3 of it"):
+        windows[16 + 3]
+    path.write_bytes(bytes(len(whole)))
+    with pytest.raises(UserError, match="windows-00001.array_record is damaged at window 0 of it"):
+        Windows(tmp_path / "out", "train")[16]
+
+
+def test_few_shards_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows_module, "_MOST_OPEN", 3)
+    packing.prepare(recipe(tmp_path / "a.txt"), tmp_path / "out", workers=1)
+    windows = Windows(tmp_path / "out", "train")
+    assert len(windows.split.shards) > 6
+    expected = [windows[index]["tokens"] for index in range(len(windows))]
+    for index in np.random.default_rng(0).integers(0, len(windows), 100):
+        np.testing.assert_array_equal(windows[index]["tokens"], expected[index])
+        links = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+        assert 1 <= sum(link.startswith(str(tmp_path)) for link in links) <= 3
+
+
 def test_no_directory_and_no_split_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no directory of windows"):
         Windows(tmp_path / "none", "train")
@@ -679,6 +708,18 @@ def test_wrong_commands_are_one_line(arguments: list[str], message: str, tmp_pat
     assert done.returncode == 1
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_key_is_of_contents_in_order_not_of_paths(tmp_path: Path) -> None:
+    def key(*names: str) -> str:
+        source = corpora.FileSource(tuple(str(tmp_path / name) for name in names))
+        return recipe(tmp_path / "x", source=source).key
+
+    for name, text in (("a.txt", "one"), ("b.txt", "two"), ("c.txt", "one"), ("d.jsonl", "one")):
+        (tmp_path / name).write_text(text)
+    assert key("a.txt") == key("c.txt") == key("a.txt", "sub/../a.txt".replace("sub/../", "./"))
+    assert key("a.txt", "b.txt") == key("b.txt", "a.txt") != key("b.txt", "c.txt")
+    assert len({key("a.txt"), key("b.txt"), key("d.jsonl")}) == 3
 
 
 def test_the_order_of_fields_of_a_source_is_part_of_the_key(tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ Memory is bounded by the largest document. Documents without any text are left o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import glob
 import gzip
-import hashlib
 import io
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import zstandard
 
+from blindvalm_jax.data.file_hashes import file_hashes, readable
 from blindvalm_jax.errors import UserError
 
 _COMPRESSIONS = (".gz", ".zst", ".xz")
@@ -36,10 +38,15 @@ class Document(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FileSource:
-    """Text files named by globs; `text_field` is the field of a .jsonl line."""
+    """Text files named by globs; `text_field` is the field of a .jsonl line.
+
+    `digests` is a file that keeps the hashes of files by path, size and time of change, so that
+    they are not read for that again.
+    """
 
     patterns: tuple[str, ...]
     text_field: str = "text"
+    digests: Path | None = None
 
     def paths(self) -> list[Path]:
         """The files."""
@@ -47,20 +54,24 @@ class FileSource:
 
     def size(self) -> int:
         """Bytes on disk."""
-        return sum(path.stat().st_size for path in find_files(self.patterns))
+        return sum(file["bytes"] for file in self.describe())
 
     def documents(self, advance: Advance | None = None) -> Iterator[Document]:
         """All documents in order; `advance` is told of the bytes read from disk."""
         return documents(self.patterns, text_field=self.text_field, advance=advance)
 
     def describe(self) -> list[dict[str, Any]]:
-        """Path, size and SHA-256 of every file."""
-        found = []
-        for path in find_files(self.patterns):
-            with path.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            found.append({"path": str(path), "bytes": path.stat().st_size, "sha256": digest})
-        return found
+        """Path, format, size and SHA-256 of every file, as they were when first asked for."""
+        return self._description
+
+    @functools.cached_property
+    def _description(self) -> list[dict[str, Any]]:
+        paths = self.paths()
+        hashes = file_hashes(paths, known=self.digests)
+        return [
+            {"path": str(path), "format": "".join(_format_of(path)), **vars(found)}
+            for path, found in zip(paths, hashes, strict=True)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,29 +110,41 @@ class TfdsSource:
 Source = FileSource | TfdsSource
 
 
+def contents(source: Source) -> list[Any]:
+    """What decides the documents of a source: contents in order, and the field, but no paths."""
+    files = [{k: v for k, v in file.items() if k != "path"} for file in source.describe()]
+    return [source.text_field, files]
+
+
 def split_patterns(text: str) -> tuple[str, ...]:
     """Reads comma-separated globs."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
-    """Files that match any of the globs, each once, sorted by path.
+    """Files that match any of the globs, each once however it is named, sorted by path.
 
     Raises:
       UserError: a glob matches no file, or a file is of an unknown kind.
     """
-    found: set[str] = set()
-    for pattern in patterns:
-        matches = [name for name in glob.glob(pattern, recursive=True) if Path(name).is_file()]
+    names: set[str] = set()
+    for pattern in map(os.path.expanduser, patterns):
+        matches = [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
+        if not matches and os.path.isdir(pattern):
+            raise UserError(
+                f"{pattern} is a directory: name the files in it, as in "
+                f"{os.path.join(pattern, '*.txt')}"
+            )
         if not matches:
             raise UserError(
                 f"no file matches {pattern!r}: check the path, relative to {Path.cwd()}"
             )
-        found.update(matches)
-    paths = [Path(name) for name in sorted(found)]
-    for path in paths:
+        names.update(matches)
+    found: dict[Path, Path] = {}
+    for path in map(Path, sorted(names)):
+        found.setdefault(path.resolve(), path)
         _format_of(path)
-    return paths
+    return list(found.values())
 
 
 def documents(
@@ -132,13 +155,14 @@ def documents(
     Files are read in the order of their paths. A byte-order mark at the start of a file is dropped.
 
     Raises:
-      UserError: no file matches a glob; unknown extension; damaged compression; text that is not
+      UserError: no file matches a glob, or one cannot be read; unknown extension; damaged
+        compression; text that is not
         UTF-8 (file and byte); a line that is not JSON or lacks the field (file and line); no
         document at all.
     """
     empty = True
     for path in find_files(paths_or_globs):
-        with path.open("rb") as raw:
+        with readable(path), path.open("rb") as raw:
             done = 0
             for text in _texts(path, raw, text_field):
                 if advance is not None:
@@ -197,9 +221,16 @@ def _open_tfds(name: str, split: str, data_dir: str) -> tuple[Any, Any]:
     # Imported here: it takes seconds, and most runs read files.
     import tensorflow_datasets as tfds
 
+    directory = data_dir or None
     try:
-        builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
-    except (tfds.core.DatasetNotFoundError, ValueError, OSError) as error:
+        builder = tfds.builder(name, data_dir=directory, file_format="array_record")
+    except (tfds.core.DatasetNotFoundError, ValueError, OSError, AssertionError) as error:
+        stored = _stored_format(tfds, name, directory)
+        if stored not in (None, "array_record"):
+            raise UserError(
+                f"TFDS dataset {name!r} is prepared as {stored}, not array_record: prepare it "
+                "with file_format='array_record' in another directory and set data.tfds_dir"
+            ) from error
         raise UserError(
             f"TFDS dataset {name!r} cannot be opened as array_record: {_first_line(error)}"
         ) from error
@@ -216,6 +247,15 @@ def _open_tfds(name: str, split: str, data_dir: str) -> tuple[Any, Any]:
         return builder, builder.as_data_source(split=split)
     except (ValueError, KeyError) as error:
         raise UserError(f"TFDS dataset {name!r}, split {split!r}: {_first_line(error)}") from error
+
+
+def _stored_format(tfds: Any, name: str, directory: str | None) -> str | None:
+    """Format of a dataset that is prepared; None if it is not, or cannot be opened at all."""
+    try:
+        builder = tfds.builder(name, data_dir=directory)
+        return str(builder.info.file_format.value) if builder.is_prepared() else None
+    except (tfds.core.DatasetNotFoundError, ValueError, OSError, AssertionError):
+        return None
 
 
 def _first_line(error: BaseException) -> str:
@@ -258,8 +298,9 @@ def _fields(path: Path, lines: Iterator[str], text_field: str) -> Iterator[str]:
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not valid JSON: {error}") from error
+        except (ValueError, RecursionError) as error:  # also: numbers too long, lists too deep
+            reason = _first_line(error)
+            raise UserError(f"{path}:{number}: not valid JSON: {reason}") from error
         if not isinstance(value, dict) or text_field not in value:
             has = ", ".join(value) if isinstance(value, dict) else type(value).__name__
             raise UserError(
@@ -310,6 +351,12 @@ def _decompressed(raw: BinaryIO, compression: str) -> Any:
     return raw
 
 
+def _zstd() -> zstandard.ZstdDecompressor:
+    return zstandard.ZstdDecompressor(
+        max_window_size=1 << 31
+    )  # what `zstd --ultra --long=31` makes
+
+
 class _ZstdReader(io.RawIOBase):
     """Reads Zstandard frames; unlike the library's own reader it refuses a file cut short."""
 
@@ -332,7 +379,7 @@ class _ZstdReader(io.RawIOBase):
                 if self._frame is not None:
                     raise EOFError("it ends inside a Zstandard frame")
                 return 0
-            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._frame = self._frame or _zstd().decompressobj()
             self._text = self._frame.decompress(rest)
         count = min(len(buffer), len(self._text))
         buffer[:count] = self._text[:count]

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blindvalm_jax.data import manifest, output, shards, units
+from blindvalm_jax.data import corpora, manifest, output, shards, units
 from blindvalm_jax.data.clip_bpe import ClipTokenizer
 from blindvalm_jax.data.corpora import Advance, Document, FileSource, Source
 from blindvalm_jax.data.manifest import Manifest, SplitRecord, TokenizerRecord
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from blindvalm_jax.data.tokenizers import Tokenizer
 
 WINDOWS_PER_SHARD = 8192
+_DECIDING = ("ftfy", "regex", "tokenizers")  # another version of one may give other tokens
 _VERSIONED = ("array_record", "blindvalm_jax", "ftfy", "numpy", "regex", "tokenizers")
 
 
@@ -95,13 +96,15 @@ class Recipe:
 
     @functools.cached_property
     def key(self) -> str:
-        """Hash of settings and text: equal keys, equal bytes."""
+        """Hash of settings and text, wherever it lies: equal keys, equal bytes."""
         settings = {
             name: vars(value) if isinstance(value, TokenizerRecord) else value
             for name, value in self.settings.items()
+            if name not in ("sources", "eval_sources")
         }
-        fields = [source.text_field for source in (self.source, self.eval_source) if source]
-        return hash_of([settings, fields, self.windows_per_shard, manifest.FORMAT_VERSION])
+        texts = [corpora.contents(source) for source in (self.source, self.eval_source) if source]
+        versions = [importlib.metadata.version(name) for name in _DECIDING]
+        return hash_of([settings, texts, versions, self.windows_per_shard, manifest.FORMAT_VERSION])
 
     def paths(self) -> list[Path]:
         """Where the text lies."""

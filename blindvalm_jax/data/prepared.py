@@ -35,8 +35,8 @@ def ensure_prepared(config: Config, workdir: str | Path, *, tower_context: int =
         directory = Path(config.data.windows)
         _check(manifest.load(directory), directory, config, longest=longest)
         return directory
-    source, eval_source = sources(config.data)
     cache = Path(config.data.cache or Path(workdir) / "data")
+    source, eval_source = sources(config.data, digests=cache / "file_hashes.json")
     tokenizer = load_or_train(
         config.tokenizer.kind,
         config.tokenizer.path,
@@ -60,22 +60,27 @@ def ensure_prepared(config: Config, workdir: str | Path, *, tower_context: int =
     return directory
 
 
-def sources(data: DataConfig) -> tuple[corpora.Source, corpora.FileSource | None]:
+def sources(
+    data: DataConfig, *, digests: Path | None = None
+) -> tuple[corpora.Source, corpora.FileSource | None]:
     """Training text and held-out text (None: a share of the training text).
+
+    `digests` is where hashes of files are kept (see `corpora.FileSource`).
 
     Raises:
       UserError: neither files nor a TFDS dataset is named.
     """
+
+    def files(patterns: str) -> corpora.FileSource:
+        return corpora.FileSource(corpora.split_patterns(patterns), data.text_field, digests)
+
     if data.files:
-        patterns = corpora.split_patterns(data.files)
-        source: corpora.Source = corpora.FileSource(patterns, data.text_field)
+        source: corpora.Source = files(data.files)
     elif data.tfds:
         source = corpora.TfdsSource(data.tfds, data_dir=data.tfds_dir, text_field=data.text_field)
     else:
         raise UserError("there is no text: set data.files, data.tfds or data.windows")
-    if not data.eval_files:
-        return source, None
-    return source, corpora.FileSource(corpora.split_patterns(data.eval_files), data.text_field)
+    return source, files(data.eval_files) if data.eval_files else None
 
 
 def load_or_train(
@@ -97,8 +102,7 @@ def load_or_train(
     if kind != "train":
         raise UserError(f"tokenizer.kind={kind} needs tokenizer.path, a directory or a hub id")
     key = packing.hash_of(
-        [source.describe(), source.text_field, vocab_size, eval_fraction]
-        + [TOKENIZER_SAMPLE_CHARACTERS]
+        [corpora.contents(source), vocab_size, eval_fraction, TOKENIZER_SAMPLE_CHARACTERS]
     )
     directory = cache / f"tokenizer-{key[:16]}"
     if directory.is_dir():  # perhaps read-only
