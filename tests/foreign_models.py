@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from blindvalm_jax import trees
 from blindvalm_jax.config import DecoderConfig, FusionConfig, TowerConfig
-from blindvalm_jax.interop import rules, weights
+from blindvalm_jax.interop import weights
 from blindvalm_jax.models.clip import TextTower
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -77,7 +78,7 @@ def random_params(config: weights.Spec, *, seed: int = 0) -> dict[str, Any]:
     }
     if isinstance(config, weights.DecoderSpec):
         flat["wte"][config.vocab_size :] = 0.0
-    return rules.unflatten(flat)
+    return trees.unflatten(flat)
 
 
 def assert_equal(got: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from blindvalm_jax import trees
 from blindvalm_jax.config import TowerConfig
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.interop import clip_openai, rules, weights
+from blindvalm_jax.interop import clip_openai, formats, rules, weights
 from blindvalm_jax.interop.clip_text import load_tower
 from tests.foreign_models import (
     TOWER,
@@ -112,6 +113,12 @@ def test_open_clip_directory_tells_heads_and_activation(
         tower = load_tower(path)
         assert (tower.config.heads, tower.config.activation) == (4, activation)
         assert_equal(tower.params, params)
+    for heads in ("4", 4.0, 0):
+        (tmp_path / "open_clip_config.json").write_text(
+            json.dumps({"model_cfg": model | {"text_cfg": text | {"heads": heads}}})
+        )
+        with pytest.raises(UserError, match="heads must be int of at least 1, got"):
+            load_tower(tmp_path)
     text["pool_type"] = "last"
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
     with pytest.raises(UserError, match="does not have the options pool_type='last'"):
@@ -198,8 +205,26 @@ def test_start_and_end_ids(change: dict[str, Any], ids: tuple[int, int], tmp_pat
 
 def test_the_older_text_config_dict_overrides(tmp_path: Path) -> None:
     config, tensors, _, _ = golden("hf_clip")
-    config["text_config_dict"], config["text_config"] = config["text_config"], {"hidden_size": 512}
-    assert load_tower(write_hugging_face(tmp_path, config, tensors)).config.width == 16
+    # As in transformers: also by its defaults, where it leaves a field out.
+    config["text_config_dict"] = config["text_config"]
+    config["text_config"] = {"hidden_size": 512, "layer_norm_eps": 1e-3, "hidden_act": "gelu"}
+    del config["text_config_dict"]["layer_norm_eps"], config["text_config_dict"]["hidden_act"]
+    tower = load_tower(write_hugging_face(tmp_path, config, tensors)).config
+    assert (tower.width, tower.norm_epsilon, tower.activation) == (16, 1e-5, "quick_gelu")
+
+
+@pytest.mark.torch
+def test_transformers_merges_the_two_text_configs_alike(tmp_path: Path) -> None:
+    import transformers
+
+    config, tensors, _, _ = golden("hf_clip")
+    config["text_config_dict"] = dict(config["text_config"])
+    config["text_config"] = {"layer_norm_eps": 1e-3, "hidden_act": "gelu"}
+    del config["text_config_dict"]["layer_norm_eps"], config["text_config_dict"]["hidden_act"]
+    tower = load_tower(write_hugging_face(tmp_path, config, tensors)).config
+    theirs: Any = transformers.CLIPConfig.from_pretrained(tmp_path).text_config
+    assert tower.norm_epsilon == theirs.layer_norm_eps
+    assert (tower.activation, tower.width) == (theirs.hidden_act, theirs.hidden_size)
 
 
 def _text_model(case: str, directory: Path) -> Path:
@@ -219,6 +244,22 @@ def _text_model(case: str, directory: Path) -> Path:
         config["text_config"]["max_position_embeddings"] = 77
     elif case == "type":
         config["text_config"]["hidden_size"] = "16"
+    elif case == "zero":
+        config["text_config"]["hidden_size"] = 0
+    elif case == "layers":
+        config["text_config"]["num_hidden_layers"] = True
+    elif case == "epsilon":
+        config["text_config"]["layer_norm_eps"] = float("nan")
+    elif case == "text":
+        config["text_config"] = ["hidden_size", 16]
+    elif case == "older":
+        config["text_config_dict"] = 5
+    elif case == "bias only":
+        del tensors["text_projection.weight"]
+        tensors["text_projection.bias"] = np.zeros(12, np.float32)
+        config["architectures"] = 7
+    elif case == "vector":
+        tensors["text_projection.weight"] = np.zeros(12, np.float32)
     elif case == "other":
         config = {"model_type": "siglip"}
     return write_hugging_face(directory, config, tensors)
@@ -227,13 +268,20 @@ def _text_model(case: str, directory: Path) -> Path:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("no projection", "has no text_projection.weight (architecture CLIPTextModel)"),
+        ("no projection", "has no matrix text_projection.weight (architecture CLIPTextModel)"),
         ("unknown", "missing none; not understood ['text_model.pooler.weight']"),
         ("missing", "missing ['text_model.encoder.layers.0.mlp.fc1.bias']"),
         ("act", "hidden_act must be one of gelu, gelu_new, gelu_pytorch_tanh, quick_gelu"),
         ("heads", "hidden_size 16 is not a multiple of 3 heads"),
         ("context", "position_embedding must be float32[77, 16], got float32[14, 16]"),
-        ("type", "hidden_size must be int, got '16'"),
+        ("type", "hidden_size must be int of at least 1, got '16'"),
+        ("zero", "hidden_size must be int of at least 1, got 0"),
+        ("layers", "num_hidden_layers must be int of at least 1, got True"),
+        ("epsilon", "layer_norm_eps must be float from 0 to 1, got nan"),
+        ("text", "text_config must be a table of fields, got ['hidden_size', 16]"),
+        ("older", "text_config_dict must be a table of fields, got 5"),
+        ("bias only", "has no matrix text_projection.weight (architecture 7)"),
+        ("vector", "has no matrix text_projection.weight"),
         ("other", "has no config.json of a GPT-2 or CLIP (model_type 'siglip')"),
     ],
 )
@@ -241,6 +289,14 @@ def test_hugging_face_directories_that_do_not_fit(case: str, message: str, tmp_p
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         load_tower(_text_model(case, tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_a_config_without_a_kind_is_refused_when_the_layout_is_given(tmp_path: Path) -> None:
+    config, tensors, _, _ = golden("hf_clip")
+    del config["model_type"]
+    path = write_hugging_face(tmp_path, config, tensors)
+    with pytest.raises(UserError, match="expected model_type clip or clip_text_model, got None"):
+        formats.read(str(path), layout="hf_clip")
 
 
 def test_names_that_are_nowhere(tmp_path: Path) -> None:
@@ -345,8 +401,8 @@ def test_torch_files_in_openai_layout(tmp_path: Path) -> None:
     tower = load_tower(tmp_path / "archive.pt", heads=4)
     assert tower.config.activation == "quick_gelu"
     half = random_params(TOWER)
-    half = rules.unflatten(
-        {n: x.astype(np.float16).astype(np.float32) for n, x in rules.flatten(half).items()}
+    half = trees.unflatten(
+        {n: x.astype(np.float16).astype(np.float32) for n, x in trees.flatten(half).items()}
     )
     assert_equal(tower.params, half)
 

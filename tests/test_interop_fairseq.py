@@ -137,6 +137,9 @@ def test_arguments_of_a_checkpoint_are_used(form: str, tmp_path: Path) -> None:
     [
         ({"activation_fn": "relu"}, "activation_fn must be one of gelu, gelu_accurate"),
         ({"no_token_positional_embeddings": True}, "not made without position embeddings"),
+        ({"dropout": None}, "arguments: dropout must be float from 0 to 0.99, got None"),
+        ({"decoder_attention_heads": "2"}, "decoder_attention_heads must be int of at least 1"),
+        ({"no_scale_embedding": "False"}, "no_scale_embedding must be bool, got 'False'"),
     ],
 )
 def test_arguments_we_lack_are_refused(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from blindvalm_jax import trees
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import gpt2, weights
 from tests.foreign_models import (
@@ -159,7 +160,11 @@ def test_tensors_that_do_not_fit_are_listed(case: str, message: str, tmp_path: P
         ({"activation_function": "relu"}, "activation_function must be one of gelu, gelu_new"),
         ({"embd_pdrop": 0.2}, "resid_pdrop 0.1 and embd_pdrop 0.2 differ"),
         ({"n_head": 5}, "n_embd 16 is not a multiple of n_head 5"),
-        ({"n_layer": "3"}, "n_layer must be int, got '3'"),
+        ({"n_layer": "3"}, "n_layer must be int of at least 1, got '3'"),
+        ({"n_embd": 0}, "n_embd must be int of at least 1, got 0"),
+        ({"n_inner": 0}, "n_inner must be int of at least 1 or null, got 0"),
+        ({"attn_pdrop": -0.1}, "attn_pdrop must be float from 0 to 0.99, got -0.1"),
+        ({"activation_function": None}, "activation_function must be str, got None"),
         ({"n_layer": 2}, "not understood ['h.2.attn.c_attn.bias'"),
     ],
 )
@@ -264,7 +269,7 @@ def test_live_logits_at_full_size(tmp_path: Path) -> None:
     expected = make_golden.gpt2_logits(model, ids)
     model.save_pretrained(tmp_path)
     spec, params = gpt2.load(tmp_path)
-    assert sum(value.size for value in weights.rules.flatten(params).values()) > 124e6
+    assert sum(value.size for value in trees.flatten(params).values()) > 124e6
     got = logits(spec, params, ids)
     print(f"largest difference {np.abs(got - expected).max():.2e} of {np.abs(expected).max():.2f}")
     np.testing.assert_allclose(got, expected, atol=TOLERANCE, rtol=0)

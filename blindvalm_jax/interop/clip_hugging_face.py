@@ -7,22 +7,22 @@ from typing import Any
 
 from blindvalm_jax.config import TowerConfig
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.interop import rules, tensor_files, weights
-from blindvalm_jax.interop.hugging_face import check_types, our_activation
+from blindvalm_jax.interop import fields, rules, tensor_files, weights
+from blindvalm_jax.interop.hugging_face import our_activation
 from blindvalm_jax.interop.rules import Rule, Tensors
 
-# What transformers takes for a field of the text config that is absent.
-_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 49408,
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-    "bos_token_id": 49406,
-    "eos_token_id": 49407,
+# Fields of the text config, with what transformers takes for one that is absent.
+_FIELDS = {
+    "vocab_size": fields.size(49408),
+    "hidden_size": fields.size(512),
+    "intermediate_size": fields.size(2048),
+    "num_hidden_layers": fields.size(12),
+    "num_attention_heads": fields.size(8),
+    "max_position_embeddings": fields.size(77),
+    "hidden_act": fields.name("quick_gelu"),
+    "layer_norm_eps": fields.epsilon(1e-5),
+    "bos_token_id": fields.token(49406),
+    "eos_token_id": fields.token(49407),
 }
 
 # Older files hold the positions 0, 1, 2, ... as a buffer.
@@ -41,13 +41,20 @@ def load(directory: Path) -> tuple[TowerConfig, dict[str, Any]]:
       UserError: the model has no text projection, or config and tensors do not fit ours.
     """
     content = tensor_files.read_json(directory / "config.json")
-    tensors = tensor_files.read_hugging_face(directory, skip=_skipped)
     source = str(directory)
-    if not any(name.startswith("text_projection.") for name in tensors):
-        kinds = ", ".join(content.get("architectures") or ["unknown"])
+    if not is_clip(content):
         raise UserError(
-            f"{source} has no text_projection.weight (architecture {kinds}), so its features are "
-            f"not in CLIP's space: take a CLIPModel or CLIPTextModelWithProjection"
+            f"{source}/config.json: expected model_type clip or clip_text_model, "
+            f"got {content.get('model_type')!r}"
+        )
+    tensors = tensor_files.read_hugging_face(directory, skip=_skipped)
+    projection = tensors.get("text_projection.weight")
+    if projection is None or projection.ndim != 2:
+        kinds = content.get("architectures")
+        kind = kinds[0] if isinstance(kinds, list) and kinds else kinds
+        raise UserError(
+            f"{source} has no matrix text_projection.weight (architecture {kind}), so its features "
+            f"are not in CLIP's space: take a CLIPModel or CLIPTextModelWithProjection"
         )
     config = tower_config(content, tensors, source)
     params = rules.load(
@@ -68,15 +75,17 @@ def _skipped(name: str) -> bool:
 
 def tower_config(content: dict[str, Any], tensors: Tensors, source: str) -> TowerConfig:
     """The config of the text tower from a `config.json`; E is the height of text_projection."""
+    where = f"{source}/config.json"
     text = content
     if content["model_type"] == "clip":
-        # transformers lets `text_config_dict`, the older form, override `text_config`.
-        text = {**(content.get("text_config") or {}), **(content.get("text_config_dict") or {})}
-    values = {**_DEFAULTS, **text}
-    where = f"{source}/config.json"
-    check_types(values, _DEFAULTS, where, nullable=("bos_token_id", "eos_token_id"))
+        # The older form, `text_config_dict`, hides `text_config` as a whole: for a field that it
+        # lacks, transformers takes the default and not what `text_config` says.
+        older = fields.table(content, "text_config_dict", where)
+        newer = fields.table(content, "text_config", where)
+        text = older if older is not None else newer or {}
+    values = fields.read(text, _FIELDS, where)
     width, heads = values["hidden_size"], values["num_attention_heads"]
-    if heads < 1 or width % heads:
+    if width % heads:
         raise UserError(f"{where}: hidden_size {width} is not a multiple of {heads} heads")
     return TowerConfig(
         layers=values["num_hidden_layers"],

@@ -20,7 +20,7 @@ import numpy as np
 
 from blindvalm_jax.config import TowerConfig
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.interop import rules, tensor_files, weights
+from blindvalm_jax.interop import fields, rules, tensor_files, weights
 from blindvalm_jax.interop.rules import Rule, Tensors
 from blindvalm_jax.models.transformer import ACTIVATIONS
 
@@ -46,6 +46,8 @@ _FIXED: dict[str, Any] = {
     "act_kwargs": None,
     "norm_kwargs": None,
 }
+# What open_clip takes for one that is absent; all other sizes are seen in the tensors.
+_HEADS, _QUICK_GELU = {"heads": fields.size(8)}, {"quick_gelu": fields.switch(False)}
 _SIZES = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
 
 
@@ -165,16 +167,19 @@ def _text_tensors(tensors: Tensors, source: str) -> tuple[dict[str, np.ndarray],
 def _open_clip_settings(path: Path) -> dict[str, Any]:
     """Heads and activation from open_clip's config; what our tower does not have is refused."""
     content = tensor_files.read_json(path)
-    model = content.get("model_cfg", content)
-    text = model.get("text_cfg") if isinstance(model, dict) else None
-    if not isinstance(text, dict):
+    model = fields.table(content, "model_cfg", str(path)) or content
+    text = fields.table(model, "text_cfg", str(path))
+    if text is None:
         raise UserError(f"{path} must hold model_cfg with text_cfg")
     odd = [k for k, value in text.items() if k not in _SIZES and value != _FIXED.get(k, value)]
     odd += [k for k in text if k not in _SIZES and k not in _FIXED]
     if odd:
         given = ", ".join(f"{key}={text[key]!r}" for key in odd)
         raise UserError(f"{path}: this tower does not have the options {given}")
-    return {"heads": text.get("heads"), "quick_gelu": model.get("quick_gelu", False)}
+    return {
+        **fields.read(text, _HEADS, f"{path}: text_cfg"),
+        **fields.read(model, _QUICK_GELU, str(path)),
+    }
 
 
 def _tower_config(

@@ -12,7 +12,7 @@ import numpy as np
 
 from blindvalm_jax.config import DecoderConfig, FusionConfig
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.interop import rules, tensor_files, weights
+from blindvalm_jax.interop import fields, rules, tensor_files, weights
 from blindvalm_jax.interop.rules import Rule, Tensors
 
 # The reference saves these matrices and never uses them: the fusion layer projects its memory with
@@ -24,6 +24,16 @@ _DEAD = re.compile(
 
 # fairseq's names of activations; gelu_fast is an older name of gelu_accurate.
 _ACTIVATIONS = {"gelu": "gelu_erf", "gelu_accurate": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+
+# Arguments of a checkpoint that are read; dropout, where it is not stated, is ours.
+_FIELDS = {
+    "decoder_attention_heads": fields.size(None),
+    "activation_fn": fields.name(None),
+    "no_token_positional_embeddings": fields.switch(False),
+    "no_scale_embedding": fields.switch(False),
+    "dropout": fields.rate(DecoderConfig.dropout),
+    "attention_dropout": fields.rate(DecoderConfig.attention_dropout),
+}
 
 
 def is_dead(name: str) -> bool:
@@ -192,11 +202,12 @@ def _spec(
     multiple: int,
     source: str,
 ) -> weights.DecoderSpec:
+    arguments = fields.read(arguments, _FIELDS, f"{source}: arguments")
     # The one choice of fairseq's that changes the function without a trace in the tensors.
-    if arguments.get("no_token_positional_embeddings"):
+    if arguments["no_token_positional_embeddings"]:
         raise UserError(f"{source}: our decoder is not made without position embeddings")
     stated = None
-    if arguments.get("activation_fn") is not None:
+    if arguments["activation_fn"] is not None:
         if arguments["activation_fn"] not in _ACTIVATIONS:
             raise UserError(
                 f"{source}: activation_fn must be one of {', '.join(_ACTIVATIONS)}, "
@@ -210,7 +221,7 @@ def _spec(
             f"{sorted(tensors)[:8]}"
         )
     vocab_size, width = table.shape
-    heads = _agreed("heads", heads, arguments.get("decoder_attention_heads"), source)
+    heads = _agreed("heads", heads, arguments["decoder_attention_heads"], source)
     if heads is None or heads < 1 or width % heads:
         raise UserError(f"{source}: give --heads, a divisor of the width {width}; got {heads}")
     layers = {int(m[1]) for name in tensors if (m := re.match(r"layers\.(\d+)\.", name))}
@@ -222,12 +233,10 @@ def _spec(
         mlp_width=wide.shape[0],
         vocab_size=vocab_size,
         vocab_multiple=multiple,
-        embedding_scale="none" if arguments.get("no_scale_embedding") else "sqrt_width",
+        embedding_scale="none" if arguments["no_scale_embedding"] else "sqrt_width",
         activation=_agreed("activation", activation, stated, source) or "gelu_erf",
-        dropout=float(arguments.get("dropout", DecoderConfig.dropout)),
-        attention_dropout=float(
-            arguments.get("attention_dropout", DecoderConfig.attention_dropout)
-        ),
+        dropout=arguments["dropout"],
+        attention_dropout=arguments["attention_dropout"],
         fusion_layers=tuple(sorted(fused)),
     )
     return weights.DecoderSpec(

@@ -14,23 +14,23 @@ import safetensors.numpy
 from blindvalm_jax import trees
 from blindvalm_jax.config import DecoderConfig, FusionConfig
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.interop import rules, tensor_files, weights
-from blindvalm_jax.interop.hugging_face import check_types, our_activation, their_activation
+from blindvalm_jax.interop import fields, rules, tensor_files, weights
+from blindvalm_jax.interop.hugging_face import our_activation, their_activation
 from blindvalm_jax.interop.rules import Rule
 
-# What transformers takes for a field that is absent.
-_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 50257,
-    "n_positions": 1024,
-    "n_embd": 768,
-    "n_layer": 12,
-    "n_head": 12,
-    "n_inner": 0,
-    "activation_function": "gelu_new",
-    "resid_pdrop": 0.1,
-    "embd_pdrop": 0.1,
-    "attn_pdrop": 0.1,
-    "layer_norm_epsilon": 1e-5,
+# Fields, with what transformers takes for one that is absent.
+_FIELDS = {
+    "vocab_size": fields.size(50257),
+    "n_positions": fields.size(1024),
+    "n_embd": fields.size(768),
+    "n_layer": fields.size(12),
+    "n_head": fields.size(12),
+    "n_inner": fields.size(None),
+    "activation_function": fields.name("gelu_new"),
+    "resid_pdrop": fields.rate(0.1),
+    "embd_pdrop": fields.rate(0.1),
+    "attn_pdrop": fields.rate(0.1),
+    "layer_norm_epsilon": fields.epsilon(1e-5),
 }
 
 # Options that change the function, with the only value that our decoder has.
@@ -126,15 +126,14 @@ def _decoder_config(content: dict[str, Any], where: str, vocab_multiple: int) ->
     ]
     if odd:
         raise UserError(f"{where}: our decoder does not have the options {', '.join(odd)}")
-    values = {**_DEFAULTS, **content}
-    check_types(values, _DEFAULTS, where, nullable=("n_inner",))
+    values = fields.read(content, _FIELDS, where)
     if values["resid_pdrop"] != values["embd_pdrop"]:
         raise UserError(
             f"{where}: resid_pdrop {values['resid_pdrop']} and embd_pdrop {values['embd_pdrop']} "
             f"differ, and our decoder has one rate for both: set them equal"
         )
     width, heads = values["n_embd"], values["n_head"]
-    if heads < 1 or width % heads:
+    if width % heads:
         raise UserError(f"{where}: n_embd {width} is not a multiple of n_head {heads}")
     return DecoderConfig(
         layers=values["n_layer"],
@@ -147,9 +146,9 @@ def _decoder_config(content: dict[str, Any], where: str, vocab_multiple: int) ->
         max_positions=values["n_positions"],
         embedding_scale="none",
         activation=our_activation(values["activation_function"], f"{where}: activation_function"),
-        norm_epsilon=float(values["layer_norm_epsilon"]),
-        dropout=float(values["resid_pdrop"]),
-        attention_dropout=float(values["attn_pdrop"]),
+        norm_epsilon=values["layer_norm_epsilon"],
+        dropout=values["resid_pdrop"],
+        attention_dropout=values["attn_pdrop"],
         init="gpt2",
         fusion_layers=(),
     )
