@@ -5,7 +5,8 @@
 # Everything runs in $(VENV), made on first use and brought up to date when pyproject.toml or
 # constraints.txt changes. With another Python: make test PYTHON=python3.12 VENV=.venv312
 
-PYTHON ?= python3.11
+# the first of these that is there; 3.11 is the one with exact versions
+PYTHON ?= $(or $(firstword $(shell for p in python3.11 python3.12 python3.13; do command -v $$p; done)),python3)
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 

@@ -1,6 +1,6 @@
 """Compares the losses of runs on the same windows with each other and with counting baselines.
 
-    python -m benchmarks.run loss_report --runs=runs/gpt2,runs/blind --out=docs/results/text
+    python -m benchmarks.run loss_report --runs=runs/gpt2,runs/blind --windows=DIR --out=docs/text
 
 Writes OUT.png (training and held-out loss over tokens) and OUT.md (a table: held-out loss, speed,
 memory, cost). Baselines, from the training windows: unigram (add 0.1) and bigram, the counts
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from blindvalm_jax.data import pipeline
 from blindvalm_jax.data.windows import Windows
 from blindvalm_jax.errors import UserError
 
@@ -32,7 +33,10 @@ def run() -> dict[str, Any]:
     if not (_RUNS.value and _OUT.value and _WINDOWS.value):
         raise UserError("loss_report needs --runs=A,B --windows=DIR --out=PATH")
     curves = {Path(name).name: read_curve(Path(name)) for name in _RUNS.value}
-    baselines = count_baselines(_WINDOWS.value)
+    limits = {curve["eval_windows"] for curve in curves.values()}
+    if len(limits) > 1:
+        raise UserError(f"the runs were evaluated on different windows: eval.windows {limits}")
+    baselines = count_baselines(_WINDOWS.value, limits.pop())
     out = Path(_OUT.value)
     out.parent.mkdir(parents=True, exist_ok=True)
     draw(curves, baselines, out.with_suffix(".png"))
@@ -72,15 +76,16 @@ def read_curve(workdir: Path) -> dict[str, Any]:
         "peak_memory_mib": max(row.get("perf/peak_memory_mib", 0.0) for row in rows),
         "commit": record["commit"],
     }
-    return {"train": train, "held_out": held_out, "summary": summary}
+    windows = settings["eval"]["windows"]
+    return {"train": train, "held_out": held_out, "summary": summary, "eval_windows": windows}
 
 
-def count_baselines(directory: str) -> dict[str, float]:
-    """Held-out loss in nats a token of a unigram and an interpolated bigram model."""
-    pairs, vocab = _pairs(directory, "train")
+def count_baselines(directory: str, eval_windows: int) -> dict[str, float]:
+    """Loss in nats a token of unigram and interpolated bigram on the windows runs evaluate on."""
+    pairs, vocab = _pairs(directory, "train", 0)
     cut = int(len(pairs) * (1 - _TUNING_SHARE))
     counted, tuning = pairs[:cut], pairs[cut:]
-    held_out, _ = _pairs(directory, "eval")
+    held_out, _ = _pairs(directory, "eval", eval_windows)
     unigram = np.bincount(counted[:, 1], minlength=vocab) + 0.1
     unigram /= unigram.sum()
     keys, counts = np.unique(counted[:, 0] * vocab + counted[:, 1], return_counts=True)
@@ -101,15 +106,14 @@ def count_baselines(directory: str) -> dict[str, float]:
     return {"unigram": loss(held_out, 0.0), "bigram": loss(held_out, best)}
 
 
-def _pairs(directory: str, split: str) -> tuple[np.ndarray, int]:
-    """Every (token, next token) of a split [n, 2], and the size of the vocabulary."""
+def _pairs(directory: str, split: str, limit: int) -> tuple[np.ndarray, int]:
+    """The (token, next token) pairs of a split [n, 2] as evaluation sees them, and V."""
     windows = Windows(directory, split)
     found = []
-    for index in range(len(windows)):
-        window = windows[index]
-        tokens = window["tokens"][: window["count"]].astype(np.int64)
-        found.append(np.stack([tokens[:-1], tokens[1:]], axis=1))
-    return np.concatenate(found), windows.manifest.tokenizer.vocab_size
+    for batch in pipeline.eval_batches(windows, batch_size=64, limit=limit, tower=False):
+        real = batch["weights"] > 0
+        found.append(np.stack([batch["tokens"][real], batch["targets"][real]], axis=1))
+    return np.concatenate(found).astype(np.int64), windows.manifest.tokenizer.vocab_size
 
 
 def draw(curves: dict[str, Any], baselines: dict[str, float], path: Path) -> None:

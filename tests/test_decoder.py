@@ -337,6 +337,21 @@ def test_the_stack_splits_around_fusion_blocks() -> None:
     assert names(1, (0,)) == ["fusion_0"]
 
 
+def test_a_frequent_token_gets_its_whole_gradient_in_half_precision() -> None:
+    """4,096 equal contributions: added up in bfloat16 they would stop at 256 of them."""
+    model = small_models.decoder(dtype=jnp.bfloat16)
+    params = small_models.decoder_params(model)
+    tokens = jnp.full((4, 1024), 7)
+
+    def embedded(params: Any) -> jax.Array:
+        x_BTD: Any = model.apply({"params": params}, tokens, method="embed")
+        return jnp.sum(x_BTD.astype(jnp.float32))
+
+    got = jax.jit(jax.grad(embedded))(params)["wte"][7]
+    scale = np.sqrt(model.config.width)
+    np.testing.assert_allclose(got, 4096 * scale, rtol=4e-3)  # bfloat16 rounds the factor
+
+
 def test_auto_takes_the_flash_kernel_only_where_it_fits() -> None:
     fits: dict[str, Any] = {
         "platform": "gpu",

@@ -42,8 +42,8 @@ class Dropout:
         words = jax.random.bits(self.key, (*weights.shape[:-1], -(-size // 2)), jnp.uint32)
         pairs = jax.lax.bitcast_convert_type(words, jnp.uint16)
         draws = pairs.reshape(*weights.shape[:-1], -1)[..., :size]
-        dropped = round(self.rate * 2**16)
-        return jnp.where(draws < dropped, 0.0, weights / (1.0 - dropped / 2**16))
+        keep = draws >= round(self.rate * 2**16)
+        return jnp.where(keep, weights / (1.0 - self.rate), 0.0)
 
 
 @struct.dataclass
