@@ -14,7 +14,7 @@ import pytest
 
 from blindvalm_jax import trees
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.interop import gpt2, weights
+from blindvalm_jax.interop import gpt2
 from tests.foreign_models import (
     BLIND,
     GPT2,
