@@ -118,13 +118,10 @@ def test_targets_are_the_next_tokens_and_padding_weighs_nothing(windows: Windows
 def test_processes_share_the_same_global_batch(windows: Windows, processes: int) -> None:
     whole = take(windows, 30)
     parts = [take(windows, 30, index=i, processes=processes) for i in range(processes)]
-    joined = []
-    for step in range(30):
-        batch = {name: np.empty_like(array) for name, array in whole[step].items()}
-        for index, part in enumerate(parts):
-            for name, array in part[step].items():
-                batch[name][index::processes] = array
-        joined.append(batch)
+    joined = [
+        {name: np.concatenate([part[step][name] for part in parts]) for name in whole[step]}
+        for step in range(30)
+    ]
     assert_equal(joined, whole)
 
 
@@ -195,10 +192,10 @@ def test_windows_end_where_they_end(windows: Windows) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("limit", [0, 5, 8, 10_000])
-def test_evaluation_sees_each_window_once_in_order(
-    windows: Windows, limit: int, processes: int
-) -> None:
+def test_evaluation_sees_each_window_once(windows: Windows, limit: int, processes: int) -> None:
     total = min(limit or len(windows), len(windows))
+    order = pipeline.eval_order(len(windows), limit)
+    assert len(set(order.tolist())) == len(order) == total
     found: list[np.ndarray] = []
     weight = 0.0
     parts = [
@@ -208,13 +205,36 @@ def test_evaluation_sees_each_window_once_in_order(
         for index in range(processes)
     ]
     for batches in zip(*parts, strict=True):
-        rows = [np.empty(0)] * 8
-        for index, batch in enumerate(batches):
-            rows[index::processes] = list(batch["tokens"])
+        found += list(np.concatenate([batch["tokens"] for batch in batches]))
+        for batch in batches:
             weight += batch["weights"].sum()
             assert batch["weights"].shape == (8 // processes, LENGTH)
-        found += rows
     assert len(found) == -(-total // 8) * 8
-    for index in range(total):
-        np.testing.assert_array_equal(found[index], windows[index]["tokens"][:-1])
-    assert weight == sum(int(windows[i]["count"]) - 1 for i in range(total))
+    for place, index in enumerate(order):
+        np.testing.assert_array_equal(found[place], windows[index]["tokens"][:-1])
+    assert weight == sum(int(windows[i]["count"]) - 1 for i in order)
+
+
+@pytest.mark.parametrize(("size", "limit"), [(1000, 100), (1000, 0), (37, 20), (3, 1), (1, 5)])
+def test_evaluation_is_spread_over_the_split_and_shuffled(size: int, limit: int) -> None:
+    order = pipeline.eval_order(size, limit)
+    total = min(limit or size, size)
+    gaps = np.diff(np.append(np.sort(order), size))
+    assert np.sort(order)[0] == 0
+    assert gaps.min() >= size // total
+    assert gaps.max() <= -(-size // total)
+    if total > 50:
+        # A random order of n has one or so of n - 1 neighbours that follow each other.
+        step = np.abs(np.diff(np.argsort(np.argsort(order))))
+        assert (step == 1).sum() < 10
+
+
+def test_a_damaged_window_is_one_clear_line(windows: Windows, directory: Path) -> None:
+    path = directory / "aligned" / windows.split.shards[0].file
+    whole = path.read_bytes()
+    path.write_bytes(bytes(len(whole)))
+    try:
+        with pytest.raises(UserError, match="is damaged at window"):
+            take(Windows(directory / "aligned", "train"), len(windows) // 8)
+    finally:
+        path.write_bytes(whole)

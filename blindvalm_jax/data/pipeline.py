@@ -1,7 +1,7 @@
 """Batches as a pure function of (seed, step): the iterator's state is one integer.
 
 The global batch of a step is the same for any number of processes and any prefetching; process p
-of n reads rows p, p + n, p + 2n, ... of it.
+of n reads the pth of n blocks of its rows, as `jax.make_array_from_process_local_data` joins them.
 """
 
 from __future__ import annotations
@@ -86,10 +86,11 @@ def batches(
             f"train.batch_size {batch_size} is not a multiple of the {process_count} processes"
         )
     rows = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
-    rows = rows[process_index::process_count].map(functools.partial(_row, tower=tower))
+    rows = rows.map(functools.partial(_row, tower=tower))
+    # Blocks of all processes, in order; only those of this process are ever read.
+    blocks = rows.batch(batch_size // process_count, drop_remainder=True)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=batches_ahead)
-    dataset = rows.batch(batch_size // process_count, drop_remainder=True).to_iter_dataset(options)
-    iterator = iter(dataset)
+    iterator = iter(blocks[process_index::process_count].to_iter_dataset(options))
     experimental.set_next_index(iterator, start_step)
     return Batches(iterator)
 
@@ -103,23 +104,37 @@ def eval_batches(
     process_count: int = 1,
     tower: bool = True,
 ) -> Iterator[Batch]:
-    """The first `limit` windows (0: all) once, in order, as `batches` makes them.
+    """`limit` windows (0: all) once each, as `batches` makes them.
 
-    The last batch is filled with copies of the last window of weight 0.
+    They are spaced evenly over the split and come in a fixed shuffled order, so that neighbouring
+    rows of a batch are not neighbouring text; neither depends on the batch size. The last batch is
+    filled with copies of its last window of weight 0.
     """
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
             f"batch of {batch_size} rows is not a multiple of the {process_count} processes"
         )
-    total = min(limit, len(windows)) if limit else len(windows)
-    for first in range(0, total, batch_size):
+    chosen = eval_order(len(windows), limit)
+    block = batch_size // process_count
+    for first in range(process_index * block, _rounded_up(len(chosen), batch_size), batch_size):
         rows = []
-        for index in range(first + process_index, first + batch_size, process_count):
-            row = _row(windows[min(index, total - 1)], tower=tower)
-            if index >= total:
+        for place in range(first, first + block):
+            row = _row(windows[int(chosen[min(place, len(chosen) - 1)])], tower=tower)
+            if place >= len(chosen):
                 row["weights"] = np.zeros_like(row["weights"])
             rows.append(row)
         yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def eval_order(windows: int, limit: int) -> np.ndarray:
+    """int [min(limit, windows)], limit 0: all: the windows an evaluation uses, in its order."""
+    total = min(limit, windows) if limit else windows
+    spaced = np.arange(total) * windows // total
+    return np.random.default_rng(0).permutation(spaced)
+
+
+def _rounded_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 def _row(window: dict[str, np.ndarray], *, tower: bool) -> Batch:
