@@ -90,7 +90,9 @@ def _recipe(out: Path) -> packing.Recipe:
     return packing.Recipe(
         source=source,
         tokenizer=tokenizer,
-        tower_tokenizer=tokenizers.load("clip", tower) if tower else None,
+        tower_tokenizer=tokenizers.load("clip", tower, setting="--tower_tokenizer")
+        if tower
+        else None,
         sequence_length=_SEQUENCE_LENGTH.value,
         rule=prepared.segment_rule(_SEGMENTS.value),
         longest_segment=_LONGEST_SEGMENT.value,

@@ -661,6 +661,26 @@ def test_a_tower_with_its_own_tokenizer_gets_its_own_tokens(tmp_path: Path) -> N
     assert "tower_index" in Windows(directory, "train")[0]
 
 
+def test_a_tower_without_a_tokenizer_shares_clips_tokens(tmp_path: Path) -> None:
+    CLIP.save(tmp_path / "clip")
+    (tmp_path / "tower").mkdir()
+    (tmp_path / "tower.pt").write_bytes(b"weights")
+    clip = {"tokenizer.kind": "clip", "tokenizer.path": str(tmp_path / "clip")}
+    for tower in ("tower", "tower.pt"):
+        given = {"grounding.tower": str(tmp_path / tower)}
+        directory = prepared.ensure_prepared(run_config(tmp_path, **clip, **given), tmp_path / "r")
+        assert manifest.load(directory).mode == "shared"
+        with pytest.raises(UserError, match="brings no tokenizer.*set grounding.tokenizer"):
+            prepared.ensure_prepared(run_config(tmp_path, **given), tmp_path / "r")
+    for wrong, message in (
+        ({"grounding.tokenizer": "/none"}, "^grounding.tokenizer /none does not exist"),
+        ({"grounding.tokenizer": str(tmp_path / "tower")}, "^grounding.tokenizer: .*no CLIP tok"),
+        ({"grounding.tower": "/none"}, r"^grounding.tokenizer \(empty: grounding.tower\) /none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepared.ensure_prepared(run_config(tmp_path, **wrong), tmp_path / "r")
+
+
 def test_settings_without_text_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"set data.files, data.tfds or data.windows"):
         prepared.ensure_prepared(run_config(tmp_path, **{"data.files": ""}), tmp_path)
@@ -699,6 +719,10 @@ def test_the_command_prepares_and_reports(tmp_path: Path) -> None:
         (["--out=o"], "either --files or --tfds"),
         (["--out=o", "--files=x.txt"], "tokenizer.kind=clip needs tokenizer.path"),
         (["--out=o", "--files=none*.txt", "--tokenizer=train"], "no file matches 'none*.txt'"),
+        (
+            ["--out=o", "--files=x.txt", "--tokenizer=clip", "--tokenizer_path=/none"],
+            "tokenizer.path /none does not exist",
+        ),
         (["--out=o", "--files=x.txt", "--eval_fraction=0.9"], "must be 0 ... 0.5, got 0.9"),
     ],
 )

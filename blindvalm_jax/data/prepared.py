@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import get_args
 
 from blindvalm_jax.config import Config, DataConfig
-from blindvalm_jax.data import byte_level_bpe, corpora, manifest, output, packing, tokenizers
+from blindvalm_jax.data import (
+    byte_level_bpe,
+    corpora,
+    manifest,
+    output,
+    packing,
+    tokenizer_files,
+    tokenizers,
+)
 from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import segments
@@ -142,11 +150,22 @@ def _sample(source: corpora.Source, eval_fraction: float) -> Iterator[str]:
 
 def _tower_tokenizer(config: Config) -> Tokenizer | None:
     """CLIP's tokenizer when the tower has one of its own; None: it reads the LM's tokens."""
-    grounding = config.grounding
-    path = grounding.tokenizer or ("" if grounding.tower == "random" else grounding.tower)
-    if grounding.source == "none" or not path or path == config.tokenizer.path:
+    grounding, kind = config.grounding, config.tokenizer.kind
+    if grounding.source == "none":
         return None
-    return tokenizers.load("clip", path)
+    if grounding.tokenizer:
+        return tokenizers.load("clip", grounding.tokenizer, setting="grounding.tokenizer")
+    tower = grounding.tower
+    if tower in ("random", config.tokenizer.path):
+        return None
+    if Path(tower).expanduser().exists() and not tokenizer_files.holds_tokenizer(tower):
+        if kind == "clip":
+            return None
+        raise UserError(
+            f"grounding.tower {tower} brings no tokenizer, and with tokenizer.kind={kind} it "
+            "needs CLIP's: set grounding.tokenizer to a directory that holds it"
+        )
+    return tokenizers.load("clip", tower, setting="grounding.tokenizer (empty: grounding.tower)")
 
 
 def _check(found: manifest.Manifest, directory: Path, config: Config, *, longest: int) -> None:

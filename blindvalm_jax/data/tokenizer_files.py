@@ -35,21 +35,22 @@ def openai_order() -> list[int]:
     return [*printable, *(byte for byte in range(256) if byte not in set(printable))]
 
 
-def find_directory(path: str) -> Path:
+def find_directory(path: str, *, setting: str = "tokenizer.path") -> Path:
     """The directory a path or hub id names; the network is used only for a hub id.
 
     Raises:
-      UserError: there is no such directory, and no such repository can be reached.
+      UserError: there is no such directory, and no such repository can be reached; `setting` is
+        the name by which the message calls it.
     """
     if not path:
-        raise UserError("tokenizer.path is empty: give a directory or a hub id")
+        raise UserError(f"{setting} is empty: give a directory or a hub id")
     directory = Path(path).expanduser()
     if directory.is_dir():
         return directory
     if directory.exists():
-        raise UserError(f"tokenizer.path {path} is a file; give the directory that holds it")
+        raise UserError(f"{setting} {path} is a file; give the directory that holds it")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
-        raise UserError(f"tokenizer.path {path} does not exist; give a directory or a hub id")
+        raise UserError(f"{setting} {path} does not exist; give a directory or a hub id")
     import huggingface_hub
     import huggingface_hub.errors
 
@@ -57,10 +58,16 @@ def find_directory(path: str) -> Path:
         found = huggingface_hub.snapshot_download(path, allow_patterns=_FILES)
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         raise UserError(
-            f"tokenizer.path {path} is no directory here, and as a hub id it cannot be had "
+            f"{setting} {path} is no directory here, and as a hub id it cannot be had "
             f"({type(error).__name__}): check the name, or download it and give the directory"
         ) from error
     return Path(found)
+
+
+def holds_tokenizer(path: str) -> bool:
+    """Whether a path that is there on disk is a directory with files of a tokenizer."""
+    directory = Path(path).expanduser()
+    return any((directory / name).is_file() for name in [*_FILES, OPENAI_CLIP_FILE])
 
 
 def read_clip(directory: Path) -> tuple[dict[str, int], Merges]:

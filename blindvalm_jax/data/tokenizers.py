@@ -68,15 +68,21 @@ class Tokenizer(Protocol):
         """Own id of the piece that is exactly this text (for CLIP: at a word's end, if any)."""
 
 
-def load(kind: str, path: str) -> Tokenizer:
+def load(kind: str, path: str, *, setting: str = "tokenizer.path") -> Tokenizer:
     """Reads a tokenizer from a directory, or from the Hugging Face hub when `path` is a hub id.
 
     Raises:
-      UserError: the kind is unknown, files are missing, or they are of another kind.
+      UserError: the kind is unknown, files are missing, or they are of another kind; `setting` is
+        the name by which the message calls the path.
     """
     if kind not in KINDS:
         raise UserError(f"unknown tokenizer.kind {kind!r}; known: {', '.join(KINDS)}")
-    directory = find_directory(path)
-    if kind == "clip":
-        return ClipTokenizer.from_directory(directory)
-    return ByteLevelTokenizer.from_directory(kind, directory)
+    directory = find_directory(path, setting=setting)
+    try:
+        if kind == "clip":
+            return ClipTokenizer.from_directory(directory)
+        return ByteLevelTokenizer.from_directory(kind, directory)
+    except UserError as error:
+        if setting == "tokenizer.path":
+            raise
+        raise UserError(f"{setting}: {error}") from error
