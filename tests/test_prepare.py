@@ -205,6 +205,50 @@ if __name__ == "__main__":
         assert ended, f"worker {pid} outlived its caller"
 
 
+def test_a_finished_directory_may_be_read_only(tmp_path: Path) -> None:
+    """What finds it writes nothing and takes no lock, which stands for a directory it cannot."""
+    made = recipe(tmp_path / "a.txt")
+    out = tmp_path / "out"
+    first = packing.prepare(made, out, workers=1)
+    (out / output.LOCK).unlink()
+    (out / output.LOCK).mkdir()
+    before = sorted(out.rglob("*"))
+    assert packing.prepare(made, out, workers=1) == first
+    assert sorted(out.rglob("*")) == before
+
+
+def test_waiting_for_another_process_is_announced(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from blindvalm_jax.data import output
+with output.locked(Path(sys.argv[1])):
+    print("mine", flush=True)
+"""
+    root = Path(__file__).resolve().parents[1]
+    with output.locked(tmp_path):
+        other = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)],
+            env={**os.environ, "PYTHONPATH": str(root)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert other.stderr is not None
+        assert f"waiting: another process prepares {tmp_path}" in other.stderr.readline()
+    assert other.communicate(timeout=60)[0] == "mine\n"
+
+
+def test_an_error_is_not_preceded_by_a_last_report(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\n\n" + b"two\n" * 9_000 + b"\xff")
+    source = corpora.FileSource((str(tmp_path / "a.txt"),))
+    with pytest.raises(UserError, match="not UTF-8"):
+        packing.prepare(recipe(tmp_path / "b.txt", source=source), tmp_path / "out", workers=1)
+    assert capsys.readouterr().err == ""
+
+
 def test_two_processes_may_prepare_the_same_directory(tmp_path: Path) -> None:
     made = recipe(tmp_path / "a.txt", tower_tokenizer=CLIP)
     packing.prepare(made, tmp_path / "alone", workers=1)
@@ -401,11 +445,38 @@ def test_eval_files_replace_the_share(tmp_path: Path) -> None:
     assert found.eval_sources[0]["path"] == str(tmp_path / "e.txt")
 
 
+@pytest.mark.parametrize("fraction", [1e-6, 0.3, 0.999999])
+@pytest.mark.parametrize("count", [2, 3, 60])
+def test_both_splits_have_a_document_when_there_are_two(
+    tmp_path: Path, fraction: float, count: int
+) -> None:
+    texts = small_text.documents(count)
+    source = small_text.write_text(tmp_path / "a.txt", texts)
+    found = packing.prepare(
+        recipe(tmp_path / "b.txt", source=source, eval_fraction=fraction),
+        tmp_path / "out",
+        workers=1,
+    )
+    counts = [found.splits[split].documents for split in manifest.SPLITS]
+    assert min(counts) >= 1
+    assert sum(counts) == count
+    held_out = split_texts(recipe(tmp_path / "b.txt", source=source, eval_fraction=1e-6), "eval")
+    read = [document.text for document in source.documents()]
+    assert held_out == [min(read, key=units.text_hash)]
+
+
+@pytest.mark.parametrize("texts", [["one text"], ["one text"] * 3])
 @pytest.mark.parametrize("fraction", [1e-6, 0.999999])
-def test_a_fraction_that_empties_a_split_is_refused(tmp_path: Path, fraction: float) -> None:
-    made = recipe(tmp_path / "a.txt", eval_fraction=fraction)
-    with pytest.raises(UserError, match=r"left the \w+ split without text: give eval_files"):
+def test_a_text_that_cannot_be_split_is_refused(
+    tmp_path: Path, texts: list[str], fraction: float
+) -> None:
+    source = small_text.write_text(tmp_path / "a.txt", texts)
+    made = recipe(tmp_path / "b.txt", source=source, eval_fraction=fraction)
+    message = f"{len(texts)} document.s., .* blank line .*data.eval_files.*data.eval_fraction=0"
+    with pytest.raises(UserError, match=message):
         packing.prepare(made, tmp_path / "out", workers=1)
+    made = recipe(tmp_path / "b.txt", source=source, eval_fraction=0.0)
+    assert packing.prepare(made, tmp_path / "out", workers=1).splits["eval"].documents == 0
 
 
 def test_no_held_out_text_when_none_is_asked_for(tmp_path: Path) -> None:

@@ -40,8 +40,8 @@ class Recipe:
     """All that determines the bytes of a directory of windows.
 
     sequence_length: T. tower_tokenizer: CLIP's, when the tower does not read the language model's
-    own tokens. eval_fraction: share of documents held out, by a hash of their text, unless there
-    is an eval_source.
+    own tokens. eval_fraction: share of documents held out, by a hash of their text and at least
+    one, unless there is an eval_source.
     """
 
     source: Source
@@ -125,9 +125,28 @@ class Recipe:
 def split_documents(
     source: Source, eval_fraction: float, advance: Advance | None = None
 ) -> Iterator[tuple[str, Document]]:
-    """Every document with its split; held out are those whose hash falls below the fraction."""
+    """Every document with its split; held out are those whose hash falls below the fraction.
+
+    Of two or more different texts at least one is held out, the one of the smallest hash, and at
+    least one is not, unless the fraction is 0.
+    """
+    bound = _eval_bound(source, eval_fraction) if eval_fraction > 0 else 0
     for document in source.documents(advance):
-        yield ("eval" if units.is_eval(document.text, eval_fraction) else "train"), document
+        yield ("eval" if units.text_hash(document.text) < bound else "train"), document
+
+
+def _eval_bound(source: Source, fraction: float) -> int:
+    """The hash below which a document is held out; reads until both splits have one."""
+    bound = int(fraction * 2.0**64)
+    smallest, largest = 1 << 64, -1
+    for document in source.documents():
+        found = units.text_hash(document.text)
+        smallest, largest = min(smallest, found), max(largest, found)
+        if smallest < bound <= largest:
+            return bound
+    if smallest == largest:
+        return bound
+    return largest if largest < bound else smallest + 1
 
 
 def prepare(
@@ -175,7 +194,7 @@ def _make(recipe: Recipe, out: Path, *, workers: int, unit_characters: int) -> M
             unit_characters=unit_characters,
         )
         streams = _encode(pool, jobs)
-        _check_splits(recipe, streams)
+        _check_splits(recipe, streams, tallies)
         splits, tower_length = _pack(
             pool, encoding, streams, tallies, out=out, shard=recipe.windows_per_shard
         )
@@ -213,7 +232,7 @@ def _record(tokenizer: Tokenizer) -> TokenizerRecord:
 def _eval_rule(fraction: float, source: Source | None) -> str:
     if source is not None:
         return "eval_files"
-    return f"blake2b(text) < {fraction!r}" if fraction > 0 else "none"
+    return f"blake2b(text) < {fraction!r}, at least one" if fraction > 0 else "none"
 
 
 def _finished(out: Path, key: str) -> Manifest | None:
@@ -237,16 +256,22 @@ def _encode(pool: Workers, jobs: Iterator[tuple[str, units.UnitJob]]) -> dict[st
     return {split: shards.Stream.of(parts) for split, parts in found.items()}
 
 
-def _check_splits(recipe: Recipe, streams: dict[str, shards.Stream]) -> None:
+def _check_splits(
+    recipe: Recipe, streams: dict[str, shards.Stream], tallies: dict[str, units.Tally]
+) -> None:
+    documents = sum(tally.documents for tally in tallies.values())
     for split, stream in streams.items():
         wanted = split == "train" or recipe.eval_fraction > 0 or recipe.eval_source is not None
-        if wanted and not shards.count_windows(stream.tokens, recipe.sequence_length):
-            raise UserError(
-                f"eval_fraction={recipe.eval_fraction} left the {split} split without text: give "
-                "eval_files, choose another fraction, or 0 for no held-out text"
-                if recipe.eval_source is None
-                else f"the {split} files hold no text that gives a token"
-            )
+        if not wanted or shards.count_windows(stream.tokens, recipe.sequence_length):
+            continue
+        if recipe.eval_source is not None or recipe.eval_fraction == 0:
+            raise UserError(f"the {split} files hold no text that gives a token")
+        raise UserError(
+            f"no text is left for the {split} split: the text is {documents} document(s), a split "
+            "takes two that differ, and in a .txt file a blank line ends a document. Put blank "
+            "lines between documents, or name held-out text (data.eval_files), or hold out "
+            "nothing (data.eval_fraction=0 and eval.every_steps=0)"
+        )
 
 
 def _pack(

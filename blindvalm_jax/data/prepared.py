@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
@@ -19,6 +20,7 @@ from blindvalm_jax.data import (
     tokenizers,
 )
 from blindvalm_jax.data.tokenizers import Tokenizer
+from blindvalm_jax.data.workers import Progress
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import segments
 
@@ -140,12 +142,16 @@ def segment_rule(name: str) -> segments.Rule:
 
 def _sample(source: corpora.Source, eval_fraction: float) -> Iterator[str]:
     left = TOKENIZER_SAMPLE_CHARACTERS
-    for split, document in packing.split_documents(source, eval_fraction):
-        if split == "train":
-            yield document.text[:left]
-            left -= len(document.text)
-        if left <= 0:
-            return
+    with Progress("read text for a BPE", total=left, unit="char") as progress:
+        for split, document in packing.split_documents(source, eval_fraction):
+            if split == "train":
+                text = document.text[:left]
+                left -= len(text)
+                progress.advance(len(text))
+                yield text
+            if left <= 0:
+                break
+    print("learn the BPE's merges from it", file=sys.stderr, flush=True)
 
 
 def _tower_tokenizer(config: Config) -> Tokenizer | None:

@@ -64,10 +64,9 @@ class Tally:
     characters: int = 0
 
 
-def is_eval(text: str, fraction: float) -> bool:
-    """Whether a document is held out: decided by its text alone, so equal texts stay together."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2.0**64
+def text_hash(text: str) -> int:
+    """64 bits that decide a document's split: of its text alone, so equal texts stay together."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def jobs(

@@ -42,8 +42,8 @@ class Windows:
         self.split = self.manifest.splits[split]
         if not self.split.windows:
             raise UserError(
-                f"{directory} has no {split} windows: "
-                "prepare it with eval_fraction > 0 or eval_files"
+                f"{directory} has no {split} windows: prepare it with eval_fraction > 0 or "
+                "eval_files, or evaluate never (eval.every_steps=0)"
             )
         self._check_files()
         tower = self.manifest.tower_record

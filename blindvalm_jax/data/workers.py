@@ -99,11 +99,11 @@ class Progress:
         """Itself."""
         return self
 
-    def __exit__(self, *error: object) -> None:
-        """Reports the end."""
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Reports the end, unless it is an error, which then speaks for itself."""
         if self._bar is not None:
             self._bar.close()
-        elif self._done:
+        elif self._done and kind is None:
             self._line()
 
     def advance(self, count: int) -> None:
