@@ -2,7 +2,8 @@
 
     python -m blindvalm_jax.parity DIR [--only=GLOB] [--json=FILE]
 
-Exit code 0: everything holds; 1: something differs; 2: a case cannot be read.
+Exit code 0: everything holds; 1: something differs, or our code crashes on it; 2: a case cannot be
+read, or the command is wrong.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from absl import flags
+from absl import app, flags, logging
 
 from blindvalm_jax import golden
-from blindvalm_jax.errors import UserError, run_main
-from blindvalm_jax.golden.case import Check, find, read
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.golden.case import Check, find, is_other, read
 
 _ONLY = flags.DEFINE_string("only", "*", "Run the cases whose name matches this pattern.")
 _JSON = flags.DEFINE_string("json", None, "Also write every comparison to this file.")
@@ -27,16 +30,21 @@ _JSON = flags.DEFINE_string("json", None, "Also write every comparison to this f
 def main(argv: Sequence[str]) -> int:
     """Runs the cases of a directory, prints the table, returns the exit code."""
     if len(argv) != 2:
-        raise UserError("usage: python -m blindvalm_jax.parity DIR [--only=GLOB] [--json=FILE]")
+        return _fail("usage: python -m blindvalm_jax.parity DIR [--only=GLOB] [--json=FILE]")
+    out = None if _JSON.value is None else Path(_JSON.value)
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        return _fail(f"--json={out} must be a file in a directory that is there")
     try:
         paths = find(Path(argv[1]))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error))
     paths = [path for path in paths if fnmatch.fnmatch(path.stem, _ONLY.value)]
+    others = [path for path in paths if is_other(path)]
+    for path in others:
+        print(f"skipped: {path.name} is no golden case (it has no kind)", flush=True)
+    paths = [path for path in paths if path not in others]
     if not paths:
-        print(f"error: no case in {argv[1]} matches --only={_ONLY.value}", file=sys.stderr)
-        return 2
+        return _fail(f"no case in {argv[1]} matches --only={_ONLY.value}")
     checks: list[Check] = []
     unreadable: list[str] = []
     for path in paths:
@@ -44,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
             found = golden.run(read(path))
         except UserError as error:
             unreadable.append(str(error))
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            _fail(str(error))
             continue
         checks.extend(found)
         print_table(found)
@@ -53,13 +61,26 @@ def main(argv: Sequence[str]) -> int:
         f"{len(paths)} cases, {len(checks)} comparisons: {len(differing)} differ, "
         f"{len(unreadable)} cases unreadable"
     )
-    if _JSON.value:
-        rows = [{**dataclasses.asdict(check), "holds": check.holds} for check in checks]
-        result = {"checks": rows, "unreadable": unreadable}
-        Path(_JSON.value).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if out is not None:
+        result = {"checks": [_row(check) for check in checks], "unreadable": unreadable}
+        try:
+            out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            return _fail(f"{out} cannot be written: {error}")
     if unreadable:
         return 2
     return 1 if differing else 0
+
+
+def _row(check: Check) -> dict[str, Any]:
+    """A comparison as JSON, which has no infinity: a difference that is no number is null."""
+    difference = check.difference if math.isfinite(check.difference) else None
+    return {**dataclasses.asdict(check), "difference": difference, "holds": check.holds}
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return 2
 
 
 def print_table(checks: Sequence[Check]) -> None:
@@ -77,5 +98,18 @@ def print_table(checks: Sequence[Check]) -> None:
         )
 
 
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Reads the flags; not by `errors.run_main`, whose 1 says here that something differs."""
+    try:
+        return flags.FLAGS(list(argv))
+    except flags.Error as error:
+        sys.exit(_fail(str(error)))
+
+
+def _run(argv: Sequence[str]) -> None:
+    logging.set_verbosity(logging.WARNING)
+    sys.exit(main(argv))
+
+
 if __name__ == "__main__":
-    run_main(main)
+    app.run(_run, flags_parser=_parse)

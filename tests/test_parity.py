@@ -152,7 +152,7 @@ def test_the_command_exits_with_1_where_a_weight_is_wrong(tmp_path: Path) -> Non
     out.parent.mkdir()
     done = parity(tmp_path, f"--json={out}")
     assert done.returncode == 1
-    assert "2 cases, 74 comparisons: 2 differ, 0 cases unreadable" in done.stdout
+    assert "2 cases, 75 comparisons: 2 differ, 0 cases unreadable" in done.stdout
     differing = [line.split()[:2] for line in done.stdout.splitlines() if "DIFFERS" in line]
     assert differing == [["decoder_gpt_c", "final"], ["decoder_gpt_c", "logits"]]
     wrong = [c["quantity"] for c in json.loads(out.read_text())["checks"] if not c["holds"]]
@@ -241,7 +241,14 @@ def test_arrays_other_than_described_are_named(tmp_path: Path) -> None:
         ("decoder_gpt_c", {"config": None}, "incomplete or wrong for its kind"),
         ("decoder_gpt_c", {"config": {"layers": 9}}, "do not fit the model: missing"),
         ("decoder_gpt_c", {"config": {"heads": 5}}, "are the heads right"),
-        ("decoder_gpt_c", {"config": {"vocab": 500}}, "incomplete or wrong for its kind"),
+        ("decoder_gpt_c", {"config": {"vocab": 500}}, r"wte must be float32\[512, \d+\], got"),
+        (
+            "decoder_gpt_c",
+            {"config": {"layers": "2"}},
+            "layers must be a positive integer, got '2'",
+        ),
+        ("fusion_layer_valm_k4_c", {"config": []}, "incomplete or wrong for its kind"),
+        ("end_to_end_valm_c", {"config": {"lm": None}}, "incomplete or wrong for its kind"),
         ("clip_text_b", {"config": {"width": 64}}, "incomplete or wrong for its kind"),
         ("clip_text_b", {"segment_lengths": [[1]]}, "incomplete or wrong for its kind"),
         ("segmentation", {"cases": None}, "incomplete or wrong for its kind"),
@@ -262,5 +269,94 @@ def test_cases_that_do_not_fit_their_kind_are_one_line(
 def test_a_case_without_an_array_its_kind_needs_names_it(tmp_path: Path) -> None:
     meta, arrays = copied(tmp_path, "decoder_gpt_c")
     del meta["arrays"]["valid"], arrays["valid"]
-    with pytest.raises(UserError, match="incomplete or wrong for its kind: KeyError.'valid'."):
+    with pytest.raises(UserError, match="decoder_gpt_c: incomplete: 'valid' is missing"):
         golden.run(read(write(tmp_path, "decoder_gpt_c", meta, arrays)))
+
+
+def crash(*args: Any, **kwargs: Any) -> Any:
+    raise ValueError("shapes do not fit\nand more about it")
+
+
+@pytest.mark.parametrize("name", ["decoder_gpt_c", "clip_text_b", "fusion_layer_valm_k4_c"])
+def test_a_crash_of_ours_is_a_check_that_does_not_hold(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flax.linen.LayerNorm.__call__", crash)
+    (check,) = golden.run(read(REFERENCE / f"{name}.json"))
+    assert check.quantity == "crashed: ValueError: shapes do not fit"
+    assert not check.holds
+
+
+def test_what_was_compared_before_a_crash_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blindvalm_jax.grounding.text.features", crash)
+    checks = golden.run(read(REFERENCE / "clip_text_b.json"))
+    assert [check.holds for check in checks] == [True, False]
+    assert checks[0].quantity == "rows with other segments"
+
+
+@pytest.mark.parametrize("change", [1, -1])
+def test_another_number_of_layers_differs(change: int, tmp_path: Path) -> None:
+    meta, arrays = copied(tmp_path, "decoder_gpt_c")
+    states = arrays["out/inner_states"]
+    arrays["out/inner_states"] = states[:-1] if change < 0 else np.concatenate([states, states[:1]])
+    meta["arrays"]["out/inner_states"]["shape"][0] += change
+    checks = golden.run(read(write(tmp_path, "decoder_gpt_c", meta, arrays)))
+    wrong = [(check.quantity, check.difference) for check in checks if not check.holds]
+    assert wrong == [("number of layers", 1)]
+
+
+def test_a_gradient_on_one_side_only_differs(tmp_path: Path) -> None:
+    name = "fusion_layer_valm_k4_c"
+    meta, arrays = copied(tmp_path, name)
+    for table in (arrays, meta["arrays"]):
+        table["grad/extra.bias"] = table.pop("grad/fc1.bias")
+    checks = golden.run(read(write(tmp_path, name, meta, arrays)))
+    wrong = [(check.quantity, check.difference) for check in checks if not check.holds]
+    assert wrong == [("gradients on one side only", 2.0)]
+
+
+def test_a_gradient_norm_that_is_no_number_differs(tmp_path: Path) -> None:
+    meta, arrays = copied(tmp_path, "end_to_end_valm_c")
+    name = sorted(meta["grad_norms"])[3]
+    meta["grad_norms"][name] = float("nan")
+    checks = golden.run(read(write(tmp_path, "end_to_end_valm_c", meta, arrays)))
+    wrong = [check.quantity for check in checks if not check.holds]
+    assert wrong == [f"norms of {len(meta['grad_norms'])} gradients"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [(), ("a", "b"), (str(REFERENCE), "--onyl=x"), (str(REFERENCE), "--json=nowhere/out.json")],
+    ids=["nothing", "two directories", "unknown flag", "no directory for --json"],
+)
+def test_a_wrong_command_exits_with_2_before_anything_runs(args: tuple[str, ...]) -> None:
+    done = parity(*args)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_command_names_what_is_no_case_and_what_is_half_of_one(tmp_path: Path) -> None:
+    copied(tmp_path, "segmentation")
+    (tmp_path / "results.json").write_text('{"checks": []}')
+    done = parity(tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("skipped: results.json is no golden case")
+    np.savez(tmp_path / "half.npz", x=np.zeros(2))
+    done = parity(tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: half.npz: cannot be read as a golden case: half.json is missing\n"
+    )
+    assert "67 rows exactly" in done.stdout
+
+
+def test_what_is_written_is_strict_json(tmp_path: Path) -> None:
+    meta, arrays = copied(tmp_path, "decoder_gpt_c")
+    arrays["w/layer_norm.bias"][0] = np.nan
+    write(tmp_path, "decoder_gpt_c", meta, arrays)
+    out = tmp_path / "checks.json"
+    assert parity(tmp_path, f"--json={out}").returncode == 1
+    assert "NaN" not in out.read_text()
+    wrong = [c for c in json.loads(out.read_text())["checks"] if not c["holds"]]
+    assert {c["quantity"]: c["difference"] for c in wrong} == {"final norm": None, "logits": None}

@@ -23,10 +23,12 @@ _PAD = 1
 def end_to_end(case: Case) -> Iterator[Check]:
     """Tokens to features, neighbours, logits, loss, gradients and updates."""
     arrays, meta = case.arrays, case.meta
-    config = meta["config"]
-    decoder, params = parts.build_decoder(case, config["lm"])
-    tower, frozen = parts.build_tower(case, config["clip"])
-    tokens_BT, targets_BT = jnp.asarray(arrays["tokens"]), jnp.asarray(arrays["targets"])
+    with case.building():
+        lm, clip = meta["config"]["lm"], meta["config"]["clip"]
+        tokens_BT, targets_BT = jnp.asarray(arrays["tokens"]), jnp.asarray(arrays["targets"])
+        vocab = lm["vocab"]
+    decoder, params = parts.build_decoder(case, lm)
+    tower, frozen = parts.build_tower(case, clip)
     inputs = parts.tower_input(reference_clip_ids(arrays["tokens"]))
     yield parts.segment_check(case, inputs)
     z_BTKE = parts.features(tower, frozen, inputs)
@@ -34,8 +36,8 @@ def end_to_end(case: Case) -> Iterator[Check]:
     weights_BT = (targets_BT != _PAD).astype(jnp.float32)
     batch = step.Batch(tokens_BT, targets_BT, weights_BT, tower=inputs)
     if "dstore/keys" in arrays:
-        keys = jnp.asarray(arrays["dstore/keys"])
-        neighbours = config["lm"]["K"]
+        with case.building():
+            keys, neighbours = jnp.asarray(arrays["dstore/keys"]), lm["K"]
         scores, index = exact_search(z_BTKE[:, :, 0], keys, neighbours=neighbours)
         yield case.check("neighbours", index, arrays["out/knn_index"], 0.0)
         yield case.check("neighbours' scores", scores, arrays["out/knn_score"], FEATURE)
@@ -43,7 +45,6 @@ def end_to_end(case: Case) -> Iterator[Check]:
         batch = step.Batch(tokens_BT, targets_BT, weights_BT, z_BTKE=z_BTKE)
 
     model = step.Model(decoder, tower)
-    vocab = config["lm"]["vocab"]
     logits_BTV = jax.jit(decoder.apply)({"params": params}, tokens_BT, z_BTKE, tokens_BT != _PAD)
     yield case.check("logits", logits_BTV[..., :vocab], arrays["out/logits"], OUTPUT)
     nll_BT = step.cross_entropy(logits_BTV, targets_BT)
@@ -64,55 +65,66 @@ def _gradients(
     case: Case, model: step.Model, params: Any, frozen: Any, batch: step.Batch
 ) -> Iterator[Check]:
     """Gradients of the summed loss, as tensors where stored and as norms for every tensor."""
+    with case.building():
+        stored = case.meta["grad_norms"].items()
+        norms = {k.removeprefix("decoder."): float(v) for k, v in stored}
+        expected = case.weights("grad/")
     grads = jax.jit(jax.grad(lambda p: model.loss(p, frozen, batch).loss))(params)
-    lm = case.meta["config"]["lm"]
+    config = model.decoder.config
     tensors = fairseq.save_decoder(
         grads,
-        vocab_size=lm["vocab"],
-        layers=lm["layers"],
-        heads=lm["heads"],
+        vocab_size=model.decoder.vocab_size,
+        layers=config.layers,
+        heads=config.heads,
         fusion_layers=model.decoder.fusion_layers,
     )
-    for name, expected in case.weights("grad/").items():
-        yield case.check_relative(f"gradient {name}", tensors[name], expected)
-    norms = {k.removeprefix("decoder."): v for k, v in case.meta["grad_norms"].items()}
+    yield case.check_names("gradients on one side only", set(tensors), set(norms))
+    for name in expected:
+        yield case.check_relative(f"gradient {name}", tensors[name], expected[name])
+    names = sorted(set(norms) & set(tensors))
+    got = np.array([np.linalg.norm(tensors[name]) for name in names], np.float64)
+    want = np.array([norms[name] for name in names], np.float64)
     # The key biases of plain blocks have no gradient but rounding (the softmax does not see them).
-    floor = 1e-4 * max(norms.values())
-    worst = max(
-        abs(float(np.linalg.norm(tensors[name])) - norm) / max(norm, floor)
-        for name, norm in norms.items()
-    )
+    worst = largest_ratio(got - want, np.maximum(want, 1e-4 * np.max(want)))
     yield Check(case.name, f"norms of {len(norms)} gradients", worst, GRADIENT)
+
+
+def largest_ratio(differences: np.ndarray, sizes: np.ndarray) -> float:
+    """Largest difference over its size; not a number where any of them is none."""
+    return float(np.max(np.abs(differences) / sizes))
 
 
 def _updates(
     case: Case, model: step.Model, params: Any, frozen: Any, batch: step.Batch
 ) -> Iterator[Check]:
     """The reference trainer's updates on one batch, by the train step itself."""
-    recipe, arrays = case.meta["train"], case.arrays
-    config = OptimizerConfig(
-        learning_rate=recipe["lr"],
-        warmup_steps=recipe["warmup_updates"],
-        warmup_init=recipe["warmup_init_lr"],
-        beta1=recipe["betas"][0],
-        beta2=recipe["betas"][1],
-        epsilon=recipe["eps"],
-        weight_decay=recipe["weight_decay"],
-        clip_norm=recipe["clip_norm"],
-    )
-    optimizer = optim.make(config, steps=recipe["steps"])
+    arrays = case.arrays
+    with case.building():
+        recipe = case.meta["train"]
+        steps = int(recipe["steps"])
+        config = OptimizerConfig(
+            learning_rate=recipe["lr"],
+            warmup_steps=recipe["warmup_updates"],
+            warmup_init=recipe["warmup_init_lr"],
+            beta1=recipe["betas"][0],
+            beta2=recipe["betas"][1],
+            epsilon=recipe["eps"],
+            weight_decay=recipe["weight_decay"],
+            clip_norm=recipe["clip_norm"],
+        )
+    optimizer = optim.make(config, steps=steps)
     update = jax.jit(
         functools.partial(
             step.train_step,
             model=model,
             optimizer=optimizer,
-            rate=optim.schedule(config, steps=recipe["steps"]),
+            rate=optim.schedule(config, steps=steps),
             seed=0,
         )
     )
     state = step.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     history = []
-    for _ in range(recipe["steps"]):
+    for _ in range(steps):
         state, metrics = update(state, frozen, batch)
         history.append(metrics)
 
@@ -123,5 +135,5 @@ def _updates(
     losses = arrays["train/loss_mean_nats"]
     yield case.check("loss of the updates", series("train/loss"), losses, OUTPUT)
     norms = arrays["train/grad_norm_before_clip"]
-    worst = float(np.max(np.abs(series("train/grad_norm") - norms) / norms))
+    worst = largest_ratio(series("train/grad_norm") - norms, norms)
     yield Check(case.name, "gradient norm of the updates", worst, GRADIENT)

@@ -15,7 +15,7 @@ from blindvalm_jax.config import DecoderConfig, FusionConfig, TowerConfig
 from blindvalm_jax.golden.case import FEATURE, OUTPUT, Case, Check
 from blindvalm_jax.grounding import segments, text
 from blindvalm_jax.interop import clip_text as clip_weights
-from blindvalm_jax.interop import fairseq, rules
+from blindvalm_jax.interop import fairseq, rules, weights
 from blindvalm_jax.models import attention, initializers
 from blindvalm_jax.models.clip import TextTower
 from blindvalm_jax.models.decoder import Decoder, sinusoidal
@@ -24,22 +24,24 @@ from blindvalm_jax.models.transformer import Attention, Block, BlockShape, Memor
 
 def fusion_layer(case: Case) -> Iterator[Check]:
     """The joint attention and its block, with gradients."""
-    config, arrays = case.meta["config"], case.arrays
-    heads, width = config["heads"], config["embed_dim"]
-    shape = BlockShape(
-        width=width,
-        heads=heads,
-        mlp_width=config["ffn_dim"],
-        activation="gelu_erf",
-        norm_epsilon=1e-5,
-        init=initializers.fairseq(width=width, mlp_width=config["ffn_dim"]),
-        dtype=jnp.float32,
-    )
-    tensors = {f"layers.0.{k}": v for k, v in case.weights("w/").items()}
-    load = functools.partial(_load_block, tensors, heads=heads, source=case.name)
-    params, plain = load(fused=True), load(fused=False)
-    x_BTD = jnp.swapaxes(jnp.asarray(arrays["x"]), 0, 1)
-    z_BTKE = jnp.asarray(arrays["image_features"])
+    arrays = case.arrays
+    with case.building():
+        config = case.meta["config"]
+        heads, width, mlp_width = case.sizes(config, "heads", "embed_dim", "ffn_dim")
+        shape = BlockShape(
+            width=width,
+            heads=heads,
+            mlp_width=mlp_width,
+            activation="gelu_erf",
+            norm_epsilon=1e-5,
+            init=initializers.fairseq(width=width, mlp_width=mlp_width),
+            dtype=jnp.float32,
+        )
+        tensors = {f"layers.0.{k}": v for k, v in case.weights("w/").items()}
+        load = functools.partial(_load_block, tensors, heads=heads, source=case.name)
+        params, plain = load(fused=True), load(fused=False)
+        x_BTD = jnp.swapaxes(jnp.asarray(arrays["x"]), 0, 1)
+        z_BTKE = jnp.asarray(arrays["image_features"])
     pattern = attention.Causal()
 
     def module(kind: type, memory: MemoryShape | None = None) -> Any:
@@ -54,8 +56,8 @@ def fusion_layer(case: Case) -> Iterator[Check]:
     memory = MemoryShape(width=z_BTKE.shape[-1], query_scale="model_width")
     block = module(Block, memory)
     attn_BTD, share_BT = apply(module(Attention, memory), params["attn"], x_BTD, z_BTKE)
-    weights = arrays["out/attn_weights_mean_over_heads"]
-    share = weights[..., x_BTD.shape[1] :].sum(axis=-1)
+    seen = arrays["out/attn_weights_mean_over_heads"]
+    share = seen[..., x_BTD.shape[1] :].sum(axis=-1)
     yield case.check("attention", jnp.swapaxes(attn_BTD, 0, 1), arrays["out/attn"], OUTPUT)
     yield case.check("share on the memory", share_BT, share, OUTPUT)
     layer_BTD, _ = apply(block, params, x_BTD, z_BTKE)
@@ -84,9 +86,13 @@ def fusion_layer(case: Case) -> Iterator[Check]:
         layers=1,
         fusion_layers=(0,),
     )
-    for name, gradient in got.items():
-        expected = arrays[f"grad/{name.removeprefix('layers.0.')}"]
-        yield case.check_relative(f"gradient {name}", gradient, expected)
+    got = {name.removeprefix("layers.0."): gradient for name, gradient in got.items()}
+    expected_gradients = case.weights("grad/")
+    del expected_gradients["x"]
+    names = set(expected_gradients)
+    yield case.check_names("gradients on one side only", set(got), names)
+    for name in sorted(names & set(got)):
+        yield case.check_relative(f"gradient {name}", got[name], expected_gradients[name])
 
 
 def _load_block(tensors: rules.Tensors, *, heads: int, fused: bool, source: str) -> dict[str, Any]:
@@ -110,25 +116,27 @@ def _load_block(tensors: rules.Tensors, *, heads: int, fused: bool, source: str)
 
 def decoder(case: Case) -> Iterator[Check]:
     """The whole decoder: embedding, every layer, final norm, logits."""
-    config, arrays = case.meta["config"], case.arrays
-    decoder, params = build_decoder(case, config)
-    z_BTKE = arrays.get("image_features")
-    valid_BT = jnp.asarray(arrays["valid"])
-    tokens_BT = jnp.asarray(arrays["tokens"])
-    positions = sinusoidal(tokens_BT.shape[1], config["embed_dim"], valid_BT)
+    arrays = case.arrays
+    decoder, params = build_decoder(case, case.meta["config"])
+    with case.building():
+        z_BTKE = arrays.get("image_features")
+        valid_BT = jnp.asarray(arrays["valid"])
+        tokens_BT = jnp.asarray(arrays["tokens"])
+        inner = [np.swapaxes(x, 0, 1) for x in arrays["out/inner_states"]]
+    positions = sinusoidal(tokens_BT.shape[1], decoder.config.width, valid_BT)
     yield case.check("position embedding", positions, arrays["positions_emb"], FEATURE)
     variables = {"params": params}
     embedded_BTD = decoder.apply(variables, tokens_BT, valid_BT, method="embed")
-    inner = [np.swapaxes(x, 0, 1) for x in arrays["out/inner_states"]]
     yield case.check("embedding", embedded_BTD, inner[0], OUTPUT)
     run_hidden = functools.partial(decoder.apply, method="hidden", mutable=["intermediates"])
     hidden, sown = jax.jit(run_hidden)(variables, tokens_BT, z_BTKE, valid_BT)
     outputs = _block_outputs(sown["intermediates"]["h"])
-    for index, output_BTD in enumerate(outputs):
-        yield case.check(f"layer {index}", output_BTD, inner[index + 1], OUTPUT)
+    yield case.check("number of layers", len(outputs), len(inner) - 1, 0.0)
+    for index, (output_BTD, expected) in enumerate(zip(outputs, inner[1:], strict=False)):
+        yield case.check(f"layer {index}", output_BTD, expected, OUTPUT)
     yield case.check("final norm", hidden.hidden_BTD, arrays["out/final_features"], OUTPUT)
     logits_BTV = jax.jit(decoder.apply)(variables, tokens_BT, z_BTKE, valid_BT)
-    vocab = config["vocab"]
+    vocab = decoder.vocab_size
     yield case.check("logits", logits_BTV[..., :vocab], arrays["out/logits"], OUTPUT)
 
 
@@ -142,65 +150,82 @@ def _block_outputs(sown: Any) -> list[Any]:
 
 
 def build_decoder(case: Case, config: dict[str, Any]) -> tuple[Decoder, Any]:
-    """The decoder of a case, with the case's weights."""
-    joint = config["joint_layer"]
-    layers = () if joint is None else (joint,)
-    decoder = Decoder(
-        DecoderConfig(
-            layers=config["layers"],
-            width=config["embed_dim"],
-            heads=config["heads"],
-            mlp_width=config["ffn_dim"],
-            dropout=0.0,
-            attention_dropout=0.0,
-        ),
-        FusionConfig(),
-        vocab_size=config["vocab"],
-        fusion_layers=layers,
-        memory_width=config["embed_dim"] if layers else 0,
-    )
-    params = fairseq.load_decoder(
-        case.weights("w/"),
-        layers=config["layers"],
-        heads=config["heads"],
-        fusion_layers=layers,
-        vocab_multiple=decoder.config.vocab_multiple,
-        source=case.name,
-    )
-    return decoder, jax.tree.map(jnp.asarray, params)
+    """The decoder of a case, with the case's weights.
+
+    Raises:
+      UserError: they do not fit the config.
+    """
+    with case.building():
+        names = ("layers", "embed_dim", "heads", "ffn_dim", "vocab")
+        layers, width, heads, mlp_width, vocab_size = case.sizes(config, *names)
+        joint = config["joint_layer"]
+        fused = () if joint is None else (joint,)
+        spec = weights.DecoderSpec(
+            decoder=DecoderConfig(
+                layers=layers,
+                width=width,
+                heads=heads,
+                mlp_width=mlp_width,
+                dropout=0.0,
+                attention_dropout=0.0,
+            ),
+            fusion=FusionConfig(),
+            vocab_size=vocab_size,
+            fusion_layers=fused,
+            memory_width=width if fused else 0,
+        )
+        params = fairseq.load_decoder(
+            case.weights("w/"),
+            layers=layers,
+            heads=heads,
+            fusion_layers=fused,
+            vocab_multiple=spec.decoder.vocab_multiple,
+            source=case.name,
+        )
+    weights.check(params, spec, case.name)
+    return spec.module(), jax.tree.map(jnp.asarray, params)
 
 
 def clip_text(case: Case) -> Iterator[Check]:
     """Segments and features of the text tower."""
     arrays = case.arrays
     tower, params = build_tower(case, case.meta["config"])
+    with case.building():
+        length = case.meta["segment_lengths"][0][0]
+        raw = arrays["out/first_segment_raw"][1 : length + 1]
+        unit = raw / np.linalg.norm(raw, axis=-1, keepdims=True)
     inputs = tower_input(arrays["clip_ids"])
     yield segment_check(case, inputs)
     z_BTKE = features(tower, params, inputs)
     yield case.check("features", z_BTKE[:, :, 0], arrays["out/features"], FEATURE)
-    length = case.meta["segment_lengths"][0][0]
-    raw = arrays["out/first_segment_raw"][1 : length + 1]
-    unit = raw / np.linalg.norm(raw, axis=-1, keepdims=True)
     yield case.check("first segment", z_BTKE[0, :length, 0], unit, FEATURE)
 
 
 def build_tower(case: Case, config: dict[str, Any]) -> tuple[TextTower, Any]:
-    """The tower of a case, with the case's weights."""
-    tower_config = TowerConfig(
-        layers=config["layers"],
-        width=config["width"],
-        heads=config["heads"],
-        mlp_width=4 * config["width"],
-        projection=config["embed_dim"],
-        vocab_size=config["vocab"],
-        context=config["context"],
-    )
-    tensors = case.weights("clip/")
-    rows = tensors.pop("token_embedding.rows")
-    table = np.zeros((config["vocab"], config["width"]), np.float32)
-    table[tensors.pop("token_embedding.row_ids")] = rows
-    tensors["token_embedding.weight"] = table
-    params = clip_weights.load_openai(tensors, config=tower_config, source=case.name)
+    """The tower of a case, with the case's weights.
+
+    Raises:
+      UserError: they do not fit the config.
+    """
+    with case.building():
+        names = ("layers", "width", "heads", "embed_dim", "vocab", "context")
+        layers, width, heads, projection, vocab_size, context = case.sizes(config, *names)
+        tower_config = TowerConfig(
+            layers=layers,
+            width=width,
+            heads=heads,
+            mlp_width=4 * width,
+            projection=projection,
+            vocab_size=vocab_size,
+            context=context,
+        )
+        tensors = case.weights("clip/")
+        rows = tensors.pop("token_embedding.rows")
+        table = np.zeros((vocab_size, width), np.float32)
+        table[tensors.pop("token_embedding.row_ids")] = rows
+        tensors["token_embedding.weight"] = table
+        params = clip_weights.load_openai(tensors, config=tower_config, source=case.name)
+    weights.check(params, tower_config, case.name)
     return TextTower(tower_config), jax.tree.map(jnp.asarray, params)
 
 
@@ -219,16 +244,24 @@ def features(tower: TextTower, params: Any, inputs: text.TowerInput) -> jax.Arra
 
 def segment_check(case: Case, inputs: text.TowerInput) -> Check:
     """Compares the cuts with the case's segment lengths."""
+    with case.building():
+        expected = [list(lengths) for lengths in case.meta["segment_lengths"]]
+        if len(expected) != len(inputs.starts_BS):
+            raise ValueError(f"{len(inputs.starts_BS)} rows, {len(expected)} segment_lengths")
     got = [segments.lengths(np.asarray(row)).tolist() for row in inputs.starts_BS]
-    wrong = sum(g != e for g, e in zip(got, case.meta["segment_lengths"], strict=True))
+    wrong = sum(g != e for g, e in zip(got, expected, strict=True))
     return Check(case.name, "rows with other segments", float(wrong), 0.0)
 
 
 def segmentation(case: Case) -> Iterator[Check]:
     """Rows of ids and the lengths of their segments."""
+    with case.building():
+        rows = [
+            (f"row {row['id']}: {row['desc']}", np.asarray([row["ids"]]), list(row["lengths"]))
+            for row in case.meta["cases"]
+        ]
     separators = segments.clip_separators()
-    for row in case.meta["cases"]:
-        ids = np.asarray([row["ids"]])
-        got = segments.lengths(segments.starts(ids, rule="reference", separators=separators)[0])
-        wrong = float(got.tolist() != row["lengths"])
-        yield Check(case.name, f"row {row['id']}: {row['desc']}", wrong, 0.0)
+    for name, ids_BT, expected in rows:
+        starts_BT = segments.starts(ids_BT, rule="reference", separators=separators)
+        wrong = float(segments.lengths(starts_BT[0]).tolist() != expected)
+        yield Check(case.name, name, wrong, 0.0)
