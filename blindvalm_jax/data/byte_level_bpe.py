@@ -19,11 +19,16 @@ from blindvalm_jax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257
+_HASHED = ("vocab", "merges")  # on their own, in an order that does not depend on the file
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class ByteLevelTokenizer:
-    """A byte-level BPE whose `<|endoftext|>` separates documents; ids are the model's own."""
+    """A byte-level BPE whose `<|endoftext|>` separates documents; ids are the model's own.
+
+    `encode` reads a literal `<|endoftext|>` as that token, as prompts need it. `encode_lm` and the
+    like read texts to learn from: there it is text, so that none can pose as a separator.
+    """
 
     lm_offset = 0
 
@@ -41,6 +46,9 @@ class ByteLevelTokenizer:
         if end is None:
             raise UserError(f"this {kind} tokenizer has no {END_OF_TEXT} to separate documents")
         self.eos_id = self.pad_id = end
+        self._plain = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        self._plain.add_special_tokens([END_OF_TEXT])
+        self._plain.encode_special_tokens = True
         self.fingerprint = _fingerprint(json.loads(self._tokenizer.to_str()))
         self._symbols = files.byte_symbols()
         self._byte_lengths = self._lengths()
@@ -52,7 +60,12 @@ class ByteLevelTokenizer:
         if whole.exists():
             content = files.read_json(whole)
             vocab, merges = files.model_of(content, directory)
-            specials = [token["content"] for token in content.get("added_tokens", [])]
+            specials = files.added_tokens(content, directory)
+            if content["model"].get("dropout"):
+                raise UserError(
+                    f"{whole} asks for BPE dropout {content['model']['dropout']!r}: the same text "
+                    "would give other tokens each time; set its dropout to null"
+                )
             serialized = json.dumps(content)
         elif kind == "gpt2":
             if not (directory / "vocab.json").exists() and not (directory / "merges.txt").exists():
@@ -80,13 +93,13 @@ class ByteLevelTokenizer:
         return self._tokenizer.encode(_valid(text), add_special_tokens=False).ids
 
     def encode_lm(self, text: str) -> np.ndarray:
-        """int32[n] ids of a text."""
-        return np.array(self.encode(text), np.int32)
+        """int32[n] ids of a text; what looks like a special token is text."""
+        return np.array(self._plain.encode(_valid(text), add_special_tokens=False).ids, np.int32)
 
     def encode_lm_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode_lm` of each text, on as many threads as RAYON_NUM_THREADS allows."""
         valid = [_valid(text) for text in texts]
-        encodings = self._tokenizer.encode_batch_fast(valid, add_special_tokens=False)
+        encodings = self._plain.encode_batch_fast(valid, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def encode_with_ends(self, text: str) -> Encoded:
@@ -201,6 +214,8 @@ def _fingerprint(content: dict[str, Any]) -> str:
     parts = [
         sorted(model["vocab"].items()),
         model["merges"],
+        # An empty affix is none, and with all bytes in the vocabulary nothing is unknown.
+        sorted((k, v) for k, v in model.items() if v and k not in (*_HASHED, "unk_token")),
         sorted(added),
         content["normalizer"],
         _without_offsets(content["pre_tokenizer"]),

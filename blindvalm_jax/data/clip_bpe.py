@@ -32,6 +32,9 @@ _PIECES = regex.compile(
 class ClipTokenizer:
     """CLIP's tokenizer; as a language model's it has fairseq's four specials in front.
 
+    A literal `<|endoftext|>` is CLIP's own token, as in OpenAI's; documents are separated by
+    fairseq's `</s>`, which no text gives.
+
     BPE pieces never cross white space, so a word's ids do not depend on its neighbours: they are
     kept per word, as bytes ready to be joined.
     """

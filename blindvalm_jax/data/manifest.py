@@ -124,6 +124,8 @@ def load(directory: Path) -> Manifest:
     try:
         values = json.loads(path.read_bytes())
         version = values["format_version"]
+        if type(version) is not int:
+            raise TypeError(f"format_version is {version!r}")
         if version == FORMAT_VERSION:
             return _from_dict(values)
     except (ValueError, TypeError, KeyError) as error:

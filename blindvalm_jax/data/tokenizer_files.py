@@ -99,9 +99,7 @@ def read_clip(directory: Path) -> tuple[dict[str, int], Merges]:
 
 def read_pair(directory: Path) -> tuple[dict[str, int], Merges]:
     """Reads vocab.json and merges.txt."""
-    vocab = read_json(directory / "vocab.json")
-    if not isinstance(vocab, dict) or not all(isinstance(index, int) for index in vocab.values()):
-        raise UserError(f"{directory / 'vocab.json'} is not a table of piece: id")
+    vocab = _checked_vocab(read_json(directory / "vocab.json"), directory / "vocab.json")
     return vocab, _parse_merges(_read_text(directory / "merges.txt"), directory / "merges.txt")
 
 
@@ -110,20 +108,52 @@ def model_of(content: Any, directory: Path) -> tuple[dict[str, int], Merges]:
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or not {"vocab", "merges"} <= model.keys():
         raise UserError(f"{directory / 'tokenizer.json'} holds no BPE with vocab and merges")
+    path = directory / "tokenizer.json"
+    vocab = _checked_vocab(model["vocab"], path)
+    if not isinstance(model["merges"], list):
+        raise UserError(f"{path}: the merges are no list, got {_short(model['merges'])}")
     merges = []
     for entry in model["merges"]:
         parts = entry.split(" ") if isinstance(entry, str) else entry
-        if len(parts) != 2:
-            raise UserError(f"{directory / 'tokenizer.json'}: expected two pieces, got {entry!r}")
+        if not isinstance(parts, list) or [type(part) for part in parts] != [str, str]:
+            raise UserError(f"{path}: expected two pieces, got {_short(entry)}")
         merges.append((parts[0], parts[1]))
-    return model["vocab"], merges
+    return vocab, merges
+
+
+def added_tokens(content: dict[str, Any], directory: Path) -> list[str]:
+    """Contents of the added tokens of a tokenizer.json."""
+    added = content.get("added_tokens") or []
+    tokens = added if isinstance(added, list) else [added]
+    texts = [token.get("content") if isinstance(token, dict) else None for token in tokens]
+    wrong = [token for token, text in zip(tokens, texts, strict=True) if not isinstance(text, str)]
+    if wrong:
+        raise UserError(
+            f"{directory / 'tokenizer.json'}: added_tokens must be a list of tokens with their "
+            f"content, got {_short(wrong[0])}"
+        )
+    return [str(text) for text in texts]
+
+
+def _checked_vocab(vocab: Any, path: Path) -> dict[str, int]:
+    if not isinstance(vocab, dict):
+        raise UserError(f"{path}: the vocabulary is not a table of piece: id, got {_short(vocab)}")
+    wrong = [item for item in vocab.items() if type(item[1]) is not int]
+    if wrong:
+        raise UserError(f"{path}: {_short(wrong[0][0])} has no whole number as its id")
+    return vocab
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def read_json(path: Path) -> Any:
     """Parses a JSON file."""
     try:
         return json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
 
 
