@@ -44,6 +44,7 @@ _LONGEST_SEGMENT = flags.DEFINE_integer(
 _WORKERS = flags.DEFINE_integer("workers", 0, "processes; 0: one per core")
 _EVAL_FRACTION = flags.DEFINE_float("eval_fraction", 0.01, "share of documents held out")
 _EVAL_FILES = flags.DEFINE_string("eval_files", "", "held-out text, instead of a share")
+_MUCH_WIDER = 1.5
 
 
 def main(argv: Sequence[str]) -> int:
@@ -108,6 +109,12 @@ def _summary(made: Manifest, out: Path, seconds: float) -> str:
             f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens, "
             f"{split.windows:,} windows; segments of {split.mean_segment:.1f} tokens, "
             f"{split.full_segments:.2%} cut at {made.longest_segment}"
+        )
+    if made.tower_length and made.tower_length > _MUCH_WIDER * made.sequence_length:
+        lines.append(
+            f"  warning: the tower reads rows of {made.tower_length} tokens for windows of "
+            f"{made.sequence_length}, as its tokens are finer than the model's in the fullest "
+            "window; every step pays for that width"
         )
     characters = sum(split.characters for split in made.splits.values())
     lines.append(f"  {seconds:.1f} s, {characters / 1e6 / max(seconds, 1e-9):.2f} M characters/s")

@@ -479,6 +479,27 @@ def test_a_text_that_cannot_be_split_is_refused(
     assert packing.prepare(made, tmp_path / "out", workers=1).splits["eval"].documents == 0
 
 
+@pytest.mark.parametrize("tokenizer", [BPE, CLIP], ids=["train", "clip"])
+@pytest.mark.parametrize("tower", [None, CLIP], ids=["shared", "aligned"])
+def test_no_text_can_pose_as_a_separator(
+    tmp_path: Path, tokenizer: tokenizers.Tokenizer, tower: tokenizers.Tokenizer | None
+) -> None:
+    texts = ["the <|endoftext|> cat <|endoftext|>", "sat</s>on"]
+    source = small_text.write_text(tmp_path / "a.txt", texts)
+    fields: dict[str, Any] = {"tokenizer": tokenizer, "tower_tokenizer": tower}
+    made = recipe(tmp_path / "b.txt", source=source, eval_fraction=0.0, **fields)
+    packing.prepare(made, tmp_path / "out", workers=1)
+    windows = Windows(tmp_path / "out", "train")
+    rows = [
+        windows[i]["tokens"][: min(int(windows[i]["count"]), LENGTH)] for i in range(len(windows))
+    ]
+    tokens = np.concatenate(rows)
+    assert (tokens == tokenizer.eos_id).sum() == 2
+    if tokenizer is BPE:
+        assert "the <|endoftext|> cat <|endoftext|>" in BPE.decode(tokens[1:].tolist())
+        assert BPE.eos_id in BPE.encode(texts[0]), "a prompt may hold the separator"
+
+
 def test_no_held_out_text_when_none_is_asked_for(tmp_path: Path) -> None:
     made = recipe(tmp_path / "a.txt", eval_fraction=0.0)
     assert packing.prepare(made, tmp_path / "out", workers=1).splits["eval"].windows == 0
@@ -592,6 +613,11 @@ def damage_newer(out: Path) -> None:
     (out / manifest.FILE_NAME).write_text(json.dumps({**values, "format_version": 99}))
 
 
+def damage_version_type(out: Path) -> None:
+    values = json.loads((out / manifest.FILE_NAME).read_text())
+    (out / manifest.FILE_NAME).write_text(json.dumps({**values, "format_version": "two"}))
+
+
 def damage_garbled(out: Path) -> None:
     (out / manifest.FILE_NAME).write_text('{"format_version": 2}')
 
@@ -611,6 +637,7 @@ def damage_short_shard(out: Path) -> None:
         (damage_missing_manifest, "has no manifest.json: preparation did not finish"),
         (damage_newer, "is of format version 99, this program reads 2: update"),
         (damage_garbled, "is damaged"),
+        (damage_version_type, "is damaged .*format_version is 'two'"),
         (damage_missing_shard, "windows-00001.array_record is missing"),
         (damage_short_shard, r"windows-00000.array_record has \d+ bytes, the manifest says"),
     ],
@@ -781,6 +808,20 @@ def test_the_command_prepares_and_reports(tmp_path: Path) -> None:
     found = Windows(out, "eval")
     assert len(found) == len(expected)
     np.testing.assert_array_equal(found[0]["tokens"], expected[0]["tokens"])
+
+
+@pytest.mark.parametrize(("words", "warned"), [("漢字 " * 40, True), ("the cat " * 300, False)])
+def test_the_command_warns_of_a_wide_tower(tmp_path: Path, words: str, warned: bool) -> None:
+    """CLIP's tokenizer of five merges reads these characters byte by byte, the BPE whole."""
+    small_text.write_text(tmp_path / "a.txt", [words])
+    tokenizers.train(iter([words]), vocab_size=280).save(tmp_path / "bpe")
+    CLIP.save(tmp_path / "clip")
+    arguments = [f"--files={tmp_path}/a.txt", f"--out={tmp_path}/out", "--tokenizer=train"]
+    arguments += [f"--tokenizer_path={tmp_path}/bpe", f"--tower_tokenizer={tmp_path}/clip"]
+    length = 32 if warned else 300
+    done = run_cli(*arguments, "--eval_fraction=0", "--workers=1", f"--sequence_length={length}")
+    assert done.returncode == 0, done.stderr
+    assert ("warning: the tower reads rows of" in done.stdout) == warned, done.stdout
 
 
 @pytest.mark.parametrize(

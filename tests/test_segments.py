@@ -13,18 +13,9 @@ from blindvalm_jax.data import tokenizers
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import segments
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 SEPARATORS = segments.clip_separators()
 # Ids with a meaning for a rule, drawn often, so that random rows are full of decisions.
 MARKED = np.flatnonzero((SEPARATORS.rank < 127) | (SEPARATORS.minimum < 75))
-
-
-def golden(name: str) -> Path:
-    """A golden file, or a skip where the shared folder is absent."""
-    path = SHARED / "golden" / name
-    if not path.exists():
-        pytest.skip(f"{path.name}: golden cases are not beside this checkout")
-    return path
 
 
 def random_rows(seed: int, *, rows: int, size: int, marked: float) -> np.ndarray:
@@ -45,8 +36,8 @@ def reference_lengths(ids: list[int], longest: int) -> list[int]:
     return [*found, len(ids)]
 
 
-def test_reference_rule_equals_the_golden_rows() -> None:
-    cases = json.loads(golden("segmentation.json").read_text())["cases"]
+def test_reference_rule_equals_the_golden_rows(shared: Path) -> None:
+    cases = json.loads((shared / "golden" / "segmentation.json").read_text())["cases"]
     assert len(cases) == 67
     for case in cases:
         found = segments.starts(np.array([case["ids"]]), rule="reference", separators=SEPARATORS)
@@ -58,9 +49,9 @@ def test_reference_rule_equals_the_golden_rows() -> None:
     ["clip_text_a", "clip_text_b", "end_to_end_blind_a", "end_to_end_blind_b"]
     + ["end_to_end_valm_a", "end_to_end_valm_c"],
 )
-def test_reference_rule_equals_the_golden_models(name: str) -> None:
-    want = json.loads(golden(f"{name}.json").read_text())["segment_lengths"]
-    tokens = np.load(golden(f"{name}.npz"))["tokens"]
+def test_reference_rule_equals_the_golden_models(shared: Path, name: str) -> None:
+    want = json.loads((shared / "golden" / f"{name}.json").read_text())["segment_lengths"]
+    tokens = np.load(shared / "golden" / f"{name}.npz")["tokens"]
     ids = np.where(tokens == 2, 49407, np.where(tokens == 1, 0, tokens - 4))
     found = segments.starts(ids, rule="reference", separators=SEPARATORS)
     assert [segments.lengths(row).tolist() for row in found] == want
@@ -173,11 +164,22 @@ def test_separators_by_piece_text() -> None:
     assert found.rank[5] == 127
 
 
-def test_wrong_rule_and_mismatched_length_are_user_errors() -> None:
+def test_marks_of_other_scripts_end_sentences_and_commas(shared: Path) -> None:
+    gpt2 = tokenizers.load("gpt2", str(shared / "data" / "tokenizers" / "gpt2"))
+    trained = tokenizers.train(iter([mark * 9 for mark in "。！？、،؟।，"]), vocab_size=400)
+    for tokenizer, least in ((gpt2, 2), (trained, 8)):
+        found = segments.separators_for(tokenizer)
+        known = {mark: tokenizer.token_to_id(mark) for mark in "。！？؟।、،，"}
+        ids = {mark: index for mark, index in known.items() if index is not None}
+        assert len(ids) >= least
+        for mark, index in ids.items():
+            assert found.minimum[index] == (56 if mark in "、،，" else 12)
+    assert SEPARATORS.minimum[[38000, 45262]].tolist() == [12, 56]
+
+
+def test_wrong_rule_and_wrong_length_are_user_errors() -> None:
     ids = np.zeros((1, 4), int)
     with pytest.raises(UserError, match="causal or reference, got 'magic'"):
         segments.starts(ids, rule="magic", separators=SEPARATORS)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="at most 30 tokens asked of separators made for 75"):
-        segments.starts(ids, rule="causal", separators=SEPARATORS, longest=30)
     with pytest.raises(UserError, match="got 1"):
         segments.clip_separators(1)

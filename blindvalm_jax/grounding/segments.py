@@ -32,24 +32,29 @@ LONGEST = 75  # CLIP's context of 77 without its start and end token
 _NO_RANK = np.int8(127)
 _CLIP_VOCABULARY = 49408
 
+# Of a table {text: CLIP's id}, None where CLIP has no such piece (ftfy makes ASCII of some).
+_Pieces = dict[str, int | None]
+
 # Reference rule, strongest first, after the end of a document and the pad. With CLIP's ids: every
 # piece is the one that ends a word.
-_RANKED = {
+_RANKED: _Pieces = {
     **{".": 269, ";": 282, "!": 256, ":": 281, ",": 267, '."': 1081, ',"': 3823, '".': 2811},
     **{'",': 4332, ").": 1818, "),": 2361, "/": 270, "-": 268},
 }
-_SENTENCE = {
+_SENTENCE: _Pieces = {
     **{".": 269, "!": 256, "?": 286, '."': 1081, '!"': 2947, '?"': 3283, '".': 2811, '"?': 11727},
     **{".'": 5938, "!'": 13222, "?'": 13610, "'.": 4645, "'?": 17242, ").": 1818, ".)": 5376},
     **{"].": 26262, ".]": 33511, "%.": 12475, "...": 678, "....": 1390, "..": 852, "?!": 2835},
+    **{"。": 38000, "！": None, "？": None, "؟": None, "।": None},
 }
-_CLAUSE = {
+_CLAUSE: _Pieces = {
     **{";": 282, ":": 281, ")": 264, "]": 316, "):": 4143, ");": 19686, '")': 13112},
     **{'";': 37549, '":': 7811, ":'": 23851},
 }
-_COMMA = {
+_COMMA: _Pieces = {
     **{",": 267, ',"': 3823, '",': 4332, ",'": 10599, "',": 5662, "),": 2361, "],": 34067},
     **{".,": 5276, "%,": 14505, "--": 2432, "–": 1224, "—": 2005},
+    **{"、": 45262, "，": None, "،": None},
 }
 
 
@@ -92,23 +97,16 @@ def starts(
     *,
     rule: Rule,
     separators: Separators,
-    longest: int | None = None,
     counts: np.ndarray | None = None,
 ) -> np.ndarray:
     """True where a segment begins: bool [B, S] for tower ids [B, S]; position 0 always.
 
-    `longest` (tokens of a segment), when given, must be the one of `separators`. `counts` [B] says
-    how many ids of a row are real: the cuts are those of the row without its padding, which is
-    cut every `longest`.
+    `counts` [B] says how many ids of a row are real: the cuts are those of the row without its
+    padding, which is cut every `longest`.
 
     Raises:
-      UserError: the rule is unknown, or `longest` is not that of the separators.
+      UserError: the rule is unknown.
     """
-    if longest is not None and longest != separators.longest:
-        raise UserError(
-            f"segments of at most {longest} tokens asked of separators made for "
-            f"{separators.longest}: make them with longest={longest}"
-        )
     sizes = np.full(len(ids), ids.shape[1]) if counts is None else np.asarray(counts)
     if rule == "reference":
         found = _reference_starts(ids, sizes, separators)
