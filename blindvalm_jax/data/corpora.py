@@ -30,10 +30,9 @@ Advance = Callable[[int], None]
 
 
 class Document(NamedTuple):
-    """One text, and the file or dataset it came from."""
+    """One text."""
 
     text: str
-    source: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +169,7 @@ def documents(
                     done = raw.tell()
                 if text.strip():
                     empty = False
-                    yield Document(text, str(path))
+                    yield Document(text)
             if advance is not None:
                 advance(path.stat().st_size - done)
     if empty:
@@ -212,7 +211,7 @@ def tfds_documents(
             advance(1)
         if text.strip():
             empty = False
-            yield Document(text, name)
+            yield Document(text)
     if empty:
         raise UserError(f"no document with text in TFDS {name}, split {split}")
 
