@@ -8,7 +8,7 @@ random_tower, shuffled. A BPE is learned from the text; to train on CLIP's own t
 does, add --config.tokenizer.kind=clip --config.tokenizer.path=CLIP. CLIP: a directory or a hub id;
 without one the tower has random weights, and the run is a control. Documents are separated by
 blank lines in .txt; .jsonl has them in the field data.text_field.
-Hardware: tiny and mini train on a laptop; a measured run is in docs/results.md.
+Hardware: tiny and mini train on a laptop.
 """
 
 from __future__ import annotations
