@@ -18,7 +18,7 @@ import jax
 
 from blindvalm_jax.config import Config
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.interop.rules import flatten
+from blindvalm_jax.trees import flatten
 
 # May differ when a run is resumed: none of them changes what is computed, beyond rounding. Paths of
 # text and tokenizer are among them because their contents are compared (`check_data`).

@@ -17,12 +17,12 @@ from blindvalm_jax.config import Config, TowerConfig, fusion_layers
 from blindvalm_jax.data.manifest import TokenizerRecord
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import clip_text, weights
-from blindvalm_jax.interop.rules import flatten, unflatten
 from blindvalm_jax.models.attention import resolve_kernel
 from blindvalm_jax.models.clip import Readout, TextTower
 from blindvalm_jax.models.decoder import Decoder
 from blindvalm_jax.models.transformer import split_stack
 from blindvalm_jax.step import Model
+from blindvalm_jax.trees import flatten, unflatten
 
 _TOWER_KEY = 2**31  # no update's number, whose dropout key is folded in likewise
 # What the same parameters mean another function under.
