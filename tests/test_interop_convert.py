@@ -252,8 +252,6 @@ def _damaged(run: Path, case: str) -> None:
     if case == "no checkpoint":
         shutil.rmtree(run / "checkpoints")
         (run / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
-    elif case == "half a checkpoint":
-        shutil.rmtree(run / "checkpoints" / "2" / "state" / "d")
     elif case == "other settings":
         settings = json.loads((run / "config.json").read_text())
         settings["decoder"]["mlp_width"] = 64
@@ -269,7 +267,6 @@ def _damaged(run: Path, case: str) -> None:
     ("case", "message"),
     [
         ("no checkpoint", "is a run without a checkpoint yet"),
-        ("half a checkpoint", "checkpoints/2/state cannot be restored as the decoder"),
         ("other settings", "h/blocks_1_1/c_fc/bias must be float32[1, 64], got float32[1, 128]"),
         ("no record", "run.json is missing"),
         ("tokenizer", "run.json has no table 'tokenizer'"),
@@ -284,6 +281,17 @@ def test_runs_that_cannot_be_read_are_one_line(
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         formats.read(str(tmp_path / "run"))
     assert "\n" not in str(caught.value)
+
+
+def test_half_a_checkpoint_is_one_line(runs: Path, tmp_path: Path) -> None:
+    """In a process of its own: the reads that Orbax leaves behind are reported when they end."""
+    shutil.copytree(runs / "blind", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2" / "state" / "d")
+    done = _run(f"--input={tmp_path}/run", f"--out={tmp_path}/out")
+    assert done.returncode == 1
+    assert "error: " in done.stderr
+    assert "checkpoints/2/state cannot be restored as the decoder" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tokenizer_that_has_moved_stays_behind(runs: Path, tmp_path: Path) -> None:
