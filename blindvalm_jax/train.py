@@ -96,28 +96,29 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
     platform = jax.devices()[0].platform
     model = system.build(settings, vocab_size=vocabulary.vocab_size, tower=tower, platform=platform)
     optimizer = optim.make(settings.optimizer, steps=settings.train.steps)
-    state = compilation.abstract_state(model, optimizer, mesh)
+    planned = compilation.abstract_state(model, optimizer, mesh)
     frozen = None if shape is None else compilation.abstract_tower(shape, settings, mesh)
     batch = compilation.abstract_batch(settings, windows, mesh, tower=tower is not None)
-    about = describe_run(settings, state, frozen, model, mesh, windows, directory, tower, batch)
+    about = describe_run(settings, planned, frozen, model, mesh, windows, directory, tower, batch)
     if resuming:
         runs.check_data(workdir, about)
     begin = time.perf_counter()
     update = compilation.make_update(settings, model, optimizer)
-    compiled = compilation.compile_step(update, state, frozen, batch, mesh)
+    compiled = compilation.compile_step(update, planned, frozen, batch, mesh)
     say(f"compiled in {time.perf_counter() - begin:.1f} s; {describe_memory(compiled)}")
     if dry_run:
         return 0
 
     # ---------------------------------------------------------------- state, loop
     state = compilation.init_state(model, optimizer, seed=settings.seed, mesh=mesh)
-    partitioning.check_sharded(state.params, mesh, jax.tree.map(lambda x: x.sharding, state.params))
     with checkpoint.Checkpoints(workdir, settings.checkpoint) as checkpoints:
         if resuming:
             state = checkpoints.restore(state, seed=settings.seed)
             say(f"resumed at step {int(state.step)}")
         elif settings.train.init_from:
             state = start_from(state, model, settings.train.init_from, vocabulary)
+        asked = jax.tree.map(lambda x: x.sharding, planned.params)
+        partitioning.check_sharded(state.params, mesh, asked)
         first = int(state.step)
         if first >= settings.train.steps:
             say(f"nothing to do: {workdir} has {first} of {settings.train.steps} steps")

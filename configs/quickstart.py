@@ -4,7 +4,7 @@
 
 A BPE is learned from the text, and a tower of random weights reads the same tokens: there is no
 pretrained CLIP to ship, so this shows the whole path, not the knowledge that a real tower carries.
-Hardware: 2 CPU cores, under 3 minutes.
+Hardware: 2 CPU cores. Meant to take under 3 minutes; a whole run has not been timed yet.
 """
 
 from __future__ import annotations

@@ -161,6 +161,17 @@ def test_parameters_left_whole_are_refused_by_name(config: MeshConfig) -> None:
         partitioning.check_sharded(state.params | {"wte": table}, mesh)
 
 
+def test_what_the_rules_leave_whole_is_not_refused_and_what_they_split_is() -> None:
+    mesh = mesh_of(ALL)
+    _, state, _, _ = compiled(ALL, 1)
+    whole = jax.device_put(state.params, partitioning.replicated(mesh))
+    asked = jax.tree.map(lambda x: x.sharding, state.params)
+    partitioning.check_sharded(state.params, mesh, asked)
+    partitioning.check_sharded(whole, mesh, jax.tree.map(lambda x: x.sharding, whole))
+    with pytest.raises(UserError, match="of the parameters are on every device whole"):
+        partitioning.check_sharded(whole, mesh, asked)
+
+
 def test_pure_data_parallelism_may_keep_parameters_whole() -> None:
     _, state, _, _ = compiled(DATA, 1)
     assert partitioning.unsharded_share(state.params) == 1
