@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,3 +115,18 @@ def compile_step(
     )
     with partitioning.use(mesh):
         return jitted.lower(state, frozen, batch).compile()
+
+
+class MemoryPlan(NamedTuple):
+    """Bytes on one device: arguments of the compiled step, and what it needs besides."""
+
+    held: int
+    temporary: int
+
+
+def memory_plan(compiled: Any) -> MemoryPlan | None:
+    """The plan of a compiled step, where the backend tells."""
+    stats = compiled.memory_analysis()
+    if stats is None:
+        return None
+    return MemoryPlan(stats.argument_size_in_bytes, stats.temp_size_in_bytes)

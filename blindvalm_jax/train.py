@@ -309,11 +309,10 @@ def describe_grounding(settings: config.Config) -> str:
 
 def describe_memory(compiled: Any) -> str:
     """Memory of the compiled step on one device, where the backend tells."""
-    stats = compiled.memory_analysis()
-    if stats is None:
+    plan = compilation.memory_plan(compiled)
+    if plan is None:
         return "memory of the step unknown on this backend"
-    held = stats.argument_size_in_bytes / 2**20
-    return f"memory: {held:,.0f} MiB held, {stats.temp_size_in_bytes / 2**20:,.0f} MiB in a step"
+    return f"memory: {plan.held / 2**20:,.0f} MiB held, {plan.temporary / 2**20:,.0f} MiB in a step"
 
 
 def say(text: str) -> None:

@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.grounding.tower = "random"
     config.grounding.dtype = "float32"
 
-    config.train.steps = 600
+    config.train.steps = 400
     config.train.batch_size = 16
     config.train.dtype = "float32"
     config.optimizer.schedule = "cosine"
