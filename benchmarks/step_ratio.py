@@ -133,7 +133,8 @@ def worker(variant: str) -> None:
     import numpy as np
 
     from blindvalm_jax import compilation, flops, optim, partitioning, presets, runs, system
-    from blindvalm_jax.config import TowerConfig, default, parse
+    from blindvalm_jax.config import default, parse
+    from blindvalm_jax.models.clip import TowerConfig
 
     settings_dict = presets.variant(presets.paper(default(), "small"), variant)
     settings_dict.train.batch_size = _ROWS.value

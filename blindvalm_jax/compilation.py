@@ -16,11 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from blindvalm_jax import optim, partitioning, step
-from blindvalm_jax.config import Config, TowerConfig
+from blindvalm_jax.config import Config
 from blindvalm_jax.data import pipeline
 from blindvalm_jax.data.windows import Windows
 from blindvalm_jax.grounding.text import TowerInput
-from blindvalm_jax.models.clip import TextTower
+from blindvalm_jax.models.clip import TextTower, TowerConfig
 from blindvalm_jax.system import Tower
 
 

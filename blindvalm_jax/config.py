@@ -231,28 +231,6 @@ class Config:
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TowerConfig:
-    """Shape of a CLIP text tower; read from its checkpoint, never set by hand."""
-
-    layers: int
-    width: int
-    heads: int
-    mlp_width: int
-    projection: int
-    vocab_size: int
-    context: int = 77
-    activation: str = "quick_gelu"
-    norm_epsilon: float = 1e-5
-    start_id: int = 49406
-    end_id: int = 49407
-
-    @property
-    def longest_segment(self) -> int:
-        """Tokens that fit between the start and the end token."""
-        return self.context - 2
-
-
 def default() -> ml_collections.ConfigDict:
     """A config with every field at its default, for a config file to edit."""
     return ml_collections.ConfigDict(dataclasses.asdict(Config()))

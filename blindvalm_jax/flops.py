@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from blindvalm_jax.config import Config, TowerConfig, fusion_layers
+from blindvalm_jax.config import Config, fusion_layers
+from blindvalm_jax.models.clip import TowerConfig
 
 # Dense bf16 TFLOP/s of one device, by the beginning of its `device_kind`; longest name first.
 PEAK_TFLOPS = {

@@ -17,8 +17,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from blindvalm_jax.config import Config, MeshConfig, TowerConfig
+from blindvalm_jax.config import Config, MeshConfig
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.models.clip import TowerConfig
 
 RULES = (
     ("batch", ("data", "fsdp")),

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blindvalm_jax.config import Config, TowerConfig, fusion_layers
+from blindvalm_jax.config import Config, fusion_layers
 from blindvalm_jax.data.manifest import TokenizerRecord
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import clip_text, weights
 from blindvalm_jax.models.attention import resolve_kernel
-from blindvalm_jax.models.clip import Readout, TextTower
+from blindvalm_jax.models.clip import Readout, TextTower, TowerConfig
 from blindvalm_jax.models.decoder import Decoder
 from blindvalm_jax.models.transformer import split_stack
 from blindvalm_jax.step import Model

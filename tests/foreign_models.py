@@ -15,9 +15,9 @@ import numpy as np
 import safetensors.numpy
 
 from blindvalm_jax import trees
-from blindvalm_jax.config import DecoderConfig, FusionConfig, TowerConfig
+from blindvalm_jax.config import DecoderConfig, FusionConfig
 from blindvalm_jax.interop import weights
-from blindvalm_jax.models.clip import TextTower
+from blindvalm_jax.models.clip import TextTower, TowerConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 

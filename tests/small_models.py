@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from blindvalm_jax import step
-from blindvalm_jax.config import DecoderConfig, FusionConfig, TowerConfig
+from blindvalm_jax.config import DecoderConfig, FusionConfig
 from blindvalm_jax.grounding.text import TowerInput
-from blindvalm_jax.models.clip import TextTower
+from blindvalm_jax.models.clip import TextTower, TowerConfig
 from blindvalm_jax.models.decoder import Decoder
 
 VOCAB = 90  # of a table padded to 96 rows

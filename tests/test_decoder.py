@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from blindvalm_jax import config, step
-from blindvalm_jax.config import DecoderConfig, TowerConfig
+from blindvalm_jax.config import DecoderConfig
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.models import attention
-from blindvalm_jax.models.clip import TextTower
+from blindvalm_jax.models.clip import TextTower, TowerConfig
 from blindvalm_jax.models.decoder import Decoder, padded_vocab, sinusoidal
 from blindvalm_jax.models.transformer import split_stack
 from tests import small_models

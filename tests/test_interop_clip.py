@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from blindvalm_jax import trees
-from blindvalm_jax.config import TowerConfig
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import clip_openai, formats, rules, weights
 from blindvalm_jax.interop.clip_text import load_tower
+from blindvalm_jax.models.clip import TowerConfig
 from tests.foreign_models import (
     TOWER,
     assert_equal,

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from blindvalm_jax import config, train, trees
+from blindvalm_jax import config, hub, train, trees
 from blindvalm_jax.data import tokenizers
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import (
@@ -23,7 +23,6 @@ from blindvalm_jax.interop import (
     fairseq,
     formats,
     gpt2,
-    hub,
     rules,
     run_directory,
     tensor_files,

@@ -157,7 +157,7 @@ class PieceTokenizer:
 
 
 def test_separators_by_piece_text() -> None:
-    found = segments.separators_for(PieceTokenizer(), 75)  # type: ignore[arg-type]
+    found = segments.separators_for(PieceTokenizer(), 75)
     assert found.minimum.shape == (300,)
     assert found.minimum[[10, 11, 12, 299, 5]].tolist() == [12, 56, 32, 1, 75]
     assert found.rank[[299, 10, 12, 11, 5]].argsort(kind="stable").tolist() == [0, 1, 2, 3, 4]

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blindvalm_jax.config import TowerConfig
 from blindvalm_jax.grounding import segments, text
 from blindvalm_jax.models.attention import Dropout, Memory, Packed
-from blindvalm_jax.models.clip import Readout, TextTower, packed_positions
+from blindvalm_jax.models.clip import Readout, TextTower, TowerConfig, packed_positions
 from tests import small_models
 
 CONTEXTS = [77, 16, 18]  # the longest segment fills most, almost all, or all of a block of keys

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from blindvalm_jax import config, runs, system, train
-from blindvalm_jax.config import TowerConfig
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import weights
+from blindvalm_jax.models.clip import TowerConfig
 from tests import small_models, small_text, tiny_tokenizers
 
 ROOT = Path(__file__).resolve().parents[1]

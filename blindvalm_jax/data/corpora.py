@@ -16,7 +16,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import zstandard
 
@@ -27,12 +27,6 @@ _COMPRESSIONS = (".gz", ".zst", ".xz")
 _FORMATS = (".txt", ".jsonl")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 Advance = Callable[[int], None]
-
-
-class Document(NamedTuple):
-    """One text."""
-
-    text: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +49,7 @@ class FileSource:
         """Bytes on disk."""
         return sum(file["bytes"] for file in self.describe())
 
-    def documents(self, advance: Advance | None = None) -> Iterator[Document]:
+    def documents(self, advance: Advance | None = None) -> Iterator[str]:
         """All documents in order; `advance` is told of the bytes read from disk."""
         return documents(self.patterns, text_field=self.text_field, advance=advance)
 
@@ -90,7 +84,7 @@ class TfdsSource:
         """Examples."""
         return len(self._open()[1])
 
-    def documents(self, advance: Advance | None = None) -> Iterator[Document]:
+    def documents(self, advance: Advance | None = None) -> Iterator[str]:
         """All documents in order; `advance` is told of the examples read."""
         return tfds_documents(
             self.name, self.split, self.data_dir, self.text_field, advance=advance
@@ -148,16 +142,15 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
 
 def documents(
     paths_or_globs: Sequence[str], *, text_field: str = "text", advance: Advance | None = None
-) -> Iterator[Document]:
+) -> Iterator[str]:
     """Documents of .txt (separated by blank lines) and .jsonl files, plain or .gz .zst .xz.
 
     Files are read in the order of their paths. A byte-order mark at the start of a file is dropped.
 
     Raises:
       UserError: no file matches a glob, or one cannot be read; unknown extension; damaged
-        compression; text that is not
-        UTF-8 (file and byte); a line that is not JSON or lacks the field (file and line); no
-        document at all.
+        compression; text that is not UTF-8 (file and byte); a line that is not JSON or lacks the
+        field (file and line); no document at all.
     """
     empty = True
     for path in find_files(paths_or_globs):
@@ -169,7 +162,7 @@ def documents(
                     done = raw.tell()
                 if text.strip():
                     empty = False
-                    yield Document(text)
+                    yield text
             if advance is not None:
                 advance(path.stat().st_size - done)
     if empty:
@@ -183,7 +176,7 @@ def tfds_documents(
     text_field: str = "text",
     *,
     advance: Advance | None = None,
-) -> Iterator[Document]:
+) -> Iterator[str]:
     """Documents of a TFDS dataset kept as ArrayRecord, without TensorFlow.
 
     Raises:
@@ -211,7 +204,7 @@ def tfds_documents(
             advance(1)
         if text.strip():
             empty = False
-            yield Document(text)
+            yield text
     if empty:
         raise UserError(f"no document with text in TFDS {name}, split {split}")
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from blindvalm_jax.data import corpora, manifest, output, shards, units
 from blindvalm_jax.data.clip_bpe import ClipTokenizer
-from blindvalm_jax.data.corpora import Advance, Document, FileSource, Source
+from blindvalm_jax.data.corpora import Advance, FileSource, Source
 from blindvalm_jax.data.manifest import Manifest, SplitRecord, TokenizerRecord
 from blindvalm_jax.data.workers import Progress, Workers
 from blindvalm_jax.errors import UserError
@@ -111,11 +111,11 @@ class Recipe:
         sources = [source for source in (self.source, self.eval_source) if source is not None]
         return [path for source in sources for path in source.paths()]
 
-    def documents(self) -> Iterator[tuple[str, Document]]:
+    def documents(self) -> Iterator[tuple[str, str]]:
         """Every document with the split it belongs to."""
         if self.eval_source is not None:
-            for document in self.eval_source.documents():
-                yield "eval", document
+            for text in self.eval_source.documents():
+                yield "eval", text
         unit = "B" if isinstance(self.source, FileSource) else "examples"
         fraction = self.eval_fraction if self.eval_source is None else 0.0
         with Progress("tokenize", total=self.source.size(), unit=unit) as progress:
@@ -124,23 +124,23 @@ class Recipe:
 
 def split_documents(
     source: Source, eval_fraction: float, advance: Advance | None = None
-) -> Iterator[tuple[str, Document]]:
+) -> Iterator[tuple[str, str]]:
     """Every document with its split; held out are those whose hash falls below the fraction.
 
     Of two or more different texts at least one is held out, the one of the smallest hash, and at
     least one is not, unless the fraction is 0.
     """
     bound = _eval_bound(source, eval_fraction) if eval_fraction > 0 else 0
-    for document in source.documents(advance):
-        yield ("eval" if units.text_hash(document.text) < bound else "train"), document
+    for text in source.documents(advance):
+        yield ("eval" if units.text_hash(text) < bound else "train"), text
 
 
 def _eval_bound(source: Source, fraction: float) -> int:
     """The hash below which a document is held out; reads until both splits have one."""
     bound = int(fraction * 2.0**64)
     smallest, largest = 1 << 64, -1
-    for document in source.documents():
-        found = units.text_hash(document.text)
+    for text in source.documents():
+        found = units.text_hash(text)
         smallest, largest = min(smallest, found), max(largest, found)
         if smallest < bound <= largest:
             return bound

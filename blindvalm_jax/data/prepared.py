@@ -143,12 +143,12 @@ def segment_rule(name: str) -> segments.Rule:
 def _sample(source: corpora.Source, eval_fraction: float) -> Iterator[str]:
     left = TOKENIZER_SAMPLE_CHARACTERS
     with Progress("read text for a BPE", total=left, unit="char") as progress:
-        for split, document in packing.split_documents(source, eval_fraction):
+        for split, text in packing.split_documents(source, eval_fraction):
             if split == "train":
-                text = document.text[:left]
-                left -= len(text)
-                progress.advance(len(text))
-                yield text
+                taken = text[:left]
+                left -= len(taken)
+                progress.advance(len(taken))
+                yield taken
             if left <= 0:
                 break
     print("learn the BPE's merges from it", file=sys.stderr, flush=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from blindvalm_jax import hub
 from blindvalm_jax.errors import UserError
 
 OPENAI_CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
@@ -44,24 +44,10 @@ def find_directory(path: str, *, setting: str = "tokenizer.path") -> Path:
     """
     if not path:
         raise UserError(f"{setting} is empty: give a directory or a hub id")
-    directory = Path(path).expanduser()
-    if directory.is_dir():
-        return directory
-    if directory.exists():
+    found = hub.local_path(path, patterns=_FILES, needs=None, setting=setting)
+    if not found.is_dir():
         raise UserError(f"{setting} {path} is a file; give the directory that holds it")
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
-        raise UserError(f"{setting} {path} does not exist; give a directory or a hub id")
-    import huggingface_hub
-    import huggingface_hub.errors
-
-    try:
-        found = huggingface_hub.snapshot_download(path, allow_patterns=_FILES)
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        raise UserError(
-            f"{setting} {path} is no directory here, and as a hub id it cannot be had "
-            f"({type(error).__name__}): check the name, or download it and give the directory"
-        ) from error
-    return Path(found)
+    return found
 
 
 def holds_tokenizer(path: str) -> bool:

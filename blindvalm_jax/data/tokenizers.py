@@ -13,34 +13,15 @@ from blindvalm_jax.data.clip_bpe import ClipTokenizer
 from blindvalm_jax.data.token_ends import Encoded
 from blindvalm_jax.data.tokenizer_files import find_directory
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.grounding.segments import Vocabulary
 
 __all__ = ["KINDS", "ByteLevelTokenizer", "ClipTokenizer", "Encoded", "Tokenizer", "load", "train"]
 
 KINDS = ("clip", "gpt2", "train")
 
 
-class Tokenizer(Protocol):
+class Tokenizer(Vocabulary, Protocol):
     """Text to ids and back. Instances pickle by content, so spawned workers need no files."""
-
-    @property
-    def kind(self) -> str:
-        """clip, gpt2 or train."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Entries of the language model's vocabulary."""
-
-    @property
-    def lm_offset(self) -> int:
-        """Language-model id = own id + lm_offset."""
-
-    @property
-    def eos_id(self) -> int:
-        """Language-model id of the document separator."""
-
-    @property
-    def pad_id(self) -> int:
-        """Language-model id that fills the tail of the last window."""
 
     @property
     def fingerprint(self) -> str:
@@ -63,9 +44,6 @@ class Tokenizer(Protocol):
 
     def save(self, directory: Path) -> None:
         """Writes the files that `load(kind, directory)` reads back."""
-
-    def token_to_id(self, token: str) -> int | None:
-        """Own id of the piece that is exactly this text (for CLIP: at a word's end, if any)."""
 
 
 def load(kind: str, path: str, *, setting: str = "tokenizer.path") -> Tokenizer:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from blindvalm_jax.data import alignment, output
-from blindvalm_jax.data.corpora import Document
 from blindvalm_jax.grounding.segments import Rule, Separators
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def text_hash(text: str) -> int:
 
 
 def jobs(
-    documents: Iterable[tuple[str, Document]],
+    documents: Iterable[tuple[str, str]],
     *,
     directory: Path,
     key: str,
@@ -90,11 +89,11 @@ def jobs(
         numbers[split] += 1
         return split, job
 
-    for split, document in documents:
+    for split, text in documents:
         tallies[split].documents += 1
-        tallies[split].characters += len(document.text)
-        texts[split].append(document.text)
-        sizes[split] += len(document.text)
+        tallies[split].characters += len(text)
+        texts[split].append(text)
+        sizes[split] += len(text)
         if sizes[split] >= unit_characters:
             yield close(split)
     for split in tallies:

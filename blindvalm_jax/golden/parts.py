@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blindvalm_jax.config import DecoderConfig, FusionConfig, TowerConfig
+from blindvalm_jax.config import DecoderConfig, FusionConfig
 from blindvalm_jax.golden.case import FEATURE, OUTPUT, Case, Check
 from blindvalm_jax.grounding import segments, text
 from blindvalm_jax.interop import clip_text as clip_weights
 from blindvalm_jax.interop import fairseq, rules, weights
 from blindvalm_jax.models import attention, initializers
-from blindvalm_jax.models.clip import TextTower
+from blindvalm_jax.models.clip import TextTower, TowerConfig
 from blindvalm_jax.models.decoder import Decoder, sinusoidal
 from blindvalm_jax.models.transformer import Attention, Block, BlockShape, MemoryShape
 

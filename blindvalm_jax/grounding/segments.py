@@ -18,14 +18,11 @@ ends; 12 was taken because the tower then sees as much context as under the refe
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from blindvalm_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from blindvalm_jax.data.tokenizers import Tokenizer
 
 Rule = Literal["causal", "reference"]
 LONGEST = 75  # CLIP's context of 77 without its start and end token
@@ -71,6 +68,33 @@ class Separators:
     longest: int
 
 
+class Vocabulary(Protocol):
+    """What separators are made from: the part of a tokenizer that tells of its ids."""
+
+    @property
+    def kind(self) -> str:
+        """clip, gpt2 or train."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the language model's vocabulary."""
+
+    @property
+    def lm_offset(self) -> int:
+        """Language-model id = own id + lm_offset."""
+
+    @property
+    def eos_id(self) -> int:
+        """Language-model id of the document separator."""
+
+    @property
+    def pad_id(self) -> int:
+        """Language-model id that fills the tail of the last window."""
+
+    def token_to_id(self, token: str) -> int | None:
+        """Own id of the piece that is exactly this text (for CLIP: at a word's end, if any)."""
+
+
 def clip_separators(longest: int = LONGEST) -> Separators:
     """Separators of CLIP's vocabulary (49,408 entries; eos 49407, pad 0)."""
     pieces = _RANKED | _SENTENCE | _CLAUSE | _COMMA
@@ -79,7 +103,7 @@ def clip_separators(longest: int = LONGEST) -> Separators:
     )
 
 
-def separators_for(tokenizer: Tokenizer, longest: int = LONGEST) -> Separators:
+def separators_for(tokenizer: Vocabulary, longest: int = LONGEST) -> Separators:
     """Separators of any tokenizer whose own ids the tower reads, by the text of its pieces."""
     size = tokenizer.vocab_size - tokenizer.lm_offset
     clip = tokenizer.kind == "clip"

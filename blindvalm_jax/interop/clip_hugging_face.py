@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from blindvalm_jax.config import TowerConfig
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import fields, rules, tensor_files, weights
 from blindvalm_jax.interop.hugging_face import our_activation
 from blindvalm_jax.interop.rules import Rule, Tensors
+from blindvalm_jax.models.clip import TowerConfig
 
 # Fields of the text config, with what transformers takes for one that is absent.
 _FIELDS = {

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from blindvalm_jax.config import TowerConfig
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import fields, rules, tensor_files, weights
 from blindvalm_jax.interop.rules import Rule, Tensors
+from blindvalm_jax.models.clip import TowerConfig
 from blindvalm_jax.models.transformer import ACTIVATIONS
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"

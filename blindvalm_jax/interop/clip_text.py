@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from blindvalm_jax.config import TowerConfig
+from blindvalm_jax import hub
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.interop import formats, hub, weights
+from blindvalm_jax.interop import formats, weights
 from blindvalm_jax.interop.clip_openai import load_params as load_openai
+from blindvalm_jax.models.clip import TowerConfig
 
 __all__ = ["Tower", "load_openai", "load_tower"]
 

@@ -6,13 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from blindvalm_jax import hub
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import (
     clip_hugging_face,
     clip_openai,
     fairseq,
     gpt2,
-    hub,
     run_directory,
     tensor_files,
     weights,

@@ -23,10 +23,10 @@ import numpy as np
 import safetensors.numpy
 
 from blindvalm_jax import trees
-from blindvalm_jax.config import DecoderConfig, FusionConfig, TowerConfig
+from blindvalm_jax.config import DecoderConfig, FusionConfig
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import tensor_files
-from blindvalm_jax.models.clip import TextTower
+from blindvalm_jax.models.clip import TextTower, TowerConfig
 from blindvalm_jax.models.decoder import Decoder
 from blindvalm_jax.models.transformer import ACTIVATIONS
 

@@ -7,6 +7,7 @@ would have alone; `attention.Packed` keeps them apart.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import flax.linen as nn
@@ -14,11 +15,32 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from blindvalm_jax.config import TowerConfig
 from blindvalm_jax.models import attention, initializers
 from blindvalm_jax.models.transformer import BlockShape, Stack, layer_norm
 
 Readout = Literal["token", "eos"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TowerConfig:
+    """Shape of a text tower, as its checkpoint has it."""
+
+    layers: int
+    width: int
+    heads: int
+    mlp_width: int
+    projection: int
+    vocab_size: int
+    context: int = 77
+    activation: str = "quick_gelu"
+    norm_epsilon: float = 1e-5
+    start_id: int = 49406
+    end_id: int = 49407
+
+    @property
+    def longest_segment(self) -> int:
+        """Tokens that fit between the start and the end token."""
+        return self.context - 2
 
 
 class TextTower(nn.Module):

@@ -15,12 +15,16 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def local_path(
-    name: str | Path, *, patterns: Sequence[str] = MODEL_FILES, needs: str | None = "*.safetensors"
+    name: str | Path,
+    *,
+    patterns: Sequence[str] = MODEL_FILES,
+    needs: str | None = "*.safetensors",
+    setting: str = "",
 ) -> Path:
     """The path itself if it exists; otherwise a downloaded copy of the repository it names.
 
     The network is used only for a hub id. patterns: the files that are downloaded; needs: one of
-    them, without which the repository is of no use.
+    them, without which the repository is of no use; setting: how messages call the name.
 
     Raises:
       UserError: it is neither a path nor a hub id, or the hub cannot be reached or lacks `needs`.
@@ -28,8 +32,11 @@ def local_path(
     path = Path(name).expanduser()
     if path.exists():
         return path
+    called = f"{setting} {name}" if setting else str(name)
     if not _HUB_ID.fullmatch(str(name)):
-        raise UserError(f"{name} does not exist: give a directory, a file or a hub id (owner/name)")
+        raise UserError(
+            f"{called} does not exist: give a directory, a file or a hub id (owner/name)"
+        )
     import huggingface_hub
     import huggingface_hub.errors
 
@@ -37,12 +44,12 @@ def local_path(
         found = huggingface_hub.snapshot_download(str(name), allow_patterns=list(patterns))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         raise UserError(
-            f"{name} is no path here, and as a hub id it cannot be had ({type(error).__name__}): "
+            f"{called} is no path here, and as a hub id it cannot be had ({type(error).__name__}): "
             f"check the name, or download it and give the directory"
         ) from error
     if needs is not None and not any(Path(found).glob(needs)):
         raise UserError(
-            f"{name} has no file {needs} on the hub, and nothing but {', '.join(patterns)} is "
+            f"{called} has no file {needs} on the hub, and nothing but {', '.join(patterns)} is "
             f"downloaded: fetch its files into a directory yourself and give that"
         )
     return Path(found)
