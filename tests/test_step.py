@@ -17,6 +17,7 @@ import pytest
 from blindvalm_jax import optim, step
 from blindvalm_jax.config import OptimizerConfig
 from blindvalm_jax.grounding import text
+from blindvalm_jax.models.clip import TextTower
 from tests import small_models
 
 # A rate and an epsilon at which a rounding error of a gradient stays one in the parameters: with
@@ -253,3 +254,38 @@ def test_features_given_with_the_batch_are_used_as_they_are(frozen: Any) -> None
     assert_close(loss(params, None, given), loss(params, frozen, batch), atol=1e-4)
     four = dataclasses.replace(given, z_BTKE=jnp.concatenate([z, -z, z, 0.5 * z], axis=2))
     assert abs(float(loss(params, None, four).loss) - float(loss(params, None, given).loss)) > 0.1
+
+
+def operand_dtypes(jaxpr: Any) -> Iterator[tuple[str, str]]:
+    """Operand dtypes of every matrix product in a jaxpr and in those inside it."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            left, right = (str(x.aval.dtype) for x in equation.invars)
+            yield left, right
+        for inside in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            if hasattr(inside, "eqns"):
+                yield from operand_dtypes(inside)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("chunk", [0, 8])
+def test_every_product_of_an_update_is_computed_in_its_dtype(
+    frozen: Any, dtype: str, chunk: int
+) -> None:
+    """Forward and backward; one fp32 cotangent would make its two products fp32 ones."""
+    decoder = small_models.decoder(
+        DROPOUT,
+        fusion_layers=(1,),
+        memory_width=small_models.TOWER.projection,
+        dtype=jnp.dtype(dtype),
+    )
+    tower = TextTower(small_models.TOWER, dtype=jnp.dtype(dtype))
+    model = step.Model(decoder, tower, loss_chunk=chunk)
+    state = state_of(params_of(model))
+    update = updater(model, microbatches=2)
+    found = list(operand_dtypes(jax.make_jaxpr(update)(state, frozen, small_models.blind_batch())))
+    # 3 blocks, the logits and the projection of the memory, each forward and twice backward
+    assert len(found) > 3 * 8
+    assert set(found) == {(dtype, dtype)}

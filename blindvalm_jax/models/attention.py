@@ -14,6 +14,7 @@ from flax import struct
 from jax import Array
 
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.models.precision import einsum_fp32
 
 
 @struct.dataclass
@@ -68,7 +69,7 @@ def joint_attention(
 
     mask_BTS: True where a query sees a key (each must see one); its leading axis may be 1.
     """
-    scores_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
+    scores_BNTS = einsum_fp32("btnh,bsnh->bnts", q_BTNH, k_BSNH)
     lowest = jnp.finfo(jnp.float32).min
     scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS * scale, lowest)
     if memory is None:
@@ -78,9 +79,7 @@ def joint_attention(
         weights_BNTS = weights_BNTS.astype(v_BSNH.dtype)
         return Attended(jnp.einsum("bnts,bsnh->btnh", weights_BNTS, v_BSNH))
 
-    scores_BNTK = scale * jnp.einsum(
-        "btnh,btknh->bntk", q_BTNH, memory.k_BTKNH, preferred_element_type=jnp.float32
-    )
+    scores_BNTK = scale * einsum_fp32("btnh,btknh->bntk", q_BTNH, memory.k_BTKNH)
     if memory.bias_N is not None:
         scores_BNTK = scores_BNTK + memory.bias_N[None, :, None, None]
     weights = jax.nn.softmax(jnp.concatenate([scores_BNTS, scores_BNTK], axis=-1))

@@ -16,6 +16,7 @@ from jax import Array
 
 from blindvalm_jax.config import DecoderConfig, FusionConfig
 from blindvalm_jax.models import attention, initializers
+from blindvalm_jax.models.precision import einsum_fp32
 from blindvalm_jax.models.transformer import BlockShape, MemoryShape, Stack, layer_norm
 
 
@@ -147,12 +148,8 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_BTD: Array) -> Array:
         """Tied output projection [B, T, V padded] in fp32; padded entries hold the lowest float."""
-        logits_BTV = jnp.einsum(
-            "btd,vd->btv",
-            hidden_BTD.astype(self.dtype),
-            self.wte.astype(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        hidden_BTD = hidden_BTD.astype(self.dtype)
+        logits_BTV = einsum_fp32("btd,vd->btv", hidden_BTD, self.wte.astype(self.dtype))
         logits_BTV = nn.with_logical_constraint(logits_BTV, ("batch", "length", "vocab"))
         real_V = jnp.arange(logits_BTV.shape[-1]) < self.vocab_size
         return jnp.where(real_V[None, None], logits_BTV, jnp.finfo(jnp.float32).min)
