@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from blindvalm_jax.data import pipeline
+from blindvalm_jax.data import manifest, pipeline
 from blindvalm_jax.data.windows import Windows
 from blindvalm_jax.errors import UserError
 
@@ -34,8 +34,12 @@ def run() -> dict[str, Any]:
         raise UserError("loss_report needs --runs=A,B --windows=DIR --out=PATH")
     curves = {Path(name).name: read_curve(Path(name)) for name in _RUNS.value}
     limits = {curve["eval_windows"] for curve in curves.values()}
-    if len(limits) > 1:
-        raise UserError(f"the runs were evaluated on different windows: eval.windows {limits}")
+    keys = {curve["data_key"] for curve in curves.values()}
+    if len(limits) > 1 or keys != {manifest.load(Path(_WINDOWS.value)).key}:
+        raise UserError(
+            f"the runs and --windows={_WINDOWS.value} are not of the same windows: "
+            f"eval.windows {sorted(limits)}, keys {', '.join(sorted(keys))}"
+        )
     baselines = count_baselines(_WINDOWS.value, limits.pop())
     out = Path(_OUT.value)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +81,13 @@ def read_curve(workdir: Path) -> dict[str, Any]:
         "commit": record["commit"],
     }
     windows = settings["eval"]["windows"]
-    return {"train": train, "held_out": held_out, "summary": summary, "eval_windows": windows}
+    return {
+        "train": train,
+        "held_out": held_out,
+        "summary": summary,
+        "eval_windows": windows,
+        "data_key": record["data"]["key"],
+    }
 
 
 def count_baselines(directory: str, eval_windows: int) -> dict[str, float]:
@@ -98,7 +108,8 @@ def count_baselines(directory: str, eval_windows: int) -> dict[str, float]:
         return found / np.maximum(contexts[pairs[:, 0]], 1)
 
     def loss(pairs: np.ndarray, weight: float) -> float:
-        mixed = weight * bigram(pairs) + (1 - weight) * unigram[pairs[:, 1]]
+        share = np.where(contexts[pairs[:, 0]] > 0, weight, 0.0)
+        mixed = share * bigram(pairs) + (1 - share) * unigram[pairs[:, 1]]
         return float(-np.log(mixed).mean())
 
     weights = np.arange(0.05, 1.0, 0.05)

@@ -37,7 +37,7 @@ class TokenizerConfig:
     path: str = _field(
         "", "directory or hub id of the tokenizer; for `train`, empty means learn it"
     )
-    train_vocab_size: int = _field(8192, "entries of a BPE learned from the text", low=260)
+    train_vocab_size: int = _field(8192, "entries of a BPE learned from the text", low=257)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

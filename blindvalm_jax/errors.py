@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-import jax
 from absl import app, flags, logging
 
 
@@ -15,11 +14,27 @@ class UserError(ValueError):
     """Bad input. The message is one line: what is wrong, expected and got, what to do."""
 
 
-def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Runs an absl entry point; a `UserError` becomes one line on stderr and exit code 1.
+def run_main(main: Callable[[Sequence[str]], int | None], *, failure: int = 1) -> None:
+    """Runs an absl entry point; a `UserError` becomes one line on stderr and exit code `failure`.
 
     `--verbosity=0` shows what libraries log.
     """
+
+    def fail(message: str) -> NoReturn:
+        print_error(message)
+        sys.exit(failure)
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        try:
+            return flags.FLAGS(list(argv))
+        except (flags.Error, UserError) as error:
+            fail(_cause(str(error)))
+        except (AttributeError, KeyError) as error:
+            # What ml_collections raises; an error of the config file's own keeps its traceback.
+            given = _setting_named(error, argv)
+            if given is None:
+                raise
+            fail(f"unknown setting {given}; `python -m blindvalm_jax.config` lists all of them")
 
     def guarded(argv: Sequence[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
@@ -27,33 +42,32 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
         try:
             sys.exit(main(argv) or 0)
         except UserError as error:
-            _fail(str(error))
+            fail(str(error))
         except KeyboardInterrupt:
-            _fail("interrupted; the same command goes on from what is on disk")
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            fail("interrupted; the same command goes on from what is on disk")
+        except Exception as error:
+            # Known by its name: whoever needs no device need not wait for JAX to be imported.
+            if type(error).__name__ != "JaxRuntimeError" or "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            _fail(
+            fail(
                 "out of device memory; more train.microbatches, train.remat=full, train.loss_chunk "
                 "or a larger mesh.fsdp need less, and --dry_run tells how much"
             )
 
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=parse)
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-    """Reads the command line; what absl and ml_collections raise becomes one line too."""
-    try:
-        return flags.FLAGS(list(argv))
-    except (flags.Error, UserError) as error:
-        _fail(_cause(str(error)))
-    except (AttributeError, KeyError) as error:
-        word = re.search(r"\w+", str(error))
-        name = f".{word[0]}" if word else ""
-        given = next((a for a in argv if name and name in a.split("=")[0]), None)
-        if given is None:
-            raise  # an error of the config file itself: its traceback says where
-        _fail(f"unknown setting {given}; `python -m blindvalm_jax.config` lists all of them")
+def print_error(message: str) -> None:
+    """Prints an error as one line on stderr."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def _setting_named(error: Exception, argv: Sequence[str]) -> str | None:
+    """The argument whose setting an error is about."""
+    word = re.search(r"\w+", str(error))
+    if word is None:
+        return None
+    return next((arg for arg in argv if f".{word[0]}" in arg.split("=")[0]), None)
 
 
 def _cause(message: str) -> str:
@@ -64,8 +78,3 @@ def _cause(message: str) -> str:
     if re.search(r"get_config\(\) takes 0 positional arguments", message):
         return "this config file takes no argument after a colon"
     return message
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    sys.exit(1)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from blindvalm_jax import files
 from blindvalm_jax.errors import UserError
 
 
@@ -77,9 +77,7 @@ def _drop_after(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):
             continue  # a line that was being written when the run was cut off
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(partial, path)
+    files.write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
 
 
 class StepTimer:

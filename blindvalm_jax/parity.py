@@ -12,15 +12,14 @@ import dataclasses
 import fnmatch
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
 
 from blindvalm_jax import golden
-from blindvalm_jax.errors import UserError
+from blindvalm_jax.errors import UserError, print_error, run_main
 from blindvalm_jax.golden.case import Check, find, is_other, read
 
 _ONLY = flags.DEFINE_string("only", "*", "Run the cases whose name matches this pattern.")
@@ -30,21 +29,17 @@ _JSON = flags.DEFINE_string("json", None, "Also write every comparison to this f
 def main(argv: Sequence[str]) -> int:
     """Runs the cases of a directory, prints the table, returns the exit code."""
     if len(argv) != 2:
-        return _fail("usage: python -m blindvalm_jax.parity DIR [--only=GLOB] [--json=FILE]")
+        raise UserError("usage: python -m blindvalm_jax.parity DIR [--only=GLOB] [--json=FILE]")
     out = None if _JSON.value is None else Path(_JSON.value)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        return _fail(f"--json={out} must be a file in a directory that is there")
-    try:
-        paths = find(Path(argv[1]))
-    except UserError as error:
-        return _fail(str(error))
-    paths = [path for path in paths if fnmatch.fnmatch(path.stem, _ONLY.value)]
+        raise UserError(f"--json={out} must be a file in a directory that is there")
+    paths = [path for path in find(Path(argv[1])) if fnmatch.fnmatch(path.stem, _ONLY.value)]
     others = [path for path in paths if is_other(path)]
     for path in others:
         print(f"skipped: {path.name} is no golden case (it has no kind)", flush=True)
     paths = [path for path in paths if path not in others]
     if not paths:
-        return _fail(f"no case in {argv[1]} matches --only={_ONLY.value}")
+        raise UserError(f"no case in {argv[1]} matches --only={_ONLY.value}")
     checks: list[Check] = []
     unreadable: list[str] = []
     for path in paths:
@@ -52,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
             found = golden.run(read(path))
         except UserError as error:
             unreadable.append(str(error))
-            _fail(str(error))
+            print_error(str(error))
             continue
         checks.extend(found)
         print_table(found)
@@ -66,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         except OSError as error:
-            return _fail(f"{out} cannot be written: {error}")
+            raise UserError(f"{out} cannot be written: {error}") from error
     if unreadable:
         return 2
     return 1 if differing else 0
@@ -76,11 +71,6 @@ def _row(check: Check) -> dict[str, Any]:
     """A comparison as JSON, which has no infinity: a difference that is no number is null."""
     difference = check.difference if math.isfinite(check.difference) else None
     return {**dataclasses.asdict(check), "difference": difference, "holds": check.holds}
-
-
-def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    return 2
 
 
 def print_table(checks: Sequence[Check]) -> None:
@@ -98,18 +88,5 @@ def print_table(checks: Sequence[Check]) -> None:
         )
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-    """Reads the flags; not by `errors.run_main`, whose 1 says here that something differs."""
-    try:
-        return flags.FLAGS(list(argv))
-    except flags.Error as error:
-        sys.exit(_fail(str(error)))
-
-
-def _run(argv: Sequence[str]) -> None:
-    logging.set_verbosity(logging.WARNING)
-    sys.exit(main(argv))
-
-
 if __name__ == "__main__":
-    app.run(_run, flags_parser=_parse)
+    run_main(main, failure=2)

@@ -135,12 +135,6 @@ def put_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_process_local_data(batch_sharding(mesh), rows)
 
 
-def unsharded_share(params: Any) -> float:
-    """Share of the parameters (by count) that every device holds whole."""
-    sizes = [(x.size, x.sharding.is_fully_replicated) for x in jax.tree.leaves(params)]
-    return sum(size for size, whole in sizes if whole) / max(1, sum(size for size, _ in sizes))
-
-
 def check_sharded(params: Any, mesh: Mesh, expected: Any = None) -> None:
     """Refuses to go on when a mesh with fsdp or tensor leaves more than 2 % of parameters whole.
 

@@ -15,34 +15,47 @@ from pathlib import Path
 
 from absl import flags
 
-from blindvalm_jax.config import DataConfig
+from blindvalm_jax.config import DataConfig, GroundingConfig, TokenizerConfig
 from blindvalm_jax.data import output, packing, prepared, tokenizers
 from blindvalm_jax.data.manifest import Manifest
 from blindvalm_jax.errors import UserError, run_main
 from blindvalm_jax.grounding import segments
+
+# The flags have the defaults of the settings that they stand for.
+_DATA, _BPE = DataConfig(), TokenizerConfig()
 
 _FILES = flags.DEFINE_string(
     "files", "", "text: comma-separated globs of .txt (blank line between documents) and .jsonl"
 )
 _TFDS = flags.DEFINE_string("tfds", "", "TFDS text dataset instead of files, as name[/config]")
 _TFDS_DIR = flags.DEFINE_string("tfds_dir", "", "data directory of TFDS; empty: its default")
-_TEXT_FIELD = flags.DEFINE_string("text_field", "text", "field of a .jsonl line or TFDS example")
+_TEXT_FIELD = flags.DEFINE_string(
+    "text_field", _DATA.text_field, "field of a .jsonl line or TFDS example"
+)
 _OUT = flags.DEFINE_string("out", "", "directory that the windows go to")
-_TOKENIZER = flags.DEFINE_string("tokenizer", "clip", "clip, gpt2 or train")
+_TOKENIZER = flags.DEFINE_string("tokenizer", _BPE.kind, "clip, gpt2 or train")
 _TOKENIZER_PATH = flags.DEFINE_string(
     "tokenizer_path", "", "directory or hub id of the tokenizer; empty with train: learn it"
 )
-_TRAIN_VOCAB_SIZE = flags.DEFINE_integer("train_vocab_size", 8192, "entries of a learned BPE")
+_TRAIN_VOCAB_SIZE = flags.DEFINE_integer(
+    "train_vocab_size", _BPE.train_vocab_size, "entries of a learned BPE"
+)
 _TOWER_TOKENIZER = flags.DEFINE_string(
     "tower_tokenizer", "", "directory of CLIP's tokenizer, if the language model has another one"
 )
-_SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", 512, "tokens of a window (T)")
-_SEGMENTS = flags.DEFINE_string("segments", "causal", "rule that cuts rows for the tower")
+_SEQUENCE_LENGTH = flags.DEFINE_integer(
+    "sequence_length", _DATA.sequence_length, "tokens of a window (T)"
+)
+_SEGMENTS = flags.DEFINE_string(
+    "segments", GroundingConfig().segments, "rule that cuts rows for the tower"
+)
 _LONGEST_SEGMENT = flags.DEFINE_integer(
     "longest_segment", segments.LONGEST, "tokens of a segment: the tower's context less 2"
 )
 _WORKERS = flags.DEFINE_integer("workers", 0, "processes; 0: one per core")
-_EVAL_FRACTION = flags.DEFINE_float("eval_fraction", 0.01, "share of documents held out")
+_EVAL_FRACTION = flags.DEFINE_float(
+    "eval_fraction", _DATA.eval_fraction, "share of documents held out"
+)
 _EVAL_FILES = flags.DEFINE_string("eval_files", "", "held-out text, instead of a share")
 _MUCH_WIDER = 1.5
 

@@ -95,6 +95,16 @@ def gpt2(config: ConfigDict, size: str) -> ConfigDict:
     return config
 
 
+def long_run(config: ConfigDict) -> ConfigDict:
+    """What hours on accelerators ask for: less memory a row, and reports further apart."""
+    config.train.remat = "dots"
+    config.train.loss_chunk = 128
+    config.checkpoint.every_steps = 1000
+    config.eval.every_steps = 1000
+    config.log.every_steps = 50
+    return config
+
+
 def variant(config: ConfigDict, name: str) -> ConfigDict:
     """Where z comes from: gpt2 (nowhere), blind (the token), eos, random_tower, shuffled.
 

@@ -66,7 +66,8 @@ class Reporter:
         print(
             f"step {done}/{self._last}  loss {values['train/loss']:.4f}  "
             f"lr {values['train/learning_rate']:.2e}  grad {values['train/grad_norm']:.3f}  "
-            f"{values['perf/tokens_per_second']:,.0f} tokens/s  left {left}"
+            f"{values['perf/tokens_per_second']:,.0f} tokens/s  left {left}",
+            flush=True,
         )
         self._logged, self._waited = done, waited
         return self.is_finite(values)
@@ -80,7 +81,10 @@ class Reporter:
         """Writes the loss on held-out windows."""
         loss = float(sums.loss) / float(sums.weight)
         self._writer.write(done, {"eval/loss": loss, "eval/perplexity": float(np.exp(loss))})
-        print(f"step {done}/{self._last}  held-out loss {loss:.4f}  perplexity {np.exp(loss):.2f}")
+        print(
+            f"step {done}/{self._last}  held-out loss {loss:.4f}  perplexity {np.exp(loss):.2f}",
+            flush=True,
+        )
 
     def close(self) -> None:
         """Closes the files."""

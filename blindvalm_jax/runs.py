@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -15,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from clu import parameter_overview
 
+from blindvalm_jax import files
 from blindvalm_jax.config import Config
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.trees import flatten
@@ -30,8 +31,8 @@ _FREE = (
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def check_resume(workdir: Path, config: Config) -> bool:
-    """Whether the directory holds a run to resume; creates the directory.
+def check_resume(workdir: Path, config: Config) -> int | None:
+    """Updates done in the newest checkpoint of the run to resume, or None; creates the directory.
 
     Says which settings changed that may.
 
@@ -43,8 +44,10 @@ def check_resume(workdir: Path, config: Config) -> bool:
         (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
-    if not any(path.name.isdigit() for path in (workdir / "checkpoints").iterdir()):
-        return False
+    paths = (workdir / "checkpoints").iterdir()
+    saved = [int(path.name) for path in paths if path.name.isdigit()]
+    if not saved:
+        return None
     record = _record(workdir)
     before, now = (
         {key.replace("/", "."): value for key, value in flatten(settings).items()}
@@ -60,7 +63,7 @@ def check_resume(workdir: Path, config: Config) -> bool:
         )
     for key in changed:
         print(f"resuming with another setting, {lines[key]}", flush=True)
-    return True
+    return max(saved)
 
 
 def check_data(workdir: Path, about: Mapping[str, Any]) -> None:
@@ -79,10 +82,8 @@ def check_data(workdir: Path, about: Mapping[str, Any]) -> None:
 
 
 def _record(workdir: Path) -> Any:
-    path = workdir / "run.json"
-    if not path.exists():
-        raise UserError(f"{workdir} has checkpoints but no run.json: take another --workdir")
-    return read_json(path)
+    hint = f"{workdir} has checkpoints, but no record of what they are; take another --workdir"
+    return files.read_object(workdir / "run.json", hint=hint)
 
 
 def _plain(config: Config) -> Any:
@@ -101,7 +102,7 @@ def write_record(
 ) -> None:
     """Writes config.json (as resolved) and run.json: what this run is and each of its starts."""
     path = workdir / "run.json"
-    starts = read_json(path)["starts"] if step and path.exists() else []
+    starts = files.read_object(path)["starts"] if step and path.exists() else []
     starts.append({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step})
     record = {
         "command": sys.argv,
@@ -113,8 +114,14 @@ def write_record(
         **about,
         "starts": starts,
     }
-    write_json(workdir / "config.json", _plain(resolved))
-    write_json(path, record)
+    files.write_json(workdir / "config.json", _plain(resolved))
+    files.write_json(path, record)
+
+
+def write_parameters(workdir: Path, params: Any) -> None:
+    """Writes parameters.txt: name, shape, size and sharding of every parameter."""
+    table = parameter_overview.get_parameter_overview(params, include_stats="sharding")
+    files.write_bytes(workdir / "parameters.txt", f"{table}\n".encode())
 
 
 def versions() -> dict[str, str]:
@@ -138,22 +145,3 @@ def commit() -> str | None:
 def _git(root: Path, *args: str) -> str:
     done = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True)
     return done.stdout.strip()
-
-
-def read_json(path: Path) -> Any:
-    """Reads a JSON file of a run.
-
-    Raises:
-      UserError: it is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is no valid JSON: {error}; restore it or use another") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file so that it is there whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -119,10 +119,16 @@ class Model:
 
 
 def cross_entropy(logits_BTV: Array, targets_BT: Array) -> Array:
-    """-log softmax(logits)[target] [B, T], in fp32 nats."""
-    return optax.softmax_cross_entropy_with_integer_labels(
-        logits_BTV.astype(jnp.float32), targets_BT
-    )
+    """-log softmax(logits)[target] [B, T], in fp32 nats.
+
+    The target's logit is picked by a mask: a gather's gradient is a scatter into [B, T, V], and
+    needs all of a vocabulary that is split over devices.
+    """
+    logits_BTV = logits_BTV.astype(jnp.float32)
+    entry_BTV = jax.lax.broadcasted_iota(targets_BT.dtype, logits_BTV.shape, 2)
+    at_target_BTV = entry_BTV == targets_BT[..., None]
+    picked_BT = jnp.sum(jnp.where(at_target_BTV, logits_BTV, 0.0), axis=-1)
+    return jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
 
 
 def train_step(

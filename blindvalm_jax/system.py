@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from blindvalm_jax.config import Config, fusion_layers
 from blindvalm_jax.data.manifest import TokenizerRecord
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import clip_text, weights
-from blindvalm_jax.models.attention import resolve_kernel
 from blindvalm_jax.models.clip import Readout, TextTower, TowerConfig
 from blindvalm_jax.models.decoder import Decoder
 from blindvalm_jax.models.transformer import split_stack
@@ -99,11 +98,20 @@ def prepare_tower(
     return tower
 
 
-def store_tower(tower: Tower, workdir: Path) -> None:
-    """Keeps the tower of a new run, once, with its source and hash; replaces a dead run's."""
+def store_tower(tower: Tower, workdir: Path, *, tokenizer: Path | None) -> None:
+    """Keeps the tower of a new run, once, with its source and hash; replaces a dead run's.
+
+    tokenizer: directory of the tower's own tokenizer; None: it reads the language model's tokens.
+    """
     directory = workdir / "tower"
     shutil.rmtree(directory, ignore_errors=True)
-    weights.save(directory, tower.params, config=tower.config, source=tower.source)
+    weights.save(
+        directory,
+        tower.params,
+        config=tower.config,
+        source=tower.source,
+        tokenizer_files=tokenizer,
+    )
 
 
 def fresh_tower(shape: TowerConfig, *, seed: int) -> Tower:
@@ -185,6 +193,53 @@ def build(config: Config, *, vocab_size: int, tower: Tower | None, platform: str
     )
 
 
+def cudnn_attends() -> bool:
+    """Whether cuDNN's flash attention compiles on the first device."""
+    x_BTNH = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
+
+    def attend(x_BTNH: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(
+            x_BTNH, x_BTNH, x_BTNH, is_causal=True, implementation="cudnn"
+        )
+
+    try:
+        jax.jit(attend).lower(x_BTNH).compile()
+    except Exception:  # no cuDNN, an old one, or a GPU of another make: each says it in its own way
+        return False
+    return True
+
+
+def resolve_kernel(
+    setting: str,
+    *,
+    platform: str,
+    dtype: str,
+    head_width: int,
+    dropout: float,
+    has_cudnn: Callable[[], bool] = cudnn_attends,
+) -> str:
+    """The kernel of plain attention that a setting means on this platform: "xla" or "cudnn".
+
+    cuDNN's flash attention takes a GPU that has it, half precision, head widths up to 128 in
+    multiples of 8, and no dropout of weights; `auto` takes it where it can.
+
+    Raises:
+      UserError: cudnn is asked for where it cannot run.
+    """
+    needs = {
+        "a GPU": platform == "gpu",
+        "train.dtype=bfloat16": dtype == "bfloat16",
+        "a head width of at most 128, a multiple of 8": head_width <= 128 and head_width % 8 == 0,
+        "decoder.attention_dropout=0": dropout == 0,
+    }
+    lacking = [need for need, met in needs.items() if not met]
+    if setting != "xla" and not lacking and not has_cudnn():
+        lacking.append("cuDNN with flash attention for this GPU")
+    if setting == "cudnn" and lacking:
+        raise UserError(f"train.attention=cudnn needs {', '.join(lacking)}; or set auto or xla")
+    return "xla" if setting == "xla" or lacking else "cudnn"
+
+
 @dataclasses.dataclass(frozen=True)
 class Started:
     """Decoder parameters taken from elsewhere; names that stayed fresh, and that found no place."""
@@ -214,6 +269,11 @@ def start_from(fresh: Any, model: Model, directory: str, vocabulary: TokenizerRe
     ]
     if known != vocabulary.fingerprint:
         differing.append("the tokenizer is another one")
+    if spec.vocab_size != decoder.vocab_size:
+        differing.append(f"the vocabulary has {decoder.vocab_size} entries, had {spec.vocab_size}")
+    ours_by, theirs_by = decoder.fusion.query_scale, spec.fusion.query_scale
+    if decoder.fusion_layers and spec.fusion_layers and ours_by != theirs_by:
+        differing.append(f"fusion.query_scale is {ours_by!r}, was {theirs_by!r}")
     if differing:
         raise UserError(f"{directory} does not fit the decoder of this run: {'; '.join(differing)}")
     layers = decoder.config.layers

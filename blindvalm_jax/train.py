@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +36,7 @@ from blindvalm_jax import (
 from blindvalm_jax.data import pipeline, prepared
 from blindvalm_jax.data.manifest import TokenizerRecord
 from blindvalm_jax.data.windows import Windows
-from blindvalm_jax.errors import UserError, run_main
+from blindvalm_jax.errors import UserError, print_error, run_main
 from blindvalm_jax.reporter import Reporter
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings of the run.", lock_config=True)
@@ -71,7 +70,11 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
     # ---------------------------------------------------------------- where it runs
     mesh = partitioning.make_mesh(settings.mesh)
     say(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
-    resuming = runs.check_resume(workdir, settings)
+    saved = runs.check_resume(workdir, settings)
+    resuming = saved is not None
+    if saved is not None and saved >= settings.train.steps:
+        say(f"nothing to do: {workdir} has {saved} of {settings.train.steps} steps")
+        return 0
     if settings.log.tensorboard:
         metrics.import_tensorboard()
 
@@ -79,7 +82,12 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
     tower = system.read_tower(settings, workdir if resuming else None)
     partitioning.check_divisible(settings, mesh, None if tower is None else tower.config)
     context = system.tower_context(settings, tower)
-    directory = prepared.ensure_prepared(settings, workdir, tower_context=context)
+    directory = prepared.ensure_prepared(
+        settings,
+        workdir,
+        tower_context=context,
+        stored_tower=workdir / "tower" if resuming else None,
+    )
     windows = Windows(directory, "train")
     held_out = Windows(directory, "eval") if settings.eval.every_steps else None
     vocabulary = windows.manifest.tokenizer
@@ -99,7 +107,17 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
     planned = compilation.abstract_state(model, optimizer, mesh)
     frozen = None if shape is None else compilation.abstract_tower(shape, settings, mesh)
     batch = compilation.abstract_batch(settings, windows, mesh, tower=tower is not None)
-    about = describe_run(settings, planned, frozen, model, mesh, windows, directory, tower, batch)
+    about = describe_run(
+        settings,
+        model=model,
+        mesh=mesh,
+        state=planned,
+        frozen=frozen,
+        tower=tower,
+        windows=windows,
+        directory=directory,
+        batch=batch,
+    )
     if resuming:
         runs.check_data(workdir, about)
     begin = time.perf_counter()
@@ -110,26 +128,26 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
         return 0
 
     # ---------------------------------------------------------------- state, loop
-    state = compilation.init_state(model, optimizer, seed=settings.seed, mesh=mesh)
     with checkpoint.Checkpoints(workdir, settings.checkpoint) as checkpoints:
         if resuming:
-            state = checkpoints.restore(state, seed=settings.seed)
+            state = checkpoints.restore(planned, seed=settings.seed)
             say(f"resumed at step {int(state.step)}")
-        elif settings.train.init_from:
-            state = start_from(state, model, settings.train.init_from, vocabulary)
+        else:
+            state = compilation.init_state(model, optimizer, seed=settings.seed, mesh=mesh)
+            if settings.train.init_from:
+                state = start_from(state, model, settings.train.init_from, vocabulary)
         asked = jax.tree.map(lambda x: x.sharding, planned.params)
         partitioning.check_sharded(state.params, mesh, asked)
         first = int(state.step)
-        if first >= settings.train.steps:
-            say(f"nothing to do: {workdir} has {first} of {settings.train.steps} steps")
-            return 0
         if tower is not None:
             frozen = compilation.place_tower(tower, frozen)
             if not resuming:
-                system.store_tower(tower, workdir)
+                own = directory / "tower_tokenizer" if windows.manifest.aligned else None
+                system.store_tower(tower, workdir, tokenizer=own)
             del tower
         resolved = config.resolve(settings, vocab_size=vocabulary.vocab_size, mesh=mesh.shape)
         runs.write_record(workdir, about, given=settings, resolved=resolved, step=first)
+        runs.write_parameters(workdir, {"decoder": state.params, "tower": frozen or {}})
         with pipeline.batches(
             windows,
             batch_size=settings.train.batch_size,
@@ -191,7 +209,8 @@ def loop(
             if saving or evaluating:  # waits for the update: its time is not the pause's
                 sound = sound and reporter.is_finite(scalars)
             if not sound:
-                say_error(f"diverged at step {done}: the loss or a norm is not finite")
+                if jax.process_index() == 0:
+                    print_error(f"diverged at step {done}: the loss or a norm is not finite")
                 return DIVERGED
             begin = time.perf_counter()
             if evaluating:
@@ -250,13 +269,14 @@ def make_evaluation(
 
 def describe_run(
     settings: config.Config,
-    state: step.TrainState,
-    frozen: Any,
+    *,
     model: step.Model,
     mesh: Mesh,
+    state: step.TrainState,
+    frozen: Any,
+    tower: system.Tower | None,
     windows: Windows,
     directory: Path,
-    tower: system.Tower | None,
     batch: step.Batch,
 ) -> dict[str, Any]:
     """What run.json says of the run; prints how large the model is."""
@@ -319,12 +339,6 @@ def say(text: str) -> None:
     """Prints on the first process."""
     if jax.process_index() == 0:
         print(text, flush=True)
-
-
-def say_error(text: str) -> None:
-    """Prints an error on the first process."""
-    if jax.process_index() == 0:
-        print(f"error: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

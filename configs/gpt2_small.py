@@ -8,7 +8,7 @@
 SIZE: small (default), medium, large, xl. Without init_from it starts from random weights. To ground
 a pretrained GPT-2 in a CLIP tower add --config.grounding.source=text --config.grounding.tower=CLIP:
 the fusion layer starts as (nearly) an identity, and each token takes the feature of the last CLIP
-token that ends at or before it in the text.
+token it may look at (docs/architecture.md, decision 6).
 Time and result: not measured by this project yet.
 """
 
@@ -22,10 +22,4 @@ from blindvalm_jax.config import default
 
 def get_config(size: str = "small") -> ml_collections.ConfigDict:
     """Settings of the run."""
-    config = presets.gpt2(default(), size)
-    config.train.remat = "dots"
-    config.train.loss_chunk = 128
-    config.checkpoint.every_steps = 1000
-    config.eval.every_steps = 1000
-    config.log.every_steps = 50
-    return config
+    return presets.long_run(presets.gpt2(default(), size))

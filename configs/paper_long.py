@@ -18,11 +18,6 @@ from blindvalm_jax.config import default
 
 def get_config(variant: str = "blind") -> ml_collections.ConfigDict:
     """Settings of the run."""
-    config = presets.variant(presets.paper(default(), "small"), variant)
+    config = presets.long_run(presets.variant(presets.paper(default(), "small"), variant))
     config.train.steps = 88_255
-    config.train.remat = "dots"
-    config.train.loss_chunk = 128
-    config.checkpoint.every_steps = 1000
-    config.eval.every_steps = 1000
-    config.log.every_steps = 50
     return config

@@ -19,10 +19,4 @@ from blindvalm_jax.config import default
 
 def get_config(variant: str = "blind") -> ml_collections.ConfigDict:
     """Settings of the run."""
-    config = presets.variant(presets.paper(default(), "medium"), variant)
-    config.train.remat = "dots"
-    config.train.loss_chunk = 128
-    config.checkpoint.every_steps = 1000
-    config.eval.every_steps = 1000
-    config.log.every_steps = 50
-    return config
+    return presets.long_run(presets.variant(presets.paper(default(), "medium"), variant))

@@ -211,6 +211,16 @@ class TinyText(tfds.core.GeneratorBasedBuilder):
             yield index, {"body": "" if index == 3 else f"tëxt {index}", "label": index}
 
 
+class OtherText(TinyText):
+    """A dataset of the same name, and texts of the same sizes."""
+
+    name = TinyText.name
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index, example in super()._generate_examples():
+            yield index, {**example, "body": example["body"].swapcase()}
+
+
 class UnreachableText(TinyText):
     """A dataset whose text cannot be had here."""
 
@@ -235,6 +245,18 @@ def test_tfds_documents_come_without_tensorflow(tfds_dir: Path) -> None:
     assert source.describe()[0]["tfds"] == "tiny_text/1.0.0"
 
 
+def test_tfds_datasets_are_told_apart_by_their_texts(tfds_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tfds_dir, tmp_path / "copy")
+    OtherText(data_dir=tmp_path / "other", file_format="array_record").download_and_prepare()
+    kept, copied, other = (
+        corpora.contents(corpora.TfdsSource("tiny_text", data_dir=str(path), text_field="body"))
+        for path in (tfds_dir, tmp_path / "copy", tmp_path / "other")
+    )
+    assert kept == copied
+    assert kept != other
+    assert kept[1][0]["examples"] == other[1][0]["examples"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -248,7 +270,7 @@ def test_tfds_documents_come_without_tensorflow(tfds_dir: Path) -> None:
     ],
 )
 def test_tfds_mistakes_are_one_clear_line(
-    tfds_dir: Path, change: dict[str, str], message: str
+    tfds_dir: Path, change: dict[str, Any], message: str
 ) -> None:
     source = corpora.TfdsSource("tiny_text", data_dir=str(tfds_dir), text_field="body")
     with pytest.raises(UserError, match=message) as error:

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blindvalm_jax import config, step
+from blindvalm_jax import compilation, config, step, system
 from blindvalm_jax.config import DecoderConfig
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.models import attention
 from blindvalm_jax.models.clip import TextTower, TowerConfig
 from blindvalm_jax.models.decoder import Decoder, padded_vocab, sinusoidal
 from blindvalm_jax.models.transformer import split_stack
@@ -211,6 +210,30 @@ def test_recomputing_is_asked_of_xla() -> None:
     assert "policy=DotsSaveable(only_if_no_batch_dims=True)" in dots
     assert "unroll=3" in text(scan_unroll=4)
     assert "unroll=3" not in plain
+    # Outside a loop XLA would merge what is computed again with what was there.
+    assert "prevent_cse=True" in text(remat="full", scan_unroll=4)
+    assert "prevent_cse=False" in full
+
+
+def test_recomputing_needs_less_memory() -> None:
+    """As XLA plans it, for blocks whose states weigh more than their parameters."""
+
+    def planned(remat: str) -> int:
+        config = dataclasses.replace(small_models.CONFIG, layers=8)
+        model = small_models.decoder(config, remat=remat)
+        params = small_models.decoder_params(model)
+        tokens = jnp.zeros((8, 128), jnp.int32)
+
+        def loss(params: Any) -> Any:
+            logits_BTV: Any = model.apply({"params": params}, tokens)
+            return jnp.sum(step.cross_entropy(logits_BTV, tokens))
+
+        plan = compilation.memory_plan(jax.jit(jax.grad(loss)).lower(params).compile())
+        assert plan is not None
+        return plan.temporary
+
+    nothing, dots, everything = map(planned, ("none", "dots", "full"))
+    assert everything < dots < nothing
 
 
 def test_the_padded_vocabulary_can_not_be_predicted_and_learns_nothing() -> None:
@@ -358,21 +381,23 @@ def test_auto_takes_the_flash_kernel_only_where_it_fits() -> None:
         "dtype": "bfloat16",
         "head_width": 64,
         "dropout": 0.0,
+        "has_cudnn": lambda: True,
     }
-    assert attention.resolve_kernel("auto", **fits) == "cudnn"
-    assert attention.resolve_kernel("cudnn", **fits) == "cudnn"
-    assert attention.resolve_kernel("xla", **fits) == "xla"
+    assert system.resolve_kernel("auto", **fits) == "cudnn"
+    assert system.resolve_kernel("cudnn", **fits) == "cudnn"
+    assert system.resolve_kernel("xla", **fits) == "xla"
     misfits: list[tuple[dict[str, Any], str]] = [
         ({"platform": "cpu"}, "a GPU"),
         ({"dtype": "float32"}, "train.dtype=bfloat16"),
         ({"head_width": 136}, "head width"),
         ({"head_width": 20}, "head width"),
         ({"dropout": 0.1}, "decoder.attention_dropout=0"),
+        ({"has_cudnn": lambda: False}, "cuDNN with flash attention"),
     ]
     for misfit, named in misfits:
-        assert attention.resolve_kernel("auto", **(fits | misfit)) == "xla"
+        assert system.resolve_kernel("auto", **(fits | misfit)) == "xla"
         with pytest.raises(UserError, match=named):
-            attention.resolve_kernel("cudnn", **(fits | misfit))
+            system.resolve_kernel("cudnn", **(fits | misfit))
 
 
 def size(init: Any, *args: Any) -> int:

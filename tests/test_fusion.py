@@ -187,7 +187,9 @@ def test_own_projections_are_used_instead_of_the_text_s() -> None:
 @pytest.mark.parametrize("kind", ["shared", "own"])
 def test_the_memory_s_gradient_reaches_the_text_s_projections_only_if_shared(kind: str) -> None:
     shape = block_shape()
-    module = MemoryProjection(shape, MemoryShape(width=WIDTH, grounding_kv=kind))
+    module = MemoryProjection(
+        shape, MemoryShape(width=WIDTH, fusion=FusionConfig(grounding_kv=kind))
+    )
     z, text_kv = normal(3, B, T, K, WIDTH), normal(4, WIDTH, 2, N, H)
     params = small_models.random_params(lambda key: module.init(key, z, text_kv)["params"], seed=0)
     assert ("kv_kernel" in params) == (kind == "own")
@@ -282,7 +284,7 @@ def test_fusion_blocks_stand_at_their_indices(layers: tuple[int, ...]) -> None:
         normal(7, B, T, WIDTH),
         normal(8, B, T, K, 32),
     )
-    shape, memory = block_shape(), MemoryShape(width=WIDTH, query_scale="model_width")
+    shape, memory = block_shape(), MemoryShape(width=WIDTH, fusion=small_models.PAPER_FUSION)
     pattern = attention.Causal()
 
     @jax.jit

@@ -8,12 +8,14 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from blindvalm_jax.data import packing, pipeline
 from blindvalm_jax.data.windows import Windows
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.grounding import text
 from tests import small_text
 
 LENGTH = 16
@@ -238,3 +240,13 @@ def test_a_damaged_window_is_one_clear_line(windows: Windows, directory: Path) -
             take(Windows(directory / "aligned", "train"), len(windows) // 8)
     finally:
         path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("limit", [9, 10, 16, 17])
+def test_shuffled_evaluation_gives_no_window_its_own_features(windows: Windows, limit: int) -> None:
+    """Also where the last batch holds one real window and is filled up."""
+    for batch in pipeline.eval_batches(windows, batch_size=8, limit=limit):
+        rows_BT1E = batch["tower_tokens"][..., None, None]
+        given = np.asarray(text.shuffled(jnp.asarray(rows_BT1E)))[..., 0, 0]
+        real = batch["weights"].any(axis=1)
+        assert (given != batch["tower_tokens"]).any(axis=1)[real].all()

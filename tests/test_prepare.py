@@ -709,6 +709,15 @@ def run_config(tmp_path: Path, **changes: Any) -> config_lib.Config:
     return config_lib.parse(values)
 
 
+def test_another_table_of_separators_makes_other_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = run_config(tmp_path)
+    directory = prepared.ensure_prepared(settings, tmp_path / "run")
+    monkeypatch.delitem(segments._SENTENCE, ".")
+    assert prepared.ensure_prepared(settings, tmp_path / "run") != directory
+
+
 def test_a_run_prepares_once_and_finds_it_again(tmp_path: Path) -> None:
     settings = run_config(tmp_path)
     directory = prepared.ensure_prepared(settings, tmp_path / "run", tower_context=16)

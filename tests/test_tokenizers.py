@@ -285,7 +285,7 @@ def _broken(root: Path, case: str) -> tuple[str, str]:
         ("empty gpt2", "expected vocab.json and merges.txt, or tokenizer.json"),
         ("empty train", "expected the tokenizer.json"),
         ("no merges", "merges.txt is missing"),
-        ("not json", "is not JSON"),
+        ("not json", "cannot be read as JSON"),
         ("gpt2 as clip", "tokenizer.kind=gpt2"),
         ("clip as gpt2", "tokenizer.kind=clip"),
         ("few merges", "do not belong together"),

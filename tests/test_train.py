@@ -17,9 +17,9 @@ import ml_collections
 import numpy as np
 import pytest
 
-from blindvalm_jax import config, runs, system, train
+from blindvalm_jax import config, presets, runs, system, train
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.interop import weights
+from blindvalm_jax.interop import formats, weights
 from blindvalm_jax.models.clip import TowerConfig
 from tests import small_models, small_text, tiny_tokenizers
 
@@ -187,7 +187,7 @@ def test_resume_refuses_other_settings_and_says_which(finished: Path, text: Path
 def test_resume_announces_settings_that_may_change(
     finished: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert runs.check_resume(finished, config.parse(settings(text, log__every_steps=2)))
+    assert runs.check_resume(finished, config.parse(settings(text, log__every_steps=2))) == 6
     assert "log.every_steps: 1 -> 2" in capsys.readouterr().out
 
 
@@ -234,13 +234,14 @@ def test_damaged_checkpoint_is_an_error_that_names_it(
 ) -> None:
     """In a process of its own: the reads that Orbax leaves behind are reported when they end."""
     shutil.copytree(finished, tmp_path / "run")
-    state = tmp_path / "run" / "checkpoints" / "6" / "state"
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    state = tmp_path / "run" / "checkpoints" / "4" / "state"
     data = max((p for p in state.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     data.write_bytes(data.read_bytes()[:100])
     arguments = [*command(settings(text), tmp_path), f"--workdir={tmp_path / 'run'}"]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert f"error: checkpoint {tmp_path}/run/checkpoints/6 cannot be restored" in done.stderr
+    assert f"error: checkpoint {tmp_path}/run/checkpoints/4 cannot be restored" in done.stderr
     assert "Traceback (most recent call last)" not in done.stderr.partition("error: ")[0]
 
 
@@ -293,12 +294,16 @@ def test_tower_from_files_and_tokenizers_from_files(text: Path, tmp_path: Path, 
     if kind == "gpt2":
         path = tiny_tokenizers.write_pair(tmp_path / "gpt2", *tiny_tokenizers.gpt2_parts())
     changes = {"tokenizer__kind": kind, "tokenizer__path": str(path), "train__steps": 2}
-    values = settings(text, grounding__tower=str(tower), **changes)
+    values = settings(text, grounding__tower=str(tower), **changes, checkpoint__every_steps=1)
     metrics = run(values, tmp_path / "run")
     assert np.isfinite(metrics["train/loss"][2])
     stored = weights.load(tmp_path / "run" / "tower")
     assert stored.sha256 == weights.load(tower).sha256
     assert stored.source == "made for a test"
+    if kind == "gpt2":  # a resumed run needs no more of its tower than it has kept
+        shutil.rmtree(tower)
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+        assert run(values, tmp_path / "run")["train/loss"] == metrics["train/loss"]
 
 
 def test_tower_with_another_vocabulary_is_refused(text: Path, tmp_path: Path) -> None:
@@ -332,31 +337,39 @@ def test_starts_from_weights_of_a_plain_decoder(finished: Path, text: Path, tmp_
 
 def _export(workdir: Path, out: Path) -> Path:
     """The decoder of a run as a weights directory."""
-    from blindvalm_jax import checkpoint, compilation, optim, partitioning
-    from blindvalm_jax.data.windows import Windows
-
-    parsed = config.from_dict(runs.read_json(workdir / "config.json"))
-    windows = Windows(next((workdir / "data").glob("windows-*")), "train")
-    vocab_size = windows.manifest.tokenizer.vocab_size
-    model = system.build(parsed, vocab_size=vocab_size, tower=None, platform="cpu")
-    mesh = partitioning.make_mesh(parsed.mesh)
-    optimizer = optim.make(parsed.optimizer, steps=parsed.train.steps)
-    fresh = compilation.init_state(model, optimizer, seed=0, mesh=mesh)
-    with checkpoint.Checkpoints(workdir, parsed.checkpoint) as checkpoints:
-        state = checkpoints.restore(fresh, seed=parsed.seed)
-    spec = weights.DecoderSpec(decoder=parsed.decoder, fusion=parsed.fusion, vocab_size=vocab_size)
-    weights.save(out, jax.tree.map(np.asarray, state.params), config=spec, source="a run of a test")
+    found = formats.read(str(workdir))
+    weights.save(
+        out, found.params, config=found.config, source=found.source, tokenizer=found.tokenizer
+    )
     return out
 
 
-def test_weights_of_another_size_are_refused_by_name(
-    finished: Path, text: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("trained", "started", "message"),
+    [
+        ({"decoder__width": 48}, {}, r"\(.*48.*\) instead of"),
+        (
+            {"tokenizer__train_vocab_size": 300},
+            {},
+            "is another.*has 320 entries, had 300",
+        ),
+        ({"decoder__activation": "gelu_tanh"}, {}, "activation is 'gelu_erf', was 'gelu_tanh'"),
+        (
+            {"grounding__source": "text"},
+            {"fusion__query_scale": "head_width"},
+            "fusion.query_scale is 'head_width', was 'model_width'",
+        ),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_weights_of_another_function_are_refused_by_name(
+    text: Path, tmp_path: Path, trained: dict[str, Any], started: dict[str, Any], message: str
 ) -> None:
-    plain = {"grounding__source": "none", "train__steps": 1, "decoder__width": 48}
-    run(settings(text, **plain), tmp_path / "plain")
-    source = _export(tmp_path / "plain", tmp_path / "weights")
-    with pytest.raises(UserError, match=r"does not fit the decoder.*\(.*48.*\) instead of"):
-        run(settings(text, train__init_from=str(source)), tmp_path / "grounded")
+    plain = {"grounding__source": "none", "train__steps": 1, "eval__every_steps": 0}
+    run(settings(text, **{**plain, **trained}), tmp_path / "trained")
+    source = _export(tmp_path / "trained", tmp_path / "weights")
+    with pytest.raises(UserError, match=f"does not fit the decoder of this run: .*{message}"):
+        run(settings(text, train__init_from=str(source), **started), tmp_path / "started")
 
 
 def test_divergence_ends_with_its_own_exit_code(text: Path, tmp_path: Path) -> None:
@@ -422,9 +435,26 @@ def test_command_line_errors_are_one_line(arguments: list[str], message: str) ->
     assert message in lines[0]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
-def test_every_config_file_parses(path: Path) -> None:
+CONFIGS = [
+    *(f"{path.stem}" for path in sorted((ROOT / "configs").glob("*.py"))),
+    *(f"text:{size},{variant}" for size in presets.SIZES for variant in presets.VARIANTS),
+    *(f"paper_small:{variant}" for variant in presets.VARIANTS),
+    *(f"gpt2_small:{size}" for size in ("medium", "large", "xl")),
+]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_file_parses_with_every_argument(name: str) -> None:
+    stem, _, argument = name.partition(":")
     namespace: dict[str, Any] = {}
+    path = ROOT / "configs" / f"{stem}.py"
     exec(compile(path.read_text(), path, "exec"), namespace)
-    parsed = config.parse(namespace["get_config"]())
-    assert parsed.train.steps > 0
+    parsed = config.parse(namespace["get_config"](*filter(None, [argument])))
+    words = argument.split(",")
+    for size in set(words) & set(presets.SIZES):
+        decoder = parsed.decoder
+        assert (decoder.layers, decoder.width, decoder.heads) == presets.SIZES[size]
+    assert (parsed.grounding.source == "none") == ("gpt2" in words or stem == "gpt2_small")
+    assert (parsed.grounding.readout == "eos") == ("eos" in words)
+    control = {"random_tower", "shuffled"} & set(words)
+    assert parsed.grounding.control == (control.pop() if control else "none")

@@ -13,12 +13,14 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from blindvalm_jax.data import tokenizer_files as files
+from blindvalm_jax import files
+from blindvalm_jax.data import tokenizer_files
 from blindvalm_jax.data.token_ends import Encoded, complete_characters
 from blindvalm_jax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257
+_READING = "texts to learn from hold no special tokens"  # another rule makes other ids
 _HASHED = ("vocab", "merges")  # on their own, in an order that does not depend on the file
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -50,7 +52,7 @@ class ByteLevelTokenizer:
         self._plain.add_special_tokens([END_OF_TEXT])
         self._plain.encode_special_tokens = True
         self.fingerprint = _fingerprint(json.loads(self._tokenizer.to_str()))
-        self._symbols = files.byte_symbols()
+        self._symbols = tokenizer_files.byte_symbols()
         self._byte_lengths = self._lengths()
 
     @classmethod
@@ -59,8 +61,8 @@ class ByteLevelTokenizer:
         whole = directory / "tokenizer.json"
         if whole.exists():
             content = files.read_json(whole)
-            vocab, merges = files.model_of(content, directory)
-            specials = files.added_tokens(content, directory)
+            vocab, merges = tokenizer_files.model_of(content, directory)
+            specials = tokenizer_files.added_tokens(content, directory)
             if content["model"].get("dropout"):
                 raise UserError(
                     f"{whole} asks for BPE dropout {content['model']['dropout']!r}: the same text "
@@ -73,7 +75,7 @@ class ByteLevelTokenizer:
                     f"{directory} holds no GPT-2 tokenizer: expected vocab.json and merges.txt, "
                     f"or tokenizer.json"
                 )
-            vocab, merges = files.read_pair(directory)
+            vocab, merges = tokenizer_files.read_pair(directory)
             specials = [END_OF_TEXT]
             serialized = ""
         else:
@@ -179,7 +181,7 @@ def train(texts: Iterator[str], *, vocab_size: int) -> ByteLevelTokenizer:
     return ByteLevelTokenizer("train", tokenizer.to_str())
 
 
-def _assemble(vocab: dict[str, int], merges: files.Merges) -> tokenizers.Tokenizer:
+def _assemble(vocab: dict[str, int], merges: tokenizer_files.Merges) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -189,14 +191,14 @@ def _assemble(vocab: dict[str, int], merges: files.Merges) -> tokenizers.Tokeniz
 
 
 def _check(
-    vocab: dict[str, int], merges: files.Merges, specials: list[str], directory: Path
+    vocab: dict[str, int], merges: tokenizer_files.Merges, specials: list[str], directory: Path
 ) -> None:
-    if any(piece.endswith(files.WORD_END) for piece in vocab):
+    if any(piece.endswith(tokenizer_files.WORD_END) for piece in vocab):
         raise UserError(f"{directory} holds a CLIP tokenizer; set tokenizer.kind=clip")
-    missing = [symbol for symbol in files.byte_symbols() if symbol not in vocab]
+    missing = [symbol for symbol in tokenizer_files.byte_symbols() if symbol not in vocab]
     if missing:
         raise UserError(f"{directory} holds no byte-level BPE: there is no piece {missing[0]!r}")
-    files.check_belong(vocab, merges, files.byte_symbols(), specials, directory)
+    tokenizer_files.check_belong(vocab, merges, tokenizer_files.byte_symbols(), specials, directory)
 
 
 def _valid(text: str) -> str:
@@ -219,6 +221,7 @@ def _fingerprint(content: dict[str, Any]) -> str:
         sorted(added),
         content["normalizer"],
         _without_offsets(content["pre_tokenizer"]),
+        _READING,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

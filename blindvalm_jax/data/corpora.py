@@ -69,12 +69,16 @@ class FileSource:
 
 @dataclasses.dataclass(frozen=True)
 class TfdsSource:
-    """A split of a TFDS dataset; `name` as dataset[/config][:version], `data_dir` "" = default."""
+    """A split of a TFDS dataset on this machine's disk.
+
+    name: dataset[/config][:version]; data_dir: "" for TFDS's default; digests: as in `FileSource`.
+    """
 
     name: str
     split: str = "train"
     data_dir: str = ""
     text_field: str = "text"
+    digests: Path | None = None
 
     def paths(self) -> list[Path]:
         """The directory of all datasets, if one is given."""
@@ -91,10 +95,16 @@ class TfdsSource:
         )
 
     def describe(self) -> list[dict[str, Any]]:
-        """Name, split, number of examples and the checksums TFDS keeps of it."""
+        """Name, split, number of examples, and size and SHA-256 of the files that hold them."""
+        return self._description
+
+    @functools.cached_property
+    def _description(self) -> list[dict[str, Any]]:
         builder, examples = self._open()
-        split = {"examples": len(examples), "bytes": int(builder.info.dataset_size or 0)}
-        return [{"tfds": builder.info.full_name, "split": self.split, **split}]
+        paths = [Path(path) for path in builder.info.splits[self.split].filepaths]
+        hashes = file_hashes(paths, known=self.digests)
+        about = {"tfds": builder.info.full_name, "split": self.split, "examples": len(examples)}
+        return [{**about, "files": [vars(found) for found in hashes]}]
 
     def _open(self) -> tuple[Any, Any]:
         return _open_tfds(self.name, self.split, self.data_dir)

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from blindvalm_jax.data import output
+from blindvalm_jax import files
 from blindvalm_jax.errors import UserError
 
 
@@ -42,8 +42,7 @@ def file_hashes(paths: Sequence[Path], *, known: Path | None = None) -> list[Fil
     if known is not None and not found.items() <= kept.items():
         with contextlib.suppress(OSError):  # a read-only cache only costs time
             known.parent.mkdir(parents=True, exist_ok=True)
-            with output.replacing(known) as partial:
-                partial.write_text(json.dumps({**kept, **found}, indent=1))
+            files.write_json(known, {**kept, **found})
     entries = [found[str(path.resolve())] for path in paths]
     return [FileHash(bytes=int(entry[0]), sha256=str(entry[2])) for entry in entries]
 

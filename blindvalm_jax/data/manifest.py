@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from blindvalm_jax.data import output
+from blindvalm_jax import files
 from blindvalm_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Manifest:
     def save(self, directory: Path, *, work: Path | None = None) -> None:
         """Writes the manifest; a directory that holds it is complete."""
         text = json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, ensure_ascii=False)
-        with output.replacing(directory / FILE_NAME, work=work) as partial:
+        with files.replacing(directory / FILE_NAME, work=work) as partial:
             partial.write_bytes(text.encode() + b"\n")
 
 

@@ -1,4 +1,4 @@
-"""A directory that `prepare` writes: claimed by a marker, held by one process, written atomically.
+"""A directory that `prepare` writes: claimed by a marker, held by one process.
 
 Nothing is deleted but files of the names given here, in a directory that carries the marker.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -58,22 +57,6 @@ def locked(out: Path) -> Iterator[None]:
             print(f"waiting: another process prepares {out}", file=sys.stderr, flush=True)
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield
-
-
-@contextlib.contextmanager
-def replacing(path: Path, *, work: Path | None = None) -> Iterator[Path]:
-    """Gives a path to write to; then `path` is all of that, or what it was, also after a crash.
-
-    `work` is a directory of the same file system for what is unfinished; None: beside `path`.
-    """
-    partial = (work or path.parent) / f"{path.name}.{os.getpid()}.partial"
-    try:
-        yield partial
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def remove_shards(directory: Path) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blindvalm_jax import files
 from blindvalm_jax.data import corpora, manifest, output, shards, units
 from blindvalm_jax.data.clip_bpe import ClipTokenizer
 from blindvalm_jax.data.corpora import Advance, FileSource, Source
@@ -104,7 +105,8 @@ class Recipe:
         }
         texts = [corpora.contents(source) for source in (self.source, self.eval_source) if source]
         versions = [importlib.metadata.version(name) for name in _DECIDING]
-        return hash_of([settings, texts, versions, self.windows_per_shard, manifest.FORMAT_VERSION])
+        rules = [self.encoding.separators.fingerprint, manifest.FORMAT_VERSION]
+        return hash_of([settings, texts, versions, self.windows_per_shard, rules])
 
     def paths(self) -> list[Path]:
         """Where the text lies."""
@@ -320,7 +322,7 @@ def _drop_other_shards(out: Path, streams: dict[str, shards.Stream]) -> None:
     if not plan.exists() or plan.read_bytes() != wanted:
         for split in streams:
             output.remove_shards(out / split)
-        with output.replacing(plan) as partial:
+        with files.replacing(plan) as partial:
             partial.write_bytes(wanted)
     for split in streams:
         (out / split).mkdir(exist_ok=True)

@@ -76,7 +76,7 @@ def batches(
     """Shuffled batches from `start_step` on, for ever; every epoch has an order of its own.
 
     `batch_size` counts rows over all processes. With fewer windows than that a batch holds some of
-    them more than once: a small corpus trains, and says so by its epochs.
+    them more than once.
 
     Raises:
       UserError: `batch_size` is not a multiple of `process_count`.
@@ -108,7 +108,7 @@ def eval_batches(
 
     They are spaced evenly over the split and come in a fixed shuffled order, so that neighbouring
     rows of a batch are not neighbouring text; neither depends on the batch size. The last batch is
-    filled with copies of its last window of weight 0.
+    filled with windows from the beginning, of weight 0.
     """
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
@@ -119,7 +119,7 @@ def eval_batches(
     for first in range(process_index * block, _rounded_up(len(chosen), batch_size), batch_size):
         rows = []
         for place in range(first, first + block):
-            row = _row(windows[int(chosen[min(place, len(chosen) - 1)])], tower=tower)
+            row = _row(windows[int(chosen[place % len(chosen)])], tower=tower)
             if place >= len(chosen):
                 row["weights"] = np.zeros_like(row["weights"])
             rows.append(row)

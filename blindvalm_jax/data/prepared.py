@@ -29,13 +29,20 @@ from blindvalm_jax.grounding import segments
 TOKENIZER_SAMPLE_CHARACTERS = 50_000_000
 
 
-def ensure_prepared(config: Config, workdir: str | Path, *, tower_context: int = 77) -> Path:
+def ensure_prepared(
+    config: Config,
+    workdir: str | Path,
+    *,
+    tower_context: int = 77,
+    stored_tower: Path | None = None,
+) -> Path:
     """Directory of the windows a run trains on; a second run with the same settings reuses it.
 
     With `data.windows` that directory is checked against the settings; else `data.files` or
     `data.tfds` is prepared in the cache (`data.cache`, else <workdir>/data), in a directory named
     by a hash of all that determines its bytes. `tower_context` counts the tower's positions, start
-    and end token included. Other processes on this machine wait for the one that prepares.
+    and end token included. `stored_tower` is what a resumed run has kept of its tower: the tower's
+    tokenizer is read from there. Other processes on this machine wait for the one that prepares.
 
     Raises:
       UserError: there is no text, it cannot be read, or `data.windows` does not fit the settings.
@@ -43,7 +50,8 @@ def ensure_prepared(config: Config, workdir: str | Path, *, tower_context: int =
     longest = tower_context - 2
     if config.data.windows:
         directory = Path(config.data.windows)
-        _check(manifest.load(directory), directory, config, longest=longest)
+        found = manifest.load(directory)
+        _check(found, directory, config, _tower_tokenizer(config, stored_tower), longest=longest)
         return directory
     cache = Path(config.data.cache or Path(workdir) / "data")
     source, eval_source = sources(config.data, digests=cache / "file_hashes.json")
@@ -58,7 +66,7 @@ def ensure_prepared(config: Config, workdir: str | Path, *, tower_context: int =
     recipe = packing.Recipe(
         source=source,
         tokenizer=tokenizer,
-        tower_tokenizer=_tower_tokenizer(config),
+        tower_tokenizer=_tower_tokenizer(config, stored_tower),
         sequence_length=config.data.sequence_length,
         rule=segment_rule(config.grounding.segments),
         longest_segment=longest,
@@ -87,7 +95,9 @@ def sources(
     if data.files:
         source: corpora.Source = files(data.files)
     elif data.tfds:
-        source = corpora.TfdsSource(data.tfds, data_dir=data.tfds_dir, text_field=data.text_field)
+        source = corpora.TfdsSource(
+            data.tfds, data_dir=data.tfds_dir, text_field=data.text_field, digests=digests
+        )
     else:
         raise UserError("there is no text: set data.files, data.tfds or data.windows")
     return source, files(data.eval_files) if data.eval_files else None
@@ -154,13 +164,16 @@ def _sample(source: corpora.Source, eval_fraction: float) -> Iterator[str]:
     print("learn the BPE's merges from it", file=sys.stderr, flush=True)
 
 
-def _tower_tokenizer(config: Config) -> Tokenizer | None:
+def _tower_tokenizer(config: Config, stored_tower: Path | None) -> Tokenizer | None:
     """CLIP's tokenizer when the tower has one of its own; None: it reads the LM's tokens."""
     grounding, kind = config.grounding, config.tokenizer.kind
     if grounding.source == "none":
         return None
     if grounding.tokenizer:
         return tokenizers.load("clip", grounding.tokenizer, setting="grounding.tokenizer")
+    if stored_tower is not None:
+        has = tokenizer_files.holds_tokenizer(str(stored_tower))
+        return tokenizers.load("clip", str(stored_tower)) if has else None
     tower = grounding.tower
     if tower in ("random", config.tokenizer.path):
         return None
@@ -174,7 +187,14 @@ def _tower_tokenizer(config: Config) -> Tokenizer | None:
     return tokenizers.load("clip", tower, setting="grounding.tokenizer (empty: grounding.tower)")
 
 
-def _check(found: manifest.Manifest, directory: Path, config: Config, *, longest: int) -> None:
+def _check(
+    found: manifest.Manifest,
+    directory: Path,
+    config: Config,
+    tower: Tokenizer | None,
+    *,
+    longest: int,
+) -> None:
     tokenizer = config.tokenizer
     expected: dict[str, tuple[object, object]] = {
         "data.sequence_length": (config.data.sequence_length, found.sequence_length),
@@ -185,7 +205,6 @@ def _check(found: manifest.Manifest, directory: Path, config: Config, *, longest
         fingerprint = tokenizers.load(tokenizer.kind, tokenizer.path).fingerprint
         expected["tokenizer.path"] = (fingerprint, found.tokenizer.fingerprint)
     if config.grounding.source != "none":
-        tower = _tower_tokenizer(config)
         own = tower is not None and tower.fingerprint != fingerprint
         expected |= {
             "grounding.segments": (config.grounding.segments, found.segments),

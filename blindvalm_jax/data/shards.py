@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from blindvalm_jax.data import manifest, output
+from blindvalm_jax import files
+from blindvalm_jax.data import manifest
 from blindvalm_jax.data.manifest import Shard
 from blindvalm_jax.data.units import Encoding, Unit
 from blindvalm_jax.grounding import segments
@@ -146,7 +147,7 @@ def pack(encoding: Encoding, job: ShardJob) -> Packed:
     if found is not None:
         return found
     records, counts = _windows(encoding, job)
-    with output.replacing(job.path, work=job.work) as partial:
+    with files.replacing(job.path, work=job.work) as partial:
         _write(records, partial)
         with partial.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -157,7 +158,7 @@ def pack(encoding: Encoding, job: ShardJob) -> Packed:
             sha256=digest,
         )
         packed = Packed(shard=shard, **counts)
-        with output.replacing(record) as partial_record:
+        with files.replacing(record) as partial_record:
             partial_record.write_text(json.dumps(dataclasses.asdict(packed)))
     return packed
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from blindvalm_jax import hub
+from blindvalm_jax import files, hub
 from blindvalm_jax.errors import UserError
 
 OPENAI_CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
 OPENAI_CLIP_MERGES = 49152 - 256 - 2
 WORD_END = "</w>"
 CLIP_SPECIALS = ("<|startoftext|>", "<|endoftext|>")
+_WHOLE = "give a directory with the whole tokenizer"
 _FILES = ["vocab.json", "merges.txt", "tokenizer.json"]
 
 Merges = list[tuple[str, str]]
@@ -63,7 +63,7 @@ def read_clip(directory: Path) -> tuple[dict[str, int], Merges]:
     elif (directory / OPENAI_CLIP_FILE).exists():
         vocab, merges = _read_openai(directory / OPENAI_CLIP_FILE)
     elif (directory / "tokenizer.json").exists():
-        vocab, merges = model_of(read_json(directory / "tokenizer.json"), directory)
+        vocab, merges = model_of(files.read_json(directory / "tokenizer.json"), directory)
     else:
         raise UserError(
             f"{directory} holds no CLIP tokenizer: expected vocab.json and merges.txt, "
@@ -85,7 +85,8 @@ def read_clip(directory: Path) -> tuple[dict[str, int], Merges]:
 
 def read_pair(directory: Path) -> tuple[dict[str, int], Merges]:
     """Reads vocab.json and merges.txt."""
-    vocab = _checked_vocab(read_json(directory / "vocab.json"), directory / "vocab.json")
+    path = directory / "vocab.json"
+    vocab = _checked_vocab(files.read_json(path, hint=_WHOLE), path)
     return vocab, _parse_merges(_read_text(directory / "merges.txt"), directory / "merges.txt")
 
 
@@ -135,14 +136,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def read_json(path: Path) -> Any:
-    """Parses a JSON file."""
-    try:
-        return json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-
-
 def check_belong(
     vocab: dict[str, int],
     merges: Merges,
@@ -179,7 +172,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; give a directory with the whole tokenizer") from error
+        raise UserError(f"{path} is missing: {_WHOLE}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from blindvalm_jax.data import alignment, output
+from blindvalm_jax import files
+from blindvalm_jax.data import alignment
 from blindvalm_jax.grounding.segments import Rule, Separators
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def encode(encoding: Encoding, job: tuple[str, UnitJob]) -> tuple[str, Unit]:
     split, unit = job
     if unit.texts:
         arrays = _encode_texts(encoding, unit.texts)
-        with output.replacing(unit.path) as partial, partial.open("wb") as stream:
+        with files.replacing(unit.path) as partial, partial.open("wb") as stream:
             np.savez(stream, allow_pickle=False, **arrays)
     with np.load(unit.path) as arrays:
         tokens, tower_tokens = arrays["sizes"].tolist()

@@ -32,7 +32,7 @@ class Workers:
 
     def __init__(self, count: int, state: Any) -> None:
         """Starts nothing yet: processes start with the first job."""
-        self.count = count or os.cpu_count() or 1
+        self.count = count or usable_cores()
         self._state = state
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
 
@@ -79,6 +79,13 @@ class Workers:
                 f"one of {self.count} worker processes died, perhaps for lack of memory: run the "
                 "same command with fewer workers, it goes on where it stopped"
             ) from error
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Progress:

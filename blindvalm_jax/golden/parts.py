@@ -53,7 +53,7 @@ def fusion_layer(case: Case) -> Iterator[Check]:
         )
         return run(params, x_BTD)
 
-    memory = MemoryShape(width=z_BTKE.shape[-1], query_scale="model_width")
+    memory = MemoryShape(width=z_BTKE.shape[-1], fusion=FusionConfig(query_scale="model_width"))
     block = module(Block, memory)
     attn_BTD, share_BT = apply(module(Attention, memory), params["attn"], x_BTD, z_BTKE)
     seen = arrays["out/attn_weights_mean_over_heads"]
@@ -67,7 +67,9 @@ def fusion_layer(case: Case) -> Iterator[Check]:
         expected = arrays[f"out/{name}_no_image"]
         yield case.check(f"{name} without memory", jnp.swapaxes(out_BTD, 0, 1), expected, OUTPUT)
     if "wrong/layer_if_scaled_by_head_dim" in arrays:
-        variant = module(Block, dataclasses.replace(memory, query_scale="head_width"))
+        variant = module(
+            Block, dataclasses.replace(memory, fusion=FusionConfig(query_scale="head_width"))
+        )
         out_BTD, _ = apply(variant, params, x_BTD, z_BTKE)
         expected = arrays["wrong/layer_if_scaled_by_head_dim"]
         yield case.check("layer, head_width", jnp.swapaxes(out_BTD, 0, 1), expected, OUTPUT)

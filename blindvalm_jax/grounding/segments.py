@@ -18,6 +18,7 @@ ends; 12 was taken because the tower then sees as much context as under the refe
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -66,6 +67,11 @@ class Separators:
     rank: np.ndarray
     minimum: np.ndarray
     longest: int
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 in hex over both tables."""
+        return hashlib.sha256(self.rank.tobytes() + self.minimum.tobytes()).hexdigest()
 
 
 class Vocabulary(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from blindvalm_jax import files
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import fields, rules, tensor_files, weights
 from blindvalm_jax.interop.hugging_face import our_activation
@@ -40,7 +41,7 @@ def load(directory: Path) -> tuple[TowerConfig, dict[str, Any]]:
     Raises:
       UserError: the model has no text projection, or config and tensors do not fit ours.
     """
-    content = tensor_files.read_json(directory / "config.json")
+    content = files.read_object(directory / "config.json")
     source = str(directory)
     if not is_clip(content):
         raise UserError(

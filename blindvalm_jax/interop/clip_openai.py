@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from blindvalm_jax import files
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import fields, rules, tensor_files, weights
 from blindvalm_jax.interop.rules import Rule, Tensors
@@ -166,7 +167,7 @@ def _text_tensors(tensors: Tensors, source: str) -> tuple[dict[str, np.ndarray],
 
 def _open_clip_settings(path: Path) -> dict[str, Any]:
     """Heads and activation from open_clip's config; what our tower does not have is refused."""
-    content = tensor_files.read_json(path)
+    content = files.read_object(path)
     model = fields.table(content, "model_cfg", str(path)) or content
     text = fields.table(model, "text_cfg", str(path))
     if text is None:

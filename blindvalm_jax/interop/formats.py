@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from blindvalm_jax import hub
+from blindvalm_jax import files, hub
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import (
     clip_hugging_face,
@@ -96,7 +96,7 @@ def _layout_of_directory(path: Path) -> str:
         return "weights"
     model_type = None
     if (path / "config.json").exists():
-        content = tensor_files.read_json(path / "config.json")
+        content = files.read_object(path / "config.json")
         if gpt2.is_gpt2(content):
             return "hf_gpt2"
         if clip_hugging_face.is_clip(content):

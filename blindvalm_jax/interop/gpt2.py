@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from blindvalm_jax import trees
+from blindvalm_jax import files, trees
 from blindvalm_jax.config import DecoderConfig, FusionConfig
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import fields, rules, tensor_files, weights
@@ -101,7 +100,7 @@ def load(
     """
     directory = Path(directory).expanduser()
     where = directory / "config.json"
-    config = _decoder_config(tensor_files.read_json(where), str(where), vocab_multiple)
+    config = _decoder_config(files.read_object(where), str(where), vocab_multiple)
     tensors = _without_head(tensor_files.read_hugging_face(directory), str(directory))
     params = rules.load(
         tensors,
@@ -210,10 +209,9 @@ def export_gpt2(
         if tokenizer_files is not None:
             weights.copy_tokenizer(tokenizer_files, directory)
         saved = safetensors.numpy.save(tensors, metadata={"format": "pt"})
-        tensor_files.write(directory / "model.safetensors", saved)
-        for name, values in (("generation_config", generation), ("config", content)):
-            text = json.dumps(values, indent=2) + "\n"
-            tensor_files.write(directory / f"{name}.json", text.encode())
+        files.write_bytes(directory / "model.safetensors", saved)
+        files.write_json(directory / "generation_config.json", generation)
+        files.write_json(directory / "config.json", content)
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error}") from error
 

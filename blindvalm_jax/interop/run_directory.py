@@ -13,9 +13,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from blindvalm_jax import config, trees
+from blindvalm_jax import config, files, trees
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.interop import tensor_files, weights
+from blindvalm_jax.interop import weights
 
 
 class Trained(NamedTuple):
@@ -44,9 +44,9 @@ def load(directory: Path) -> Trained:
     Raises:
       UserError: there is no checkpoint yet, or the run's files lack something or do not agree.
     """
-    settings = config.from_dict(tensor_files.read_json(directory / "config.json"))
+    settings = config.from_dict(files.read_object(directory / "config.json"))
     record_path = directory / "run.json"
-    record = tensor_files.read_json(record_path)
+    record = files.read_object(record_path)
     tokenizer = _table(record, "tokenizer", record_path)
     fused = config.fusion_layers(settings)
     width = 0

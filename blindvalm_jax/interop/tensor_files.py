@@ -1,4 +1,4 @@
-"""Tensors and JSON on disk, as numpy arrays; every way a file can be wrong is one clear line.
+"""Tensors on disk, as numpy arrays; every way a file can be wrong is one clear line.
 
 Half precision is read as fp32: parameters are kept in fp32 and computed in the dtype of the run.
 """
@@ -6,8 +6,6 @@ Half precision is read as fp32: parameters are kept in fp32 and computed in the 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import re
 import warnings
 import zipfile
@@ -18,25 +16,13 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from blindvalm_jax import files
 from blindvalm_jax.errors import UserError
 
 Skip = Callable[[str], bool]
 
 _DISTRIBUTED = "module."
 _FLOATS = ("float16", "bfloat16", "float64")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: expected the configuration of the weights") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
 
 
 def read_safetensors(path: Path, *, skip: Skip = lambda name: False) -> dict[str, np.ndarray]:
@@ -83,7 +69,7 @@ def read_hugging_face(directory: Path, *, skip: Skip = lambda name: False) -> di
 
 
 def _read_shards(index: Path, skip: Skip) -> dict[str, np.ndarray]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = files.read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} must hold a table weight_map of tensor: file")
     tensors: dict[str, np.ndarray] = {}
@@ -177,13 +163,6 @@ def _table(content: Any, path: Path) -> dict[str, Any]:
     if all(name.startswith(_DISTRIBUTED) for name in content):
         return {name.removeprefix(_DISTRIBUTED): value for name, value in content.items()}
     return dict(content)
-
-
-def write(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader sees the whole of it or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def as_float32(array: np.ndarray) -> np.ndarray:

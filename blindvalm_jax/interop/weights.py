@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import shutil
 import typing
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from blindvalm_jax import trees
+from blindvalm_jax import files, trees
 from blindvalm_jax.config import DecoderConfig, FusionConfig
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import tensor_files
@@ -153,8 +152,8 @@ def save(
         directory.mkdir(parents=True, exist_ok=True)
         if tokenizer_files is not None:
             copy_tokenizer(Path(tokenizer_files), directory)
-        tensor_files.write(directory / PARAMS_FILE, safetensors.numpy.save(flat))
-        tensor_files.write(directory / CONFIG_FILE, (json.dumps(content, indent=2) + "\n").encode())
+        files.write_bytes(directory / PARAMS_FILE, safetensors.numpy.save(flat))
+        files.write_json(directory / CONFIG_FILE, content)
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error}") from error
     return sha256
@@ -170,7 +169,7 @@ def load(directory: str | Path, *, kind: str | None = None) -> Weights:
     """
     directory = Path(directory).expanduser()
     path = directory / CONFIG_FILE
-    content = tensor_files.read_json(path)
+    content = files.read_object(path)
     needed = {"format", "kind", "config", "tokenizer", "source", "sha256"}
     if content.keys() != needed:
         raise UserError(f"{path} is no config of our weights: its keys must be {sorted(needed)}")
@@ -198,7 +197,7 @@ def is_weights_directory(directory: Path) -> bool:
     if (directory / PARAMS_FILE).exists():
         return True
     path = directory / CONFIG_FILE
-    return path.is_file() and {"format", "kind"} <= tensor_files.read_json(path).keys()
+    return path.is_file() and {"format", "kind"} <= files.read_object(path).keys()
 
 
 def tokenizer_directory(directory: Path) -> Path | None:

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from blindvalm_jax.errors import UserError
 from blindvalm_jax.models.precision import einsum_fp32
 
 
@@ -98,7 +97,8 @@ class Causal:
     """Each position sees itself and what came before, except, without a memory, invalid positions.
 
     valid_BT: True at real tokens, or None when all are (or when pads only end a row, where the
-    causal mask hides them already). kernel: "xla", or "cudnn" for plain attention without dropout.
+    causal mask hides them already). kernel: "xla", or "cudnn" for plain attention, which then takes
+    neither a mask nor dropout; a memory always goes through XLA.
     """
 
     valid_BT: Array | None = None
@@ -116,7 +116,9 @@ class Causal:
     ) -> Attended:
         """Attention under this pattern; see `joint_attention`."""
         length = q_BTNH.shape[1]
-        if self.kernel == "cudnn" and memory is None and self.valid_BT is None and dropout is None:
+        if self.kernel == "cudnn" and memory is None:
+            if self.valid_BT is not None or dropout is not None:
+                raise ValueError("the cuDNN kernel takes neither a padding mask nor dropout")
             out_BTNH = jax.nn.dot_product_attention(
                 q_BTNH, k_BTNH, v_BTNH, scale=scale, is_causal=True, implementation="cudnn"
             )
@@ -226,26 +228,3 @@ class Packed:
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
-
-
-def resolve_kernel(
-    setting: str, *, platform: str, dtype: str, head_width: int, dropout: float
-) -> str:
-    """The kernel of plain attention that a setting means on this platform: "xla" or "cudnn".
-
-    cuDNN's flash attention takes a GPU, half precision, head widths up to 128 in multiples of 8,
-    and no dropout of weights; `auto` takes it where it can.
-
-    Raises:
-      UserError: cudnn is asked for where it cannot run.
-    """
-    needs = {
-        "a GPU": platform == "gpu",
-        "train.dtype=bfloat16": dtype == "bfloat16",
-        "a head width of at most 128, a multiple of 8": head_width <= 128 and head_width % 8 == 0,
-        "decoder.attention_dropout=0": dropout == 0,
-    }
-    lacking = [need for need, met in needs.items() if not met]
-    if setting == "cudnn" and lacking:
-        raise UserError(f"train.attention=cudnn needs {', '.join(lacking)}; or set auto or xla")
-    return "xla" if setting == "xla" or lacking else "cudnn"

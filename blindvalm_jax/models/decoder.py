@@ -83,12 +83,7 @@ class Decoder(nn.Module):
         self.drop = nn.Dropout(config.dropout, deterministic=self.deterministic)
         memory_shape = None
         if self.fusion_layers:
-            memory_shape = MemoryShape(
-                width=self.memory_width,
-                query_scale=self.fusion.query_scale,
-                grounding_kv=self.fusion.grounding_kv,
-                memory_bias=self.fusion.memory_bias,
-            )
+            memory_shape = MemoryShape(width=self.memory_width, fusion=self.fusion)
         self.h = Stack(
             shape=shape,
             layers=config.layers,

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from blindvalm_jax.config import FusionConfig
 from blindvalm_jax.models import attention
 from blindvalm_jax.models.initializers import Initializer, Initializers, partitioned
 
@@ -53,12 +54,10 @@ class BlockShape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryShape:
-    """How a block with a memory uses it; see `config.FusionConfig`."""
+    """Width of a block's memory vectors, and how the block uses them."""
 
     width: int
-    query_scale: str = "head_width"
-    grounding_kv: str = "shared"
-    memory_bias: str = "none"
+    fusion: FusionConfig
 
 
 class Projection(nn.Module):
@@ -139,7 +138,9 @@ class Attention(nn.Module):
             memory = MemoryProjection(shape, self.memory_shape, name="memory")(
                 z_BTKE, qkv.kernel[:, 1:]
             )
-            scaled_by = width if self.memory_shape.query_scale == "model_width" else head_width
+            scaled_by = (
+                width if self.memory_shape.fusion.query_scale == "model_width" else head_width
+            )
         dropout = None
         if shape.attention_dropout > 0 and not self.deterministic:
             dropout = attention.Dropout(self.make_rng("dropout"), shape.attention_dropout)
@@ -189,7 +190,7 @@ class MemoryProjection(nn.Module):
             )(z_BTKE)
         z_BTKD = layer_norm(shape.norm_epsilon, shape.dtype, "norm")(z_BTKE)
         kernel_DCNH = text_kv_DCNH
-        if memory_shape.grounding_kv == "own":
+        if memory_shape.fusion.grounding_kv == "own":
             axes = ("embed", None, "heads", "kv")
             init = partitioned(shape.init.qkv, axes)
             size = (width, 2, heads, head_width)
@@ -199,7 +200,7 @@ class MemoryProjection(nn.Module):
         kv = jnp.einsum("btkd,dcnh->btkcnh", z_BTKD, kernel_DCNH.astype(shape.dtype))
         k_BTKNH, v_BTKNH = jnp.moveaxis(_add_bias(kv, bias_CNH, shape.dtype), 3, 0)
         bias_N = None
-        if memory_shape.memory_bias == "learned":
+        if memory_shape.fusion.memory_bias == "learned":
             # -10: a pretrained decoder starts out unchanged, the plain joint softmax would move it.
             init = partitioned(nn.initializers.constant(-10.0), ("heads",))
             bias_N = self.param("logit_bias", init, (heads,), jnp.float32)
@@ -306,9 +307,9 @@ class Stack(nn.Module):
         z_BTKE: Array | None = None,
     ) -> tuple[Array, Array | None]:
         """Returns x after all blocks and the memory's share per fusion layer [L', B, T] or None."""
-        block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        # Inside a loop XLA cannot merge what is computed again with what was there; elsewhere it
+        # must be kept from it.
+        scanned_block, block = self._block(prevent_cse=self.scan_unroll > 1), self._block()
         shares: list[Array] = []
         for segment in split_stack(self.layers, self.fusion_layers):
             if segment.fused:
@@ -319,7 +320,7 @@ class Stack(nn.Module):
             else:
                 length = segment.stop - segment.start
                 scanned = nn.scan(
-                    block,
+                    scanned_block,
                     variable_axes={"params": 0, "intermediates": 0},
                     split_rngs={"params": True, "dropout": True},
                     in_axes=nn.broadcast,
@@ -331,3 +332,8 @@ class Stack(nn.Module):
                     x_BTD, pattern
                 )
         return x_BTD, jnp.stack(shares) if shares else None
+
+    def _block(self, *, prevent_cse: bool = True) -> type[Block]:
+        if self.remat == "none":
+            return Block
+        return nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=prevent_cse)

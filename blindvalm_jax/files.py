@@ -1,0 +1,61 @@
+"""Files that are there whole or not at all, and JSON in them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from blindvalm_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, work: Path | None = None) -> Iterator[Path]:
+    """Gives a path to write to; then `path` is all of that, or what it was, also after a crash.
+
+    `work` is a directory of the same file system for what is unfinished; None: beside `path`.
+    """
+    partial = (work or path.parent) / f"{path.name}.{os.getpid()}.partial"
+    try:
+        yield partial
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file, see `replacing`."""
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file, see `replacing`."""
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path: Path, *, hint: str = "") -> Any:
+    """What a JSON file holds.
+
+    Raises:
+      UserError: it is missing (`hint` says what to do then) or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing{hint and f': {hint}'}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def read_object(path: Path, *, hint: str = "") -> dict[str, Any]:
+    """The object that a JSON file holds; raises as `read_json`."""
+    content = read_json(path, hint=hint)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
