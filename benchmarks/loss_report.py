@@ -32,7 +32,10 @@ def run() -> dict[str, Any]:
     """Writes the report and returns its numbers."""
     if not (_RUNS.value and _OUT.value and _WINDOWS.value):
         raise UserError("loss_report needs --runs=A,B --windows=DIR --out=PATH")
-    curves = {Path(name).name: read_curve(Path(name)) for name in _RUNS.value}
+    names = [Path(run).name for run in _RUNS.value]
+    if len(set(names)) < len(names):
+        raise UserError(f"the runs are told apart by their names, got {', '.join(names)}")
+    curves = {Path(run).name: read_curve(Path(run)) for run in _RUNS.value}
     limits = {curve["eval_windows"] for curve in curves.values()}
     keys = {curve["data_key"] for curve in curves.values()}
     if len(limits) > 1 or keys != {manifest.load(Path(_WINDOWS.value)).key}:
@@ -62,7 +65,12 @@ def read_curve(workdir: Path) -> dict[str, Any]:
         settings = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{workdir} holds no run: {error}") from error
-    rows = [json.loads(line) for line in lines]
+    try:
+        rows = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"{workdir / 'metrics.jsonl'} has a broken line: {error}") from error
+    if not any("eval/loss" in row for row in rows):
+        raise UserError(f"{workdir} was never evaluated: set eval.every_steps")
     per_step = settings["train"]["batch_size"] * settings["data"]["sequence_length"]
     train = [(row["train/tokens"], row["train/loss"]) for row in rows if "train/loss" in row]
     held_out = [(row["step"] * per_step, row["eval/loss"]) for row in rows if "eval/loss" in row]

@@ -6,7 +6,6 @@ systems taking turns, so that they hold when the machine's speed drifts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from absl import flags
 
 from benchmarks import loss_report, step_ratio
+from blindvalm_jax import files
 from blindvalm_jax.errors import UserError, run_main
 
 _JSON = flags.DEFINE_string("json", None, "Also write the numbers to this file.")
@@ -30,11 +30,12 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(
             f"usage: python -m benchmarks.run NAME [--json=FILE]; names: {', '.join(BENCHMARKS)}"
         )
-    if _JSON.value and not Path(_JSON.value).parent.is_dir():
-        raise UserError(f"--json={_JSON.value}: there is no such directory")
+    out = None if _JSON.value is None else Path(_JSON.value)
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise UserError(f"--json={out} must be a file in a directory that is there")
     result = BENCHMARKS[argv[1]]()
-    if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if out is not None:
+        files.write_json(out, result)
     return 0
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -11,7 +13,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from blindvalm_jax.config import CheckpointConfig, Config
-from blindvalm_jax.errors import UserError
+from blindvalm_jax.errors import UserError, first_line
 from blindvalm_jax.step import TrainState
 
 
@@ -40,15 +42,16 @@ class Checkpoints:
 
         The data position is one integer: batches are a pure function of (seed, step).
         """
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=ocp.args.JsonSave({"next_step": step, "seed": config.seed}),
-                config=ocp.args.JsonSave(dataclasses.asdict(config)),
-            ),
-            force=True,
-        )
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    data=ocp.args.JsonSave({"next_step": step, "seed": config.seed}),
+                    config=ocp.args.JsonSave(dataclasses.asdict(config)),
+                ),
+                force=True,
+            )
 
     def restore(self, like: TrainState, *, seed: int) -> TrainState:
         """The newest state, placed as `like` is: on this mesh, whatever mesh it was saved on.
@@ -68,10 +71,9 @@ class Checkpoints:
                 ),
             )
         except Exception as error:  # the storage below Orbax raises nothing more special
-            reason = (str(error) or repr(error)).strip().splitlines()[0][:200]
             raise UserError(
-                f"checkpoint {self._directory / str(step)} cannot be restored: {reason}; delete it "
-                "to go on from the one before"
+                f"checkpoint {self._directory / str(step)} cannot be restored: "
+                f"{first_line(error)}; delete it to go on from the one before"
             ) from error
         if restored.data != {"next_step": step, "seed": seed} or int(restored.state.step) != step:
             raise UserError(
@@ -81,8 +83,23 @@ class Checkpoints:
         return restored.state
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Waits until what was saved is on disk.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns what the storage says of a save, this one or the one before, into one line."""
+        try:
+            yield
+        except Exception as error:  # the storage below Orbax raises nothing more special
+            raise UserError(
+                f"a checkpoint cannot be written to {self._directory}: {first_line(error)}"
+            ) from error
 
     def close(self) -> None:
         """Waits for saves under way and closes."""

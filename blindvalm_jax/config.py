@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import ml_collections
 
-from blindvalm_jax.errors import UserError
+from blindvalm_jax.errors import UserError, run_main
 
 
 def _field(
@@ -34,9 +34,7 @@ class TokenizerConfig:
     """How text becomes the language model's tokens."""
 
     kind: str = _field("clip", "BPE of the language model", choices=("clip", "gpt2", "train"))
-    path: str = _field(
-        "", "directory or hub id of the tokenizer; for `train`, empty means learn it"
-    )
+    path: str = _field("", "directory or hub id; empty with `train`: learn it from the text")
     train_vocab_size: int = _field(8192, "entries of a BPE learned from the text", low=257)
 
 
@@ -47,11 +45,11 @@ class DataConfig:
     files: str = _field("", "training text: comma-separated globs (.txt .jsonl, .gz .zst .xz)")
     eval_files: str = _field("", "held-out text; empty: `eval_fraction` of the documents")
     tfds: str = _field("", "TFDS text dataset instead of files, as name[/config]")
+    tfds_split: str = _field("train", "split of the TFDS dataset to train on")
+    tfds_eval_split: str = _field("", "split held out; empty: `eval_fraction` of the documents")
     tfds_dir: str = _field("", "data directory of TFDS; empty: its default")
     text_field: str = _field("text", "field of a .jsonl line or TFDS example that holds the text")
-    windows: str = _field(
-        "", "directory written by `prepare`; empty: prepare `files` into the cache"
-    )
+    windows: str = _field("", "directory that `prepare` wrote; empty: prepare into the cache")
     cache: str = _field("", "where prepared windows are kept; empty: <workdir>/data")
     sequence_length: int = _field(512, "tokens of a window (T)", low=2)
     eval_fraction: float = _field(0.01, "share of documents held out", low=0.0, high=0.5)
@@ -151,9 +149,7 @@ class TrainConfig:
         "none", "what the backward pass recomputes", choices=("none", "dots", "full")
     )
     scan_unroll: int = _field(1, "blocks compiled in line per scan iteration", low=1)
-    loss_chunk: int = _field(
-        0, "positions of a row whose logits are live at once; 0: all of them", low=0
-    )
+    loss_chunk: int = _field(0, "positions of a row with live logits; 0: all of them", low=0)
     init_from: str = _field("", "weights directory (see convert) the decoder starts from")
 
 
@@ -172,6 +168,11 @@ class OptimizerConfig:
     beta1: float = _field(0.9, "Adam", low=0.0, high=0.99999)
     beta2: float = _field(0.98, "Adam", low=0.0, high=0.99999)
     epsilon: float = _field(1e-8, "Adam", low=0.0)
+    epsilon_beside: str = _field(
+        "uncorrected",
+        "root of the second moment that epsilon is added to: fairseq's, or the usual",
+        choices=("uncorrected", "corrected"),
+    )
     weight_decay: float = _field(0.01, "decoupled, times the learning rate", low=0.0)
     decay: str = _field("all", "what is decayed", choices=("all", "matrices"))
     clip_norm: float = _field(2.0, "largest global gradient norm; 0: no clipping", low=0.0)
@@ -358,6 +359,11 @@ def _check_together(config: Config) -> None:
         )
     if len(set(layers)) != len(layers):
         raise UserError(f"decoder.fusion_layers names a layer twice: {decoder.fusion_layers}")
+    if grounding.source == "none" and grounding.tower not in ("", "random"):
+        raise UserError(
+            f"grounding.tower is {grounding.tower}, but grounding.source=none reads none: set "
+            "grounding.source=text, or leave the tower out"
+        )
     if grounding.source == "text" and grounding.neighbours != 1:
         raise UserError(f"grounding.neighbours must be 1 for text, got {grounding.neighbours}")
     if train.batch_size % train.microbatches:
@@ -375,11 +381,19 @@ def _check_together(config: Config) -> None:
     sources = [name for name in ("files", "tfds", "windows") if getattr(config.data, name)]
     if len(sources) > 1:
         raise UserError(f"give one source of text, got data.{' and data.'.join(sources)}")
+    if config.data.eval_files and config.data.tfds_eval_split:
+        raise UserError("give one held-out text, got data.eval_files and data.tfds_eval_split")
     unknown = [size for size in dataclasses.astuple(config.mesh) if size == -1]
     if len(unknown) > 1 or 0 in dataclasses.astuple(config.mesh):
         raise UserError(f"mesh sizes must be positive, at most one -1, got {config.mesh}")
 
 
-if __name__ == "__main__":
+def _main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}: this only prints the settings")
     for key, value, meaning in describe():
         print(f"{key:32} {value!s:14} {meaning}")
+
+
+if __name__ == "__main__":
+    run_main(_main)

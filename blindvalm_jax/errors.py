@@ -29,7 +29,11 @@ def run_main(main: Callable[[Sequence[str]], int | None], *, failure: int = 1) -
             return flags.FLAGS(list(argv))
         except (flags.Error, UserError) as error:
             fail(_cause(str(error)))
+        except SyntaxError as error:
+            fail(f"{error.filename}, line {error.lineno}, is no Python: {error.msg}")
         except (AttributeError, KeyError) as error:
+            if "has no attribute 'get_config'" in str(error):
+                fail("the config file defines no get_config()")
             # What ml_collections raises; an error of the config file's own keeps its traceback.
             given = _setting_named(error, argv)
             if given is None:
@@ -55,6 +59,11 @@ def run_main(main: Callable[[Sequence[str]], int | None], *, failure: int = 1) -
             )
 
     app.run(guarded, flags_parser=parse)
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of what a library says of an error, at most 500 characters."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:500]
 
 
 def print_error(message: str) -> None:

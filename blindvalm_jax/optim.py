@@ -51,14 +51,31 @@ def decay_mask(params: Any) -> Any:
 
 def make(config: OptimizerConfig, *, steps: int) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW; decay is decoupled and scaled by the learning rate."""
-    adamw = optax.adamw(
-        schedule(config, steps=steps),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        mask=None if config.decay == "all" else decay_mask,
+    adam = optax.scale_by_adam if config.epsilon_beside == "corrected" else scale_by_fairseq_adam
+    mask = None if config.decay == "all" else decay_mask
+    adamw = optax.chain(
+        adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask),
+        optax.scale_by_learning_rate(schedule(config, steps=steps)),
     )
     if config.clip_norm == 0:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def scale_by_fairseq_adam(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam whose epsilon is added to the second moment's root before its bias is corrected.
+
+    The more efficient form of Kingma and Ba (arXiv 1412.6980, end of section 2), and fairseq's: in
+    the first updates a gradient of about epsilon moves its parameter less.
+    """
+    usual = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        _, state = usual.update(grads, state, params)
+        count = state.count.astype(jnp.float32)
+        factor = jnp.sqrt(1 - b2**count) / (1 - b1**count)
+        scaled = jax.tree.map(lambda m, v: factor * m / (jnp.sqrt(v) + eps), state.mu, state.nu)
+        return scaled, state
+
+    return optax.GradientTransformation(usual.init, update)

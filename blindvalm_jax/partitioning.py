@@ -35,6 +35,8 @@ RULES = (
 
 # Above this share of replicated parameters, a mesh that should shard them does not.
 UNSHARDED_LIMIT = 0.02
+_VECTORS = ("scale", "bias")
+_SPLIT_BY_FSDP_ALONE = ("wpe", "position_embedding", "token_embedding", "adapter/kernel")
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -135,22 +137,22 @@ def put_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_process_local_data(batch_sharding(mesh), rows)
 
 
-def check_sharded(params: Any, mesh: Mesh, expected: Any = None) -> None:
-    """Refuses to go on when a mesh with fsdp or tensor leaves more than 2 % of parameters whole.
+def check_sharded(params: Any, mesh: Mesh) -> None:
+    """Refuses a mesh with fsdp or tensor that leaves more than 2 % of the matrices' entries whole.
 
-    expected: the shardings the rules ask for; what they leave whole themselves (a position table on
-    a mesh with tensor alone) is then not counted.
+    What may stay whole is told by names, not by the rules, so that a module without axis names is
+    found out: norms and biases, and what only fsdp splits on a mesh without it.
     """
     if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
         return
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    asked = [None] * len(leaves) if expected is None else jax.tree.leaves(expected)
-    whole = [
-        (x.size, jax.tree_util.keystr(path))
-        for (path, x), sharding in zip(leaves, asked, strict=True)
-        if x.sharding.is_fully_replicated and (sharding is None or not sharding.is_fully_replicated)
+    small = (*_VECTORS, *(_SPLIT_BY_FSDP_ALONE if mesh.shape["fsdp"] == 1 else ()))
+    leaves = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), x)
+        for path, x in jax.tree_util.tree_leaves_with_path(params)
     ]
-    share = sum(size for size, _ in whole) / sum(x.size for _, x in leaves)
+    matrices = [(name, x) for name, x in leaves if not name.endswith(small)]
+    whole = [(x.size, name) for name, x in matrices if x.sharding.is_fully_replicated]
+    share = sum(size for size, _ in whole) / sum(x.size for _, x in matrices)
     if share > UNSHARDED_LIMIT:
         names = [name for _, name in sorted(whole, reverse=True)]
         raise UserError(

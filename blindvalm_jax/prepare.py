@@ -28,6 +28,8 @@ _FILES = flags.DEFINE_string(
     "files", "", "text: comma-separated globs of .txt (blank line between documents) and .jsonl"
 )
 _TFDS = flags.DEFINE_string("tfds", "", "TFDS text dataset instead of files, as name[/config]")
+_TFDS_SPLIT = flags.DEFINE_string("tfds_split", _DATA.tfds_split, "split of it to train on")
+_TFDS_EVAL_SPLIT = flags.DEFINE_string("tfds_eval_split", "", "split of it that is held out")
 _TFDS_DIR = flags.DEFINE_string("tfds_dir", "", "data directory of TFDS; empty: its default")
 _TEXT_FIELD = flags.DEFINE_string(
     "text_field", _DATA.text_field, "field of a .jsonl line or TFDS example"
@@ -68,6 +70,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--out is missing: name the directory that the windows go to")
     if bool(_FILES.value) == bool(_TFDS.value):
         raise UserError("give the text as either --files or --tfds")
+    if _TFDS_EVAL_SPLIT.value and (_EVAL_FILES.value or not _TFDS.value):
+        raise UserError("--tfds_eval_split goes with --tfds and without --eval_files")
     if not 0 <= _EVAL_FRACTION.value <= 0.5:
         raise UserError(f"--eval_fraction must be 0 ... 0.5, got {_EVAL_FRACTION.value}")
     if _WORKERS.value < 0:
@@ -84,6 +88,8 @@ def _recipe(out: Path) -> packing.Recipe:
         DataConfig(
             files=_FILES.value,
             tfds=_TFDS.value,
+            tfds_split=_TFDS_SPLIT.value,
+            tfds_eval_split=_TFDS_EVAL_SPLIT.value,
             tfds_dir=_TFDS_DIR.value,
             text_field=_TEXT_FIELD.value,
             eval_files=_EVAL_FILES.value,

@@ -60,6 +60,7 @@ def paper(config: ConfigDict, size: str) -> ConfigDict:
     config.optimizer.warmup_steps = 4000
     config.optimizer.warmup_init = 1e-7
     config.optimizer.beta2 = 0.98
+    config.optimizer.epsilon_beside = "uncorrected"
     config.optimizer.weight_decay = 0.01
     config.optimizer.decay = "all"
     config.optimizer.clip_norm = 2.0
@@ -87,6 +88,7 @@ def gpt2(config: ConfigDict, size: str) -> ConfigDict:
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 2000
     config.optimizer.beta2 = 0.95
+    config.optimizer.epsilon_beside = "corrected"
     config.optimizer.weight_decay = 0.1
     config.optimizer.decay = "matrices"
     config.optimizer.clip_norm = 1.0

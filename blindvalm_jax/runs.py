@@ -28,6 +28,11 @@ _FREE = (
     *("data.eval_files", "data.windows", "data.tfds_dir", "tokenizer.path"),
     *("grounding.tokenizer", "train.remat", "train.scan_unroll", "train.loss_chunk"),
 )
+MARKER = ".blindvalm_run"
+_WRITTEN = (
+    *("checkpoints", "config.json", "data", "metrics.jsonl", "parameters.txt", "run.json"),
+    *("tensorboard", "tower"),
+)
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -37,13 +42,10 @@ def check_resume(workdir: Path, config: Config) -> int | None:
     Says which settings changed that may.
 
     Raises:
-      UserError: the directory cannot be made, its record is gone, or settings changed that change
-        the run, listed field by field.
+      UserError: the directory cannot be made or is not a run's, its record is gone, or settings
+        changed that change the run, listed field by field.
     """
-    try:
-        (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
+    _claim(workdir)
     paths = (workdir / "checkpoints").iterdir()
     saved = [int(path.name) for path in paths if path.name.isdigit()]
     if not saved:
@@ -66,6 +68,22 @@ def check_resume(workdir: Path, config: Config) -> int | None:
     return max(saved)
 
 
+def _claim(workdir: Path) -> None:
+    """Makes the directory that of a run, unless something else is where a run would write."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        foreign = [name for name in _WRITTEN if (workdir / name).exists()]
+        if foreign and not (workdir / MARKER).exists():
+            raise UserError(
+                f"--workdir={workdir} was not made by a run and holds {', '.join(foreign)}, which "
+                "a run would write over: choose a new directory"
+            )
+        (workdir / MARKER).write_text("Files here are written and deleted by train.\n")
+        (workdir / "checkpoints").mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
+
+
 def check_data(workdir: Path, about: Mapping[str, Any]) -> None:
     """Refuses to resume a run on other text or another tokenizer than it was started on.
 
@@ -83,7 +101,14 @@ def check_data(workdir: Path, about: Mapping[str, Any]) -> None:
 
 def _record(workdir: Path) -> Any:
     hint = f"{workdir} has checkpoints, but no record of what they are; take another --workdir"
-    return files.read_object(workdir / "run.json", hint=hint)
+    record = files.read_object(workdir / "run.json", hint=hint)
+    lacking = {"config_as_given", "tokenizer", "data", "starts"} - record.keys()
+    if lacking:
+        raise UserError(
+            f"{workdir / 'run.json'} lacks {', '.join(sorted(lacking))}: restore it, or take "
+            "another --workdir"
+        )
+    return record
 
 
 def _plain(config: Config) -> Any:

@@ -104,6 +104,8 @@ def store_tower(tower: Tower, workdir: Path, *, tokenizer: Path | None) -> None:
     tokenizer: directory of the tower's own tokenizer; None: it reads the language model's tokens.
     """
     directory = workdir / "tower"
+    if directory.exists() and not weights.is_weights_directory(directory):
+        raise UserError(f"{directory}, where the tower is kept, holds something else: move it away")
     shutil.rmtree(directory, ignore_errors=True)
     weights.save(
         directory,
@@ -241,26 +243,39 @@ def resolve_kernel(
 
 
 @dataclasses.dataclass(frozen=True)
-class Started:
-    """Decoder parameters taken from elsewhere; names that stayed fresh, and that found no place."""
+class Start:
+    """Decoder parameters from elsewhere; names that stay fresh, and that find no place here."""
 
-    params: Any
+    params: Mapping[str, np.ndarray]
     fresh: list[str]
     dropped: list[str]
 
+    def into(self, params: Any, decoder: Decoder) -> Any:
+        """Fresh parameters of the decoder with these in their place."""
+        layers = decoder.config.layers
+        ours = _by_layer(jax.tree.map(np.asarray, params), layers, decoder.fusion_layers)
+        merged = {name: self.params.get(name, value) for name, value in ours.items()}
+        return _stacked(merged, layers, decoder.fusion_layers)
 
-def start_from(fresh: Any, model: Model, directory: str, vocabulary: TokenizerRecord) -> Started:
-    """Replaces fresh decoder parameters by those of a weights directory, block by block.
+
+def read_start(shapes: Any, decoder: Decoder, directory: str, vocabulary: TokenizerRecord) -> Start:
+    """Reads a weights directory that a decoder starts from, block by block.
 
     The weights may come from a decoder with other fusion layers, or none: memory parameters that
-    they lack stay fresh, those that this decoder lacks are dropped, and both are named.
+    they lack stay fresh, those that this decoder lacks are dropped, and both are named. shapes: of
+    this decoder's parameters.
 
     Raises:
       UserError: naming each parameter that is missing, left over or of another shape, or the
         setting or tokenizer that differs.
     """
+    if (Path(directory) / "run.json").exists():
+        raise UserError(
+            f"train.init_from={directory} is a run: make weights of it first, with python -m "
+            f"blindvalm_jax.convert --input={directory} --out=DIR"
+        )
     found = weights.load(directory, kind="decoder")
-    spec, decoder = found.decoder, model.decoder
+    spec = found.decoder
     known = (found.tokenizer or {}).get("fingerprint", vocabulary.fingerprint)
     differing = [
         f"decoder.{name} is {getattr(decoder.config, name)!r}, was {getattr(spec.decoder, name)!r}"
@@ -276,8 +291,8 @@ def start_from(fresh: Any, model: Model, directory: str, vocabulary: TokenizerRe
         differing.append(f"fusion.query_scale is {ours_by!r}, was {theirs_by!r}")
     if differing:
         raise UserError(f"{directory} does not fit the decoder of this run: {'; '.join(differing)}")
-    layers = decoder.config.layers
-    ours = _by_layer(jax.tree.map(np.asarray, fresh), layers, decoder.fusion_layers)
+    empty = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)
+    ours = _by_layer(empty, decoder.config.layers, decoder.fusion_layers)
     theirs = _by_layer(found.params, spec.decoder.layers, spec.fusion_layers)
     kept = sorted(name for name in ours if name not in theirs)
     dropped = sorted(name for name in theirs if name not in ours)
@@ -289,8 +304,7 @@ def start_from(fresh: Any, model: Model, directory: str, vocabulary: TokenizerRe
     ]
     if wrong:
         raise UserError(f"{directory} does not fit the decoder of this run: {', '.join(wrong)}")
-    merged = {name: theirs.get(name, value) for name, value in ours.items()}
-    return Started(_stacked(merged, layers, decoder.fusion_layers), kept, dropped)
+    return Start(theirs, kept, dropped)
 
 
 def _by_layer(params: Any, layers: int, fused: tuple[int, ...]) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
@@ -34,7 +35,6 @@ from blindvalm_jax import (
     system,
 )
 from blindvalm_jax.data import pipeline, prepared
-from blindvalm_jax.data.manifest import TokenizerRecord
 from blindvalm_jax.data.windows import Windows
 from blindvalm_jax.errors import UserError, print_error, run_main
 from blindvalm_jax.reporter import Reporter
@@ -57,6 +57,8 @@ def main(argv: Sequence[str]) -> int:
     file = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
     if not file.is_file():
         raise UserError(f"there is no config file {file}; configs/ holds some to start from")
+    if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
+        raise UserError(f"get_config() of {file} must return an ml_collections.ConfigDict")
     settings = config.parse(_CONFIG.value)
     return train(settings, Path(_WORKDIR.value), dry_run=_DRY_RUN.value)
 
@@ -97,6 +99,13 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
     shape = None if tower is None else tower.config
     partitioning.check_divisible(settings, mesh, shape)
     say(f"text: {len(windows)} windows of {settings.data.sequence_length} tokens ({directory})")
+    if len(windows) < settings.train.batch_size:
+        say(f"note: so few windows are repeated within a batch of {settings.train.batch_size} rows")
+    if settings.optimizer.warmup_steps >= settings.train.steps:
+        say(
+            f"note: optimizer.warmup_steps {settings.optimizer.warmup_steps} end after "
+            f"train.steps {settings.train.steps}: the learning rate never reaches its peak"
+        )
     if tower is not None:
         say(f"tower: {tower.source}, {describe_grounding(settings)}")
 
@@ -107,6 +116,7 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
     planned = compilation.abstract_state(model, optimizer, mesh)
     frozen = None if shape is None else compilation.abstract_tower(shape, settings, mesh)
     batch = compilation.abstract_batch(settings, windows, mesh, tower=tower is not None)
+    partitioning.check_sharded(planned.params, mesh)
     about = describe_run(
         settings,
         model=model,
@@ -120,6 +130,14 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
     )
     if resuming:
         runs.check_data(workdir, about)
+    start = None
+    if settings.train.init_from and not resuming:
+        init_from = settings.train.init_from
+        start = system.read_start(planned.params, model.decoder, init_from, vocabulary)
+        say(
+            f"starts from {init_from}; fresh: {', '.join(start.fresh) or 'nothing'}; "
+            f"left out: {', '.join(start.dropped) or 'nothing'}"
+        )
     begin = time.perf_counter()
     update = compilation.make_update(settings, model, optimizer)
     compiled = compilation.compile_step(update, planned, frozen, batch, mesh)
@@ -134,10 +152,10 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
             say(f"resumed at step {int(state.step)}")
         else:
             state = compilation.init_state(model, optimizer, seed=settings.seed, mesh=mesh)
-            if settings.train.init_from:
-                state = start_from(state, model, settings.train.init_from, vocabulary)
-        asked = jax.tree.map(lambda x: x.sharding, planned.params)
-        partitioning.check_sharded(state.params, mesh, asked)
+            if start is not None:
+                params = start.into(state.params, model.decoder)
+                placed = jax.tree.map(lambda x: x.sharding, state.params)
+                state = dataclasses.replace(state, params=jax.device_put(params, placed))
         first = int(state.step)
         if tower is not None:
             frozen = compilation.place_tower(tower, frozen)
@@ -188,7 +206,10 @@ def loop(
     first, last = int(state.step), settings.train.steps
     reporter = Reporter(settings, workdir, first=first, flops_per_token=flops_per_token)
     every = settings.eval.every_steps
-    pending = None  # metrics are read one update late, so that the device never waits for the host
+    # Metrics are read one update late, so that an accelerator never waits for the host. A CPU has
+    # done the next update by then, which would be counted as part of this one.
+    late = jax.devices()[0].platform != "cpu"
+    pending = None
     batch = compilation.to_device(next(batches), mesh)
     try:
         for done in range(first + 1, last + 1):
@@ -202,7 +223,7 @@ def loop(
             pending = None
             if finished or done % settings.log.every_steps == 0:
                 pending = (done, scalars)
-                if evaluating or saving:  # what is saved must have been reported
+                if evaluating or saving or not late:  # what is saved must have been reported
                     due.append(pending)
                     pending = None
             sound = all(reporter.log(*report, batches.seconds_waited) for report in due)
@@ -223,21 +244,6 @@ def loop(
         return 0
     finally:
         reporter.close()
-
-
-def start_from(
-    state: step.TrainState, model: step.Model, directory: str, vocabulary: TokenizerRecord
-) -> step.TrainState:
-    """Puts the weights of a directory in the place of the fresh ones, sharded alike."""
-    started = system.start_from(state.params, model, directory, vocabulary)
-    say(
-        f"started from {directory}; fresh: {', '.join(started.fresh) or 'nothing'}; "
-        f"left out: {', '.join(started.dropped) or 'nothing'}"
-    )
-    placed = jax.tree.map(
-        lambda x, like: jax.device_put(x, like.sharding), started.params, state.params
-    )
-    return dataclasses.replace(state, params=placed)
 
 
 def make_evaluation(

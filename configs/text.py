@@ -22,15 +22,15 @@ from blindvalm_jax.errors import UserError
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Settings of the run."""
-    size, name = "mini", "blind"
-    for word in filter(None, arg.split(",")):
-        if word in presets.SIZES:
-            size = word
-        elif word in presets.VARIANTS:
-            name = word
-        else:
-            known = ", ".join([*presets.SIZES, *presets.VARIANTS])
-            raise UserError(f"configs/text.py takes any of {known}; got {word!r}")
+    words = [word for word in arg.split(",") if word]
+    sizes = [word for word in words if word in presets.SIZES]
+    names = [word for word in words if word in presets.VARIANTS]
+    if len(sizes) > 1 or len(names) > 1 or len(sizes) + len(names) < len(words):
+        raise UserError(
+            f"configs/text.py takes a size ({', '.join(presets.SIZES)}) and a variant "
+            f"({', '.join(presets.VARIANTS)}); got {arg!r}"
+        )
+    size, name = (sizes or ["mini"])[0], (names or ["blind"])[0]
     config = presets.variant(presets.sized(default(), size), name)
     config.tokenizer.kind = "train"
     config.grounding.tower = "random"
@@ -41,6 +41,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 200
+    config.optimizer.epsilon_beside = "corrected"
     config.optimizer.weight_decay = 0.1
     config.optimizer.decay = "matrices"
     config.optimizer.clip_norm = 1.0

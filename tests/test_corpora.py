@@ -258,6 +258,7 @@ def test_tfds_datasets_are_told_apart_by_their_texts(
         ({"text_field": "text"}, "has no field 'text'.*it has body, label"),
         ({"text_field": "label"}, "field 'label' must be text"),
         ({"split": "test"}, "split 'test'"),
+        ({"data_dir": "/nowhere"}, "there is no directory /nowhere"),
         ({"name": "unreachable_text"}, "could not be: no route to its host.*data.tfds_dir"),
         ({"name": "tiny_text:2.0.0"}, "cannot be loaded at version 2.0.0, only: 1.0.0"),
         ({"name": "tiny_text/other"}, "BuilderConfig other not found"),

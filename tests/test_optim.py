@@ -128,7 +128,12 @@ def first_update(config: OptimizerConfig, grads: Any, params: Any) -> Any:
 def test_gradients_are_clipped_by_their_global_norm_before_adam_sees_them() -> None:
     """With a large epsilon Adam's first update is -rate * gradient / epsilon, nearly."""
     config = dataclasses.replace(
-        PAPER, warmup_init=1.0, epsilon=1e6, weight_decay=0.0, clip_norm=2.0
+        PAPER,
+        warmup_init=1.0,
+        epsilon=1e6,
+        epsilon_beside="corrected",
+        weight_decay=0.0,
+        clip_norm=2.0,
     )
     params = {"a": jnp.zeros(2), "b": jnp.zeros((2, 2))}
     grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([[0.0, 12.0], [0.0, 0.0]])}  # norm 13
@@ -146,11 +151,18 @@ def test_gradients_are_clipped_by_their_global_norm_before_adam_sees_them() -> N
     close(seen(config, small), 1 / 13)
 
 
-def test_updates_are_adamw_s() -> None:
-    """Two updates of Loshchilov and Hutter's algorithm 2, by hand in float64."""
-    config = dataclasses.replace(PAPER, clip_norm=0.0, weight_decay=0.1, warmup_steps=2)
+@pytest.mark.parametrize("beside", ["uncorrected", "corrected"])
+def test_updates_are_adamw_s(beside: str) -> None:
+    """Two updates of Loshchilov and Hutter's algorithm 2, by hand in float64.
+
+    Gradients of epsilon's size tell where it is added.
+    """
+    config = dataclasses.replace(
+        PAPER, clip_norm=0.0, weight_decay=0.1, warmup_steps=2, epsilon_beside=beside
+    )
     rng = np.random.default_rng(0)
     value, grads = rng.standard_normal(5), rng.standard_normal((2, 5))
+    grads[:, 3:] *= 1e-8
     optimizer = optim.make(config, steps=STEPS)
     params: Any = {"kernel": jnp.asarray(value, jnp.float32)}
     state = optimizer.init(params)
@@ -158,8 +170,11 @@ def test_updates_are_adamw_s() -> None:
     for index, gradient in enumerate(grads):
         rate = 1e-7 + (2e-3 - 1e-7) * index / 2
         m, v = 0.9 * m + 0.1 * gradient, 0.98 * v + 0.02 * gradient**2
-        mean, spread = m / (1 - 0.9 ** (index + 1)), v / (1 - 0.98 ** (index + 1))
-        value = value - rate * (mean / (np.sqrt(spread) + 1e-8) + 0.1 * value)
+        mean, unbiased = m / (1 - 0.9 ** (index + 1)), 1 - 0.98 ** (index + 1)
+        root = np.sqrt(v / unbiased) + 1e-8
+        if beside == "uncorrected":
+            root = (np.sqrt(v) + 1e-8) / np.sqrt(unbiased)
+        value = value - rate * (mean / root + 0.1 * value)
         tree = {"kernel": jnp.asarray(gradient, jnp.float32)}
         updates, state = jax.jit(optimizer.update)(tree, state, params)
         params = optax.apply_updates(params, updates)

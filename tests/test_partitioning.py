@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from blindvalm_jax import optim, partitioning, step
+from blindvalm_jax import compilation, optim, partitioning, step
 from blindvalm_jax.config import Config, DecoderConfig, MeshConfig, OptimizerConfig, TrainConfig
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.models import initializers, transformer
 from blindvalm_jax.models.decoder import Decoder
 from tests import small_models
 
@@ -163,19 +164,33 @@ def test_parameters_left_whole_are_refused_by_name(config: MeshConfig) -> None:
         partitioning.check_sharded(whole, mesh)
     assert "\n" not in str(error.value)
     table = jax.device_put(state.params["wte"], partitioning.replicated(mesh))
-    with pytest.raises(UserError, match=r"largest: \['wte'\]"):
+    with pytest.raises(UserError, match=r"largest: wte"):
         partitioning.check_sharded(state.params | {"wte": table}, mesh)
 
 
-def test_what_the_rules_leave_whole_is_not_refused_and_what_they_split_is() -> None:
-    mesh = mesh_of(ALL)
-    _, state, _, _ = compiled(ALL, 1)
-    whole = jax.device_put(state.params, partitioning.replicated(mesh))
-    asked = jax.tree.map(lambda x: x.sharding, state.params)
-    partitioning.check_sharded(state.params, mesh, asked)
-    partitioning.check_sharded(whole, mesh, jax.tree.map(lambda x: x.sharding, whole))
-    with pytest.raises(UserError, match="of the parameters are on every device whole"):
-        partitioning.check_sharded(whole, mesh, asked)
+@pytest.mark.parametrize("config", [FSDP, ALL], ids=["fsdp", "tensor"])
+def test_a_module_that_forgets_its_axis_names_is_refused(
+    config: MeshConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shardings that the rules plan are whole then as well: they cannot be what is expected."""
+    plain = initializers.partitioned
+    monkeypatch.setattr(
+        transformer, "partitioned", lambda init, names: plain(init, (None,) * len(names))
+    )
+    model = small_models.blind_model()
+    planned = compilation.abstract_state(model, optim.make(OPTIMIZER, steps=5), mesh_of(config))
+    with pytest.raises(UserError, match=r"of the parameters are on .*h/blocks_2_2/.*kernel"):
+        partitioning.check_sharded(planned.params, mesh_of(config))
+
+
+def test_what_only_fsdp_splits_may_stay_whole_without_it() -> None:
+    """A learned position table of a small model is more than 2 % of it."""
+    learned = dataclasses.replace(small_models.CONFIG, positions="learned", max_positions=512)
+    mesh = mesh_of(MeshConfig(data=4, fsdp=1, tensor=2))
+    optimizer = optim.make(OPTIMIZER, steps=5)
+    planned = compilation.abstract_state(small_models.blind_model(learned), optimizer, mesh)
+    assert unsharded_share(planned.params) > partitioning.UNSHARDED_LIMIT
+    partitioning.check_sharded(planned.params, mesh)
 
 
 def test_pure_data_parallelism_may_keep_parameters_whole() -> None:

@@ -421,7 +421,7 @@ def test_misfits_are_refused_before_compilation(
             ["--config=configs/quickstart.py", "--workdir=x", "--config.train.steps=many"],
             "--config.train.steps=many",
         ),
-        (["--config=configs/text.py:huge", "--workdir=x"], "takes any of"),
+        (["--config=configs/text.py:huge", "--workdir=x"], "takes a size (tiny"),
     ],
     ids=["no workdir", "no file", "unknown key", "bad value", "bad argument"],
 )

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import zstandard
 
 from blindvalm_jax.data.file_hashes import file_hashes, readable
-from blindvalm_jax.errors import UserError
+from blindvalm_jax.errors import UserError, first_line
 
 _COMPRESSIONS = (".gz", ".zst", ".xz")
 _FORMATS = (".txt", ".jsonl")
@@ -224,6 +224,8 @@ def _open_tfds(name: str, split: str, data_dir: str) -> tuple[Any, Any]:
     import tensorflow_datasets as tfds
 
     directory = data_dir or None
+    if directory and not Path(directory).is_dir():
+        raise UserError(f"there is no directory {directory} of TFDS datasets (data.tfds_dir)")
     try:
         builder = tfds.builder(name, data_dir=directory, file_format="array_record")
     except (tfds.core.DatasetNotFoundError, ValueError, OSError, AssertionError) as error:
@@ -234,7 +236,7 @@ def _open_tfds(name: str, split: str, data_dir: str) -> tuple[Any, Any]:
                 "with file_format='array_record' in another directory and set data.tfds_dir"
             ) from error
         raise UserError(
-            f"TFDS dataset {name!r} cannot be opened as array_record: {_first_line(error)}"
+            f"TFDS dataset {name!r} cannot be opened as array_record: {first_line(error)}"
         ) from error
     if not builder.is_prepared():
         try:
@@ -242,13 +244,13 @@ def _open_tfds(name: str, split: str, data_dir: str) -> tuple[Any, Any]:
         except Exception as error:  # whatever a dataset's own download code raises
             raise UserError(
                 f"TFDS dataset {name!r} is not prepared as array_record under {builder.data_dir} "
-                f"and could not be: {_first_line(error)}; prepare it elsewhere with "
+                f"and could not be: {first_line(error)}; prepare it elsewhere with "
                 "file_format='array_record' and set data.tfds_dir"
             ) from error
     try:
         return builder, builder.as_data_source(split=split)
     except (ValueError, KeyError) as error:
-        raise UserError(f"TFDS dataset {name!r}, split {split!r}: {_first_line(error)}") from error
+        raise UserError(f"TFDS dataset {name!r}, split {split!r}: {first_line(error)}") from error
 
 
 def _stored_format(tfds: Any, name: str, directory: str | None) -> str | None:
@@ -258,10 +260,6 @@ def _stored_format(tfds: Any, name: str, directory: str | None) -> str | None:
         return str(builder.info.file_format.value) if builder.is_prepared() else None
     except (tfds.core.DatasetNotFoundError, ValueError, OSError, AssertionError):
         return None
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _format_of(path: Path) -> tuple[str, str]:
@@ -301,7 +299,7 @@ def _fields(path: Path, lines: Iterator[str], text_field: str) -> Iterator[str]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:  # also: numbers too long, lists too deep
-            reason = _first_line(error)
+            reason = first_line(error)
             raise UserError(f"{path}:{number}: not valid JSON: {reason}") from error
         if not isinstance(value, dict) or text_field not in value:
             has = ", ".join(value) if isinstance(value, dict) else type(value).__name__
@@ -327,7 +325,7 @@ def _decoded_lines(path: Path, stream: Any) -> Iterator[str]:
         try:
             line = next(lines, None)
         except (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
-            raise UserError(f"{path} is damaged or cut short: {_first_line(error)}") from error
+            raise UserError(f"{path} is damaged or cut short: {first_line(error)}") from error
         if line is None:
             return
         try:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from blindvalm_jax import files
+from blindvalm_jax.data import output
 from blindvalm_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -116,6 +117,8 @@ def load(directory: Path) -> Manifest:
     path = directory / FILE_NAME
     if not directory.is_dir():
         raise UserError(f"no directory of windows at {directory}: run blindvalm_jax.prepare")
+    if not path.is_file() and not (directory / output.MARKER).exists():
+        raise UserError(f"{directory} holds no windows: make them with blindvalm_jax.prepare")
     if not path.is_file():
         raise UserError(
             f"{directory} has no {FILE_NAME}: preparation did not finish; run the same prepare "

@@ -118,10 +118,15 @@ class Recipe:
         if self.eval_source is not None:
             for text in self.eval_source.documents():
                 yield "eval", text
-        unit = "B" if isinstance(self.source, FileSource) else "examples"
         fraction = self.eval_fraction if self.eval_source is None else 0.0
-        with Progress("tokenize", total=self.source.size(), unit=unit) as progress:
-            yield from split_documents(self.source, fraction, progress.advance)
+        with progress("tokenize", self.source) as report:
+            yield from split_documents(self.source, fraction, report.advance)
+
+
+def progress(title: str, source: Source) -> Progress:
+    """How much of a source has been read."""
+    unit = "B" if isinstance(source, FileSource) else "examples"
+    return Progress(title, total=source.size(), unit=unit)
 
 
 def split_documents(

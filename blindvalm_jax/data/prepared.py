@@ -20,7 +20,6 @@ from blindvalm_jax.data import (
     tokenizers,
 )
 from blindvalm_jax.data.tokenizers import Tokenizer
-from blindvalm_jax.data.workers import Progress
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import segments
 
@@ -80,7 +79,7 @@ def ensure_prepared(
 
 def sources(
     data: DataConfig, *, digests: Path | None = None
-) -> tuple[corpora.Source, corpora.FileSource | None]:
+) -> tuple[corpora.Source, corpora.Source | None]:
     """Training text and held-out text (None: a share of the training text).
 
     `digests` is where hashes of files are kept (see `corpora.FileSource`).
@@ -92,15 +91,18 @@ def sources(
     def files(patterns: str) -> corpora.FileSource:
         return corpora.FileSource(corpora.split_patterns(patterns), data.text_field, digests)
 
+    def tfds(split: str) -> corpora.TfdsSource:
+        return corpora.TfdsSource(data.tfds, split, data.tfds_dir, data.text_field, digests)
+
     if data.files:
         source: corpora.Source = files(data.files)
     elif data.tfds:
-        source = corpora.TfdsSource(
-            data.tfds, data_dir=data.tfds_dir, text_field=data.text_field, digests=digests
-        )
+        source = tfds(data.tfds_split)
     else:
         raise UserError("there is no text: set data.files, data.tfds or data.windows")
-    return source, files(data.eval_files) if data.eval_files else None
+    if data.eval_files:
+        return source, files(data.eval_files)
+    return source, tfds(data.tfds_eval_split) if data.tfds_eval_split and data.tfds else None
 
 
 def load_or_train(
@@ -152,12 +154,11 @@ def segment_rule(name: str) -> segments.Rule:
 
 def _sample(source: corpora.Source, eval_fraction: float) -> Iterator[str]:
     left = TOKENIZER_SAMPLE_CHARACTERS
-    with Progress("read text for a BPE", total=left, unit="char") as progress:
-        for split, text in packing.split_documents(source, eval_fraction):
+    with packing.progress("read text for a BPE", source) as progress:
+        for split, text in packing.split_documents(source, eval_fraction, progress.advance):
             if split == "train":
                 taken = text[:left]
                 left -= len(taken)
-                progress.advance(len(taken))
                 yield taken
             if left <= 0:
                 break

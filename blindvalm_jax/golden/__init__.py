@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from blindvalm_jax.errors import UserError
+from blindvalm_jax.errors import UserError, first_line
 from blindvalm_jax.golden import parts
 from blindvalm_jax.golden.case import Case, Check
 from blindvalm_jax.golden.end_to_end import end_to_end
@@ -41,8 +41,7 @@ def run(case: Case) -> list[Check]:
     except UserError:
         raise
     except Exception as error:  # whatever it is, the case was read and our code did not answer
-        first_line = (str(error).splitlines() or [""])[0]
-        crash = f"crashed: {type(error).__name__}: {first_line}"
+        crash = f"crashed: {type(error).__name__}: {first_line(error)}"
         checks.append(Check(case.name, crash, float("inf"), 0.0))
     if not checks:
         raise UserError(f"{case.name}: holds nothing to compare")

@@ -137,3 +137,9 @@ def _updates(
     norms = arrays["train/grad_norm_before_clip"]
     worst = largest_ratio(series("train/grad_norm") - norms, norms)
     yield Check(case.name, "gradient norm of the updates", worst, GRADIENT)
+    final = arrays["train/final_logits_row0_last8"]
+    z_BTKE = model.features(frozen, batch)
+    logits_BTV = jax.jit(model.decoder.apply)({"params": state.params}, batch.tokens_BT, z_BTKE)
+    yield case.check(
+        "logits after the updates", logits_BTV[0, -8:, : final.shape[1]], final, OUTPUT
+    )

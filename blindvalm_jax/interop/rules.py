@@ -163,6 +163,8 @@ def load(
             f"missing {missing or 'none'}; not understood {unused or 'none'}"
         )
 
+    _check_values(tensors, wanted, source)
+
     def read(rule: Rule) -> np.ndarray:
         arrays = [np.asarray(tensors[name]) for name in rule.theirs]
         try:
@@ -196,6 +198,16 @@ def load(
                 run = range(segment.start, segment.stop)
                 params[path] = stack([rules[index][position] for index in run])
     return unflatten(params)
+
+
+def _check_values(tensors: Tensors, wanted: set[str], source: str) -> None:
+    """Refuses integers (a quantised model) and numbers that are not finite."""
+    for name in sorted(wanted):
+        array = np.asarray(tensors[name])
+        if not np.issubdtype(array.dtype, np.floating):
+            raise UserError(f"{source}: {name} holds {array.dtype}, expected floats")
+        if not np.isfinite(array).all():
+            raise UserError(f"{source}: {name} holds numbers that are not finite")
 
 
 def save(

@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from blindvalm_jax import config, files, trees
-from blindvalm_jax.errors import UserError
+from blindvalm_jax.errors import UserError, first_line
 from blindvalm_jax.interop import weights
 
 
@@ -99,8 +99,8 @@ def _restore(path: Path, spec: weights.DecoderSpec) -> dict[str, Any]:
                 args=ocp.args.PyTreeRestore(item, restore_args=arguments, partial_restore=True),
             )
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} cannot be restored as the decoder: {first_line}") from error
+        reason = first_line(error)
+        raise UserError(f"{path} cannot be restored as the decoder: {reason}") from error
     return restored["params"]
 
 

@@ -95,6 +95,8 @@ def read_torch(path: Path) -> Any:
     Raises:
       UserError: torch is not installed, or the file is damaged or holds other Python objects.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: give the torch checkpoint in it")
     if not path.is_file():
         raise UserError(f"{path} is missing: expected a torch checkpoint")
     try:
@@ -120,8 +122,11 @@ def read_torch(path: Path) -> Any:
                 f"installed, export the tensors with torch.save(torch.load(path, "
                 f"weights_only=False)['model'], 'plain.pt') and convert plain.pt"
             ) from error
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} cannot be read as a torch checkpoint: {first_line}") from error
+        # What torch says advises to load the file with weights_only=False: not repeated here.
+        raise UserError(
+            f"{path} cannot be read as a torch checkpoint ({type(error).__name__}): it is damaged, "
+            "or something else"
+        ) from error
 
 
 def is_torchscript(path: Path) -> bool:
