@@ -1,6 +1,6 @@
 # make train     trains the small example model
 # make test      format, lint, types, and the tests that do not take long; needs no torch
-# make test-all  the same with torch and the slow tests
+# make test-all  the same with torch, the slow tests, and XLA's optimizations left on in all of them
 #
 # Everything runs in $(VENV), made on first use and brought up to date when pyproject.toml or
 # constraints.txt changes. With another Python: make test PYTHON=python3.12 VENV=.venv312
@@ -25,7 +25,7 @@ test: checks
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: torch checks
-	$(BIN)/python -m pytest
+	OPTIMIZED_TESTS=1 $(BIN)/python -m pytest
 
 checks: install
 	$(BIN)/ruff format --check .

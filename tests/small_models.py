@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -77,8 +78,11 @@ def random_params(init: Callable[[jax.Array], Any], *, seed: int) -> Any:
 
 @contextlib.contextmanager
 def quick_compilation() -> Iterator[None]:
-    """Asks XLA for little: what is compiled here runs once, on small arrays."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    """Asks XLA for little: what is compiled here runs once, on small arrays.
+
+    `make test-all` sets OPTIMIZED_TESTS=1: then everything is compiled as users run it.
+    """
+    jax.config.update("jax_disable_most_optimizations", "OPTIMIZED_TESTS" not in os.environ)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 

@@ -204,15 +204,15 @@ def _check(
     fingerprint = found.tokenizer.fingerprint
     if tokenizer.path:
         fingerprint = tokenizers.load(tokenizer.kind, tokenizer.path).fingerprint
-        expected["tokenizer.path"] = (fingerprint, found.tokenizer.fingerprint)
+        expected["tokenizer.path"] = (_named(fingerprint), _named(found.tokenizer.fingerprint))
     if config.grounding.source != "none":
         own = tower is not None and tower.fingerprint != fingerprint
         expected |= {
             "grounding.segments": (config.grounding.segments, found.segments),
             "longest segment of the tower": (longest, found.longest_segment),
             "grounding.tokenizer": (
-                tower.fingerprint if tower is not None and own else fingerprint,
-                found.tower_record.fingerprint,
+                _named(tower.fingerprint if tower is not None and own else fingerprint),
+                _named(found.tower_record.fingerprint),
             ),
         }
     for field, (wanted, got) in expected.items():
@@ -221,3 +221,7 @@ def _check(
                 f"data.windows={directory} does not fit {field}: the settings say {wanted!r}, the "
                 f"windows were made with {got!r}; change the setting or prepare the text again"
             )
+
+
+def _named(fingerprint: str) -> str:
+    return f"tokenizer {fingerprint[:12]}"
