@@ -251,11 +251,12 @@ class Start:
     dropped: list[str]
 
     def into(self, params: Any, decoder: Decoder) -> Any:
-        """Fresh parameters of the decoder with these in their place."""
+        """Fresh parameters of the decoder with these in their place, placed as they were."""
         layers = decoder.config.layers
         ours = _by_layer(jax.tree.map(np.asarray, params), layers, decoder.fusion_layers)
         merged = {name: self.params.get(name, value) for name, value in ours.items()}
-        return _stacked(merged, layers, decoder.fusion_layers)
+        placed = jax.tree.map(lambda x: x.sharding, params)
+        return jax.device_put(_stacked(merged, layers, decoder.fusion_layers), placed)
 
 
 def read_start(shapes: Any, decoder: Decoder, directory: str, vocabulary: TokenizerRecord) -> Start:

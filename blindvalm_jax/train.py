@@ -79,35 +79,15 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
         return 0
     if settings.log.tensorboard:
         metrics.import_tensorboard()
-
-    # ---------------------------------------------------------------- text and tower
-    tower = system.read_tower(settings, workdir if resuming else None)
-    partitioning.check_divisible(settings, mesh, None if tower is None else tower.config)
-    context = system.tower_context(settings, tower)
-    directory = prepared.ensure_prepared(
-        settings,
-        workdir,
-        tower_context=context,
-        stored_tower=workdir / "tower" if resuming else None,
-    )
-    windows = Windows(directory, "train")
-    held_out = Windows(directory, "eval") if settings.eval.every_steps else None
-    vocabulary = windows.manifest.tokenizer
-    tower = system.prepare_tower(
-        settings, tower, vocabulary=windows.manifest.tower_record, resuming=resuming
-    )
-    shape = None if tower is None else tower.config
-    partitioning.check_divisible(settings, mesh, shape)
-    say(f"text: {len(windows)} windows of {settings.data.sequence_length} tokens ({directory})")
-    if len(windows) < settings.train.batch_size:
-        say(f"note: so few windows are repeated within a batch of {settings.train.batch_size} rows")
     if settings.optimizer.warmup_steps >= settings.train.steps:
         say(
             f"note: optimizer.warmup_steps {settings.optimizer.warmup_steps} end after "
             f"train.steps {settings.train.steps}: the learning rate never reaches its peak"
         )
-    if tower is not None:
-        say(f"tower: {tower.source}, {describe_grounding(settings)}")
+
+    tower, windows, held_out = read_inputs(settings, workdir, mesh, resuming=resuming)
+    vocabulary = windows.manifest.tokenizer
+    shape = None if tower is None else tower.config
 
     # ---------------------------------------------------------------- model, compiled
     platform = jax.devices()[0].platform
@@ -125,7 +105,6 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
         frozen=frozen,
         tower=tower,
         windows=windows,
-        directory=directory,
         batch=batch,
     )
     if resuming:
@@ -153,14 +132,12 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
         else:
             state = compilation.init_state(model, optimizer, seed=settings.seed, mesh=mesh)
             if start is not None:
-                params = start.into(state.params, model.decoder)
-                placed = jax.tree.map(lambda x: x.sharding, state.params)
-                state = dataclasses.replace(state, params=jax.device_put(params, placed))
+                state = dataclasses.replace(state, params=start.into(state.params, model.decoder))
         first = int(state.step)
         if tower is not None:
             frozen = compilation.place_tower(tower, frozen)
             if not resuming:
-                own = directory / "tower_tokenizer" if windows.manifest.aligned else None
+                own = windows.directory / "tower_tokenizer" if windows.manifest.aligned else None
                 system.store_tower(tower, workdir, tokenizer=own)
             del tower
         resolved = config.resolve(settings, vocab_size=vocabulary.vocab_size, mesh=mesh.shape)
@@ -187,6 +164,32 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
                 mesh=mesh,
                 flops_per_token=about["flops_per_token"]["total"],
             )
+
+
+def read_inputs(
+    settings: config.Config, workdir: Path, mesh: Mesh, *, resuming: bool
+) -> tuple[system.Tower | None, Windows, Windows | None]:
+    """The tower, if any, the windows to train on and those held out, checked against each other."""
+    tower = system.read_tower(settings, workdir if resuming else None)
+    partitioning.check_divisible(settings, mesh, None if tower is None else tower.config)
+    directory = prepared.ensure_prepared(
+        settings,
+        workdir,
+        tower_context=system.tower_context(settings, tower),
+        stored_tower=workdir / "tower" if resuming else None,
+    )
+    windows = Windows(directory, "train")
+    held_out = Windows(directory, "eval") if settings.eval.every_steps else None
+    tower = system.prepare_tower(
+        settings, tower, vocabulary=windows.manifest.tower_record, resuming=resuming
+    )
+    partitioning.check_divisible(settings, mesh, None if tower is None else tower.config)
+    say(f"text: {len(windows)} windows of {settings.data.sequence_length} tokens ({directory})")
+    if len(windows) < settings.train.batch_size:
+        say(f"note: so few windows are repeated within a batch of {settings.train.batch_size} rows")
+    if tower is not None:
+        say(f"tower: {tower.source}, {describe_grounding(settings)}")
+    return tower, windows, held_out
 
 
 def loop(
@@ -282,7 +285,6 @@ def describe_run(
     frozen: Any,
     tower: system.Tower | None,
     windows: Windows,
-    directory: Path,
     batch: step.Batch,
 ) -> dict[str, Any]:
     """What run.json says of the run; prints how large the model is."""
@@ -314,7 +316,7 @@ def describe_run(
         "tokenizer": dataclasses.asdict(manifest.tokenizer),
         "data": {
             "key": manifest.key,
-            "directory": str(directory.resolve()),
+            "directory": str(windows.directory.resolve()),
             "train_windows": len(windows),
         },
         "tower": grounding,

@@ -34,8 +34,8 @@ class Windows:
           UserError: no finished directory, no such split or no window in it, a shard is missing or
             of the wrong size.
         """
-        self._directory = Path(directory)
-        self.manifest = manifest.load(self._directory)
+        self.directory = Path(directory)
+        self.manifest = manifest.load(self.directory)
         if split not in self.manifest.splits:
             known = ", ".join(self.manifest.splits)
             raise UserError(f"no split {split!r} in {directory}; known: {known}")
@@ -64,7 +64,7 @@ class Windows:
 
     def __repr__(self) -> str:
         """Directory and size, for Grain's messages."""
-        return f"Windows({str(self._directory)!r}, {len(self)} windows)"
+        return f"Windows({str(self.directory)!r}, {len(self)} windows)"
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but open files, which no other process can use."""
@@ -102,17 +102,17 @@ class Windows:
 
     def _check_files(self) -> None:
         for shard in self.split.shards:
-            path = self._directory / shard.file
+            path = self.directory / shard.file
             if not path.is_file():
-                raise UserError(f"{path} is missing: delete {self._directory}, prepare again")
+                raise UserError(f"{path} is missing: delete {self.directory}, prepare again")
             if path.stat().st_size != shard.bytes:
                 raise UserError(
                     f"{path} has {path.stat().st_size} bytes, the manifest says {shard.bytes}: "
-                    f"delete {self._directory}, prepare again"
+                    f"delete {self.directory}, prepare again"
                 )
 
     def _record(self, number: int, place: int) -> Any:
-        path = self._directory / self.split.shards[number].file
+        path = self.directory / self.split.shards[number].file
         try:
             content = self._reader(number, path).read([place])[0]
             return np.frombuffer(content, self._layout)[0]
@@ -120,7 +120,7 @@ class Windows:
             reason = " ".join(str(error).split())[:120]
             raise UserError(
                 f"{path} is damaged at window {place} of it ({reason}): delete "
-                f"{self._directory}, prepare again"
+                f"{self.directory}, prepare again"
             ) from error
 
     def _reader(self, number: int, path: Path) -> Any:
