@@ -190,6 +190,11 @@ def test_value_out_of_range(key: str, bound: str) -> None:
             ["mesh", "at most one -1", "data=-1", "tensor=-1"],
             id="mesh-two-unknowns",
         ),
+        pytest.param(
+            {"grounding.source": "none", "grounding.tower": "clip"},
+            ["grounding.tower is clip", "grounding.source=none"],
+            id="tower-of-a-plain-decoder",
+        ),
         pytest.param({"mesh.fsdp": 0}, ["mesh", "positive", "fsdp=0"], id="mesh-zero"),
     ],
 )

@@ -260,6 +260,11 @@ def _text_model(case: str, directory: Path) -> Path:
         config["architectures"] = 7
     elif case == "vector":
         tensors["text_projection.weight"] = np.zeros(12, np.float32)
+    elif case == "nan":
+        tensors["text_model.encoder.layers.0.mlp.fc1.bias"][3] = np.nan
+    elif case == "quantised":
+        name = "text_model.encoder.layers.1.mlp.fc1.weight"
+        tensors[name] = tensors[name].astype(np.int8)
     elif case == "other":
         config = {"model_type": "siglip"}
     return write_hugging_face(directory, config, tensors)
@@ -282,6 +287,8 @@ def _text_model(case: str, directory: Path) -> Path:
         ("older", "text_config_dict must be a table of fields, got 5"),
         ("bias only", "has no matrix text_projection.weight (architecture 7)"),
         ("vector", "has no matrix text_projection.weight"),
+        ("nan", "layers.0.mlp.fc1.bias holds numbers that are not finite"),
+        ("quantised", "layers.1.mlp.fc1.weight holds int8, expected floats"),
         ("other", "has no config.json of a GPT-2 or CLIP (model_type 'siglip')"),
     ],
 )

@@ -395,14 +395,20 @@ def test_divergence_ends_with_its_own_exit_code(text: Path, tmp_path: Path) -> N
         ({"tokenizer__kind": "clip"}, "tokenizer.kind=clip needs tokenizer.path"),
         ({"grounding__random__heads": 3}, "grounding.random.width 16 is not a multiple"),
         ({"data__eval_fraction": 0.0}, "eval"),
+        ({"train__init_from": "nowhere/at/all"}, "nowhere/at/all/config.json is missing"),
     ],
     ids=lambda value: str(value),
 )
 def test_misfits_are_refused_before_compilation(
-    text: Path, tmp_path: Path, changes: dict[str, Any], message: str
+    text: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(UserError) as caught:
-        train.train(config.parse(settings(text, **changes)), tmp_path)
+        train.train(config.parse(settings(text, **changes)), tmp_path, dry_run=True)
+    assert "compiled" not in capsys.readouterr().out
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "metrics.jsonl").exists()
@@ -422,8 +428,9 @@ def test_misfits_are_refused_before_compilation(
             "--config.train.steps=many",
         ),
         (["--config=configs/text.py:huge", "--workdir=x"], "takes a size (tiny"),
+        (["--config=configs/text.py:tiny,small", "--workdir=x"], "got 'tiny,small'"),
     ],
-    ids=["no workdir", "no file", "unknown key", "bad value", "bad argument"],
+    ids=["no workdir", "no file", "unknown key", "bad value", "bad argument", "two sizes"],
 )
 def test_command_line_errors_are_one_line(arguments: list[str], message: str) -> None:
     command = [sys.executable, "-m", "blindvalm_jax.train", *arguments]

@@ -1,0 +1,86 @@
+"""The directory of a run: whose it is, what is written there, what a resumed run reads back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from blindvalm_jax import runs, system
+from blindvalm_jax.config import Config, GroundingConfig
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.metrics import MetricWriter
+from tests import small_models
+
+PLAIN = Config(grounding=GroundingConfig(source="none"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tower/model.safetensors", "data/mine.txt"])
+def test_a_directory_of_something_else_is_left_alone(tmp_path: Path, name: str) -> None:
+    mine = tmp_path / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_bytes(b"mine")
+    message = f"was not made by a run and holds {name.partition('/')[0]}, which"
+    with pytest.raises(UserError, match=message):
+        runs.check_resume(tmp_path, PLAIN)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
+    assert mine.read_bytes() == b"mine"
+
+
+def test_files_beside_those_of_a_run_are_no_hindrance(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text("of the shell")
+    assert runs.check_resume(tmp_path, PLAIN) is None
+    (tmp_path / "config.json").write_text("{}")  # a start that was cut off
+    assert runs.check_resume(tmp_path, PLAIN) is None
+
+
+def test_a_workdir_that_is_a_file_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--workdir=.*/file cannot be used"):
+        runs.check_resume(tmp_path / "file", PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "run.json is missing: .* has checkpoints, but no record"),
+        ("{", "run.json cannot be read as JSON"),
+        ("[]", "run.json must hold a JSON object, got list"),
+        ('{"tokenizer": {}, "data": {}}', "run.json lacks config_as_given, starts"),
+    ],
+)
+def test_a_damaged_record_is_one_clear_line(
+    tmp_path: Path, content: str | None, message: str
+) -> None:
+    assert runs.check_resume(tmp_path, PLAIN) is None
+    (tmp_path / "checkpoints" / "5").mkdir()
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        runs.check_resume(tmp_path, PLAIN)
+
+
+def test_only_a_tower_of_ours_is_replaced(tmp_path: Path) -> None:
+    tower = system.fresh_tower(small_models.TOWER, seed=0)
+    system.store_tower(tower, tmp_path, tokenizer=None)
+    other = system.fresh_tower(small_models.TOWER, seed=1)
+    system.store_tower(other, tmp_path, tokenizer=None)
+    theirs = tmp_path / "run" / "tower" / "model.safetensors"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"theirs")
+    with pytest.raises(UserError, match="holds something else: move it away"):
+        system.store_tower(tower, tmp_path / "run", tokenizer=None)
+    assert theirs.read_bytes() == b"theirs"
+
+
+def test_a_resumed_run_drops_later_and_torn_lines_of_its_metrics(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    kept = [json.dumps({"step": step, "train/loss": 1.0}) for step in (1, 2)]
+    torn = [b"5", b'{"no": 1}', b'{"step": 3}', b'{"step": "x"}', b'{"step": 2, "a\xff']
+    path.write_bytes(b"\n".join([*(line.encode() for line in kept), *torn]))
+    writer = MetricWriter(tmp_path, resume_step=2, tensorboard=False, active=True)
+    writer.write(3, {"train/loss": float("nan")})
+    writer.close()
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert found == [*map(json.loads, kept), {"step": 3, "train/loss": None}]
