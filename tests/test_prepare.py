@@ -718,6 +718,11 @@ def test_another_table_of_separators_makes_other_windows(
     assert prepared.ensure_prepared(settings, tmp_path / "run") != directory
 
 
+def test_worker_processes_start_without_jax() -> None:
+    code = "import sys, blindvalm_jax.data.units; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_run_prepares_once_and_finds_it_again(tmp_path: Path) -> None:
     settings = run_config(tmp_path)
     directory = prepared.ensure_prepared(settings, tmp_path / "run", tower_context=16)

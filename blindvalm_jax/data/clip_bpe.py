@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import regex
 
-from blindvalm_jax.data import tokenizer_files as files
+from blindvalm_jax.data import tokenizer_files
 from blindvalm_jax.data.clip_cleaning import clean_words
 from blindvalm_jax.data.token_ends import CleanedWordEnds, Encoded, EncodedWords
 from blindvalm_jax.errors import UserError
@@ -44,12 +44,12 @@ class ClipTokenizer:
     eos_id = FAIRSEQ_EOS
     pad_id = FAIRSEQ_PAD
 
-    def __init__(self, vocab: dict[str, int], merges: files.Merges) -> None:
+    def __init__(self, vocab: dict[str, int], merges: tokenizer_files.Merges) -> None:
         """Takes a vocabulary and merges that belong together (`tokenizer_files.read_clip`)."""
         self._vocab = vocab
         self._merges = merges
         self._ranks = {pair: rank for rank, pair in enumerate(merges)}
-        self._symbols = files.byte_symbols()
+        self._symbols = tokenizer_files.byte_symbols()
         self._bytes_of = {symbol: byte for byte, symbol in enumerate(self._symbols)}
         self._texts = {index: piece for piece, index in vocab.items()}
         self._words = _WordCache(self)
@@ -61,9 +61,9 @@ class ClipTokenizer:
     @classmethod
     def from_directory(cls, directory: Path) -> ClipTokenizer:
         """Reads vocab.json and merges.txt, tokenizer.json, or OpenAI's list of merges."""
-        return cls(*files.read_clip(directory))
+        return cls(*tokenizer_files.read_clip(directory))
 
-    def __reduce__(self) -> tuple[type, tuple[dict[str, int], files.Merges]]:
+    def __reduce__(self) -> tuple[type, tuple[dict[str, int], tokenizer_files.Merges]]:
         """Pickles what decides the ids, not the caches."""
         return type(self), (self._vocab, self._merges)
 
@@ -95,12 +95,14 @@ class ClipTokenizer:
             raise UserError(f"token id {unknown[0]} is outside CLIP's 0 to {len(self._texts) - 1}")
         pieces = "".join(self._texts[index] for index in ids)
         raw = bytes(self._bytes_of[symbol] for symbol in pieces)
-        return raw.decode("utf-8", errors="replace").replace(files.WORD_END, " ").rstrip(" ")
+        return (
+            raw.decode("utf-8", errors="replace").replace(tokenizer_files.WORD_END, " ").rstrip(" ")
+        )
 
     def token_to_id(self, token: str) -> int | None:
         """Own id of the piece that is this text at a word's end, else inside a word, else None."""
         piece = "".join(self._symbols[byte] for byte in token.encode())
-        whole = self._vocab.get(piece + files.WORD_END)
+        whole = self._vocab.get(piece + tokenizer_files.WORD_END)
         return self._vocab.get(piece) if whole is None else whole
 
     def save(self, directory: Path) -> None:
@@ -114,7 +116,7 @@ class ClipTokenizer:
     def _lengths(self, ids: bytes) -> list[int]:
         """Length in UTF-8 bytes of the tokens whose language-model ids are given as int32 bytes."""
         pieces = (self._texts[index - FAIRSEQ_SPECIALS] for index in memoryview(ids).cast("i"))
-        return [len(piece.removesuffix(files.WORD_END)) for piece in pieces]
+        return [len(piece.removesuffix(tokenizer_files.WORD_END)) for piece in pieces]
 
     def _encode_word(self, word: str) -> bytes:
         if word.isascii() and word.isalpha():
@@ -127,11 +129,11 @@ class ClipTokenizer:
     def _encode_piece(self, piece: str) -> list[int]:
         ids = self._piece_ids.get(piece)
         if ids is None:
-            if piece in files.CLIP_SPECIALS:
+            if piece in tokenizer_files.CLIP_SPECIALS:
                 symbols = [piece]
             else:
                 symbols = [self._symbols[byte] for byte in piece.encode()]
-                symbols[-1] += files.WORD_END
+                symbols[-1] += tokenizer_files.WORD_END
                 symbols = merge_symbols(symbols, self._ranks)
             ids = [self._vocab[symbol] + FAIRSEQ_SPECIALS for symbol in symbols]
             if len(piece) <= _LONGEST_CACHED:
@@ -193,7 +195,7 @@ def merge_symbols(symbols: Sequence[str], ranks: dict[tuple[str, str], int]) -> 
     return [part for part in parts if part]
 
 
-def fingerprint(vocab: dict[str, int], merges: files.Merges, rule: str) -> str:
+def fingerprint(vocab: dict[str, int], merges: tokenizer_files.Merges, rule: str) -> str:
     """sha256 of what decides the ids."""
     content = json.dumps([rule, sorted(vocab.items()), merges], ensure_ascii=True)
     return hashlib.sha256(content.encode()).hexdigest()
