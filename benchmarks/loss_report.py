@@ -2,9 +2,10 @@
 
     python -m benchmarks.run loss_report --runs=runs/gpt2,runs/blind --windows=DIR --out=docs/text
 
-Writes OUT.png (training and held-out loss over tokens) and OUT.md (a table: held-out loss, speed,
-memory, cost). Baselines, from the training windows: unigram (add 0.1) and bigram, the counts
-interpolated with the unigram by a weight chosen on training windows that are not counted.
+Writes OUT.png (training and held-out loss over tokens) and OUT.md (tables: final loss, speed,
+memory, cost, and held-out loss over tokens). Baselines, from all training windows, also those that
+a short run never reached: unigram (add 0.1) and bigram, the counts interpolated with the unigram by
+a weight chosen on training windows that are not counted.
 """
 
 from __future__ import annotations
@@ -182,6 +183,11 @@ def write_table(curves: dict[str, Any], baselines: dict[str, float]) -> str:
             f"{row['tower_parameters'] / 1e6:.1f} M",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"| held-out loss after | {' | '.join(curves)} |", f"|---|{'---|' * len(curves)}"]
+    held_out = {name: dict(curve["held_out"]) for name, curve in curves.items()}
+    for tokens in sorted(set().union(*held_out.values())):
+        losses = [f"{found[tokens]:.3f}" if tokens in found else "" for found in held_out.values()]
+        lines.append(f"| {tokens / 1e6:.2f} M tokens | {' | '.join(losses)} |")
     commits = sorted({str(curve["summary"]["commit"]) for curve in curves.values()})
     lines += ["", f"{platform.machine()}, commit {', '.join(commits)}", ""]
     return "\n".join(lines)
