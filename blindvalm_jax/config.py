@@ -16,6 +16,8 @@ import ml_collections
 
 from blindvalm_jax.errors import UserError, run_main
 
+LONGEST_WINDOW = 2**20  # tokens
+
 
 def _field(
     default: Any,
@@ -51,7 +53,7 @@ class DataConfig:
     text_field: str = _field("text", "field of a .jsonl line or TFDS example that holds the text")
     windows: str = _field("", "directory that `prepare` wrote; empty: prepare into the cache")
     cache: str = _field("", "where prepared windows are kept; empty: <workdir>/data")
-    sequence_length: int = _field(512, "tokens of a window (T)", low=2)
+    sequence_length: int = _field(512, "tokens of a window (T)", low=2, high=LONGEST_WINDOW)
     eval_fraction: float = _field(0.01, "share of documents held out", low=0.0, high=0.5)
     workers: int = _field(0, "processes that tokenize; 0: one per core", low=0)
 
@@ -117,9 +119,7 @@ class GroundingConfig:
     tower: str = _field("", "CLIP: directory, hub id, or `random` (a control)")
     tokenizer: str = _field("", "tokenizer of the tower; empty: its own directory's")
     readout: str = _field(
-        "token",
-        "feature: the token's own output, or what <eos> says there",
-        choices=("token", "eos"),
+        "token", "the token's own output, or what <eos> says there", choices=("token", "eos")
     )
     segments: str = _field(
         "causal", "rule that cuts rows for the tower", choices=("causal", "reference")
@@ -209,9 +209,7 @@ class LogConfig:
 
     every_steps: int = _field(10, "updates between metrics", low=1)
     tensorboard: bool = _field(False, "also write TensorBoard events")
-    peak_tflops: float = _field(
-        0.0, "dense TFLOP/s of one device for MFU; 0: by device kind", low=0
-    )
+    peak_tflops: float = _field(0.0, "dense TFLOP/s of a device; 0: by its kind", low=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

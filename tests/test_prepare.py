@@ -686,7 +686,7 @@ def test_no_directory_and_no_split_are_refused(tmp_path: Path) -> None:
 
 
 def test_recipes_that_make_no_sense_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="at least 2 tokens long, got 1"):
+    with pytest.raises(UserError, match=r"must be 2 \.\.\. 1,048,576 tokens long, got 1"):
         packing.prepare(recipe(tmp_path / "a.txt", sequence_length=1), tmp_path / "out")
     with pytest.raises(UserError, match="must have CLIP's, got train"):
         packing.prepare(

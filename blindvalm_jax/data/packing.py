@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blindvalm_jax import files
+from blindvalm_jax.config import LONGEST_WINDOW
 from blindvalm_jax.data import corpora, manifest, output, shards, units
 from blindvalm_jax.data.clip_bpe import ClipTokenizer
 from blindvalm_jax.data.corpora import Advance, FileSource, Source
@@ -62,8 +63,10 @@ class Recipe:
         Raises:
           UserError: windows too short, or a tower with a tokenizer that is not CLIP's.
         """
-        if self.sequence_length < 2:
-            raise UserError(f"windows must be at least 2 tokens long, got {self.sequence_length}")
+        if not 2 <= self.sequence_length <= LONGEST_WINDOW:
+            raise UserError(
+                f"windows must be 2 ... {LONGEST_WINDOW:,} tokens long, got {self.sequence_length}"
+            )
         tower = self.tower_tokenizer
         if tower is not None and tower.fingerprint == self.tokenizer.fingerprint:
             tower = None

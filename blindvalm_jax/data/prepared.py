@@ -89,6 +89,8 @@ def sources(
     """
 
     def files(patterns: str) -> corpora.FileSource:
+        if not corpora.split_patterns(patterns):
+            raise UserError(f"{patterns!r} names no file: give globs, separated by commas")
         return corpora.FileSource(corpora.split_patterns(patterns), data.text_field, digests)
 
     def tfds(split: str) -> corpora.TfdsSource:
