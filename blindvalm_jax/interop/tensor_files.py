@@ -31,12 +31,14 @@ def read_safetensors(path: Path, *, skip: Skip = lambda name: False) -> dict[str
         raise UserError(f"{path} is missing: expected a safetensors file")
     try:
         with safe_open(path, framework="np") as file:
-            names = sorted(file.keys())
-            return {name: as_float32(file.get_tensor(name)) for name in names if not skip(name)}
+            names = [name for name in sorted(file.keys()) if not skip(name)]
+            tensors = {name: as_float32(file.get_tensor(name)) for name in names}
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path} is not a whole safetensors file ({error}): copy or download it again"
         ) from error
+    _check_finite(tensors, path)
+    return tensors
 
 
 def names(path: Path, content: Any = None) -> set[str]:
@@ -150,7 +152,14 @@ def state_dict(
         if not skip(name):
             value = value.detach()
             tensors[name] = (value.float() if value.is_floating_point() else value).numpy()
+    _check_finite(tensors, path)
     return tensors
+
+
+def _check_finite(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+    for name, array in tensors.items():
+        if not np.isfinite(array).all():
+            raise UserError(f"{path}: {name} holds numbers that are not finite")
 
 
 def _table(content: Any, path: Path) -> dict[str, Any]:
