@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from blindvalm_jax import files
 from blindvalm_jax.data import manifest, pipeline
 from blindvalm_jax.data.windows import Windows
 from blindvalm_jax.errors import UserError
@@ -62,10 +63,10 @@ def read_curve(workdir: Path) -> dict[str, Any]:
     """
     try:
         lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        record = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
-        settings = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{workdir} holds no run: {error}") from error
+    record = files.read_object(workdir / "run.json")
+    settings = files.read_object(workdir / "config.json")
     try:
         rows = [json.loads(line) for line in lines]
     except ValueError as error:

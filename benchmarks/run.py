@@ -6,6 +6,7 @@ systems taking turns, so that they hold when the machine's speed drifts.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 from absl import flags
 
 from benchmarks import loss_report, step_ratio
-from blindvalm_jax import files
 from blindvalm_jax.errors import UserError, run_main
 
 _JSON = flags.DEFINE_string("json", None, "Also write the numbers to this file.")
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--json={out} must be a file in a directory that is there")
     result = BENCHMARKS[argv[1]]()
     if out is not None:
-        files.write_json(out, result)
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

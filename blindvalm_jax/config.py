@@ -17,6 +17,7 @@ import ml_collections
 from blindvalm_jax.errors import UserError, run_main
 
 LONGEST_WINDOW = 2**20  # tokens
+SMALLEST_BPE = 257  # 256 bytes and the end of a text
 
 
 def _field(
@@ -37,7 +38,7 @@ class TokenizerConfig:
 
     kind: str = _field("clip", "BPE of the language model", choices=("clip", "gpt2", "train"))
     path: str = _field("", "directory or hub id; empty with `train`: learn it from the text")
-    train_vocab_size: int = _field(8192, "entries of a BPE learned from the text", low=257)
+    train_vocab_size: int = _field(8192, "entries of a BPE learned from the text", low=SMALLEST_BPE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -379,8 +380,8 @@ def _check_together(config: Config) -> None:
     sources = [name for name in ("files", "tfds", "windows") if getattr(config.data, name)]
     if len(sources) > 1:
         raise UserError(f"give one source of text, got data.{' and data.'.join(sources)}")
-    if config.data.eval_files and config.data.tfds_eval_split:
-        raise UserError("give one held-out text, got data.eval_files and data.tfds_eval_split")
+    if config.data.tfds_eval_split and (config.data.eval_files or not config.data.tfds):
+        raise UserError("data.tfds_eval_split goes with data.tfds and without data.eval_files")
     unknown = [size for size in dataclasses.astuple(config.mesh) if size == -1]
     if len(unknown) > 1 or 0 in dataclasses.astuple(config.mesh):
         raise UserError(f"mesh sizes must be positive, at most one -1, got {config.mesh}")

@@ -36,7 +36,9 @@ RULES = (
 # Above this share of replicated parameters, a mesh that should shard them does not.
 UNSHARDED_LIMIT = 0.02
 _VECTORS = ("scale", "bias")
-_SPLIT_BY_FSDP_ALONE = ("wpe", "position_embedding", "token_embedding", "adapter/kernel")
+_SPLIT_BY_FSDP_ALONE = (
+    *("wpe", "position_embedding", "token_embedding", "text_projection", "adapter/kernel"),
+)
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -156,7 +158,7 @@ def check_sharded(params: Any, mesh: Mesh) -> None:
     if share > UNSHARDED_LIMIT:
         names = [name for _, name in sorted(whole, reverse=True)]
         raise UserError(
-            f"{share:.1%} of the parameters are on every device whole, at most "
+            f"{share:.1%} of the matrices are on every device whole, at most "
             f"{UNSHARDED_LIMIT:.0%} expected on mesh {dict(mesh.shape)}; largest: "
             f"{', '.join(names[:5])}"
         )

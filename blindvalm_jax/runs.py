@@ -25,7 +25,8 @@ from blindvalm_jax.trees import flatten
 # text and tokenizer are among them because their contents are compared (`check_data`).
 _FREE = (
     *("log", "eval", "checkpoint", "mesh", "data.workers", "data.cache", "data.files"),
-    *("data.eval_files", "data.windows", "data.tfds_dir", "tokenizer.path"),
+    *("data.eval_files", "data.windows", "data.tfds", "data.tfds_split", "data.tfds_eval_split"),
+    *("data.tfds_dir", "tokenizer.path"),
     *("grounding.tokenizer", "train.remat", "train.scan_unroll", "train.loss_chunk"),
 )
 MARKER = ".blindvalm_run"
@@ -47,7 +48,7 @@ def check_resume(workdir: Path, config: Config) -> int | None:
     """
     _claim(workdir)
     paths = (workdir / "checkpoints").iterdir()
-    saved = [int(path.name) for path in paths if path.name.isdigit()]
+    saved = [int(path.name) for path in paths if path.name.isdecimal()]
     if not saved:
         return None
     record = _record(workdir)
@@ -75,8 +76,8 @@ def _claim(workdir: Path) -> None:
         foreign = [name for name in _WRITTEN if (workdir / name).exists()]
         if foreign and not (workdir / MARKER).exists():
             raise UserError(
-                f"--workdir={workdir} was not made by a run and holds {', '.join(foreign)}, which "
-                "a run would write over: choose a new directory"
+                f"--workdir={workdir} is not marked as a run's ({MARKER}) and holds "
+                f"{', '.join(foreign)}, which a run would write over: choose a new directory"
             )
         (workdir / MARKER).write_text("Files here are written and deleted by train.\n")
         (workdir / "checkpoints").mkdir(exist_ok=True)

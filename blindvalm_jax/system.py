@@ -101,11 +101,10 @@ def prepare_tower(
 def store_tower(tower: Tower, workdir: Path, *, tokenizer: Path | None) -> None:
     """Keeps the tower of a new run, once, with its source and hash; replaces a dead run's.
 
-    tokenizer: directory of the tower's own tokenizer; None: it reads the language model's tokens.
+    `workdir` must be a run's: whatever is in its `tower` is deleted. tokenizer: directory of the
+    tower's own tokenizer; None: it reads the language model's tokens.
     """
     directory = workdir / "tower"
-    if directory.exists() and not weights.is_weights_directory(directory):
-        raise UserError(f"{directory}, where the tower is kept, holds something else: move it away")
     shutil.rmtree(directory, ignore_errors=True)
     weights.save(
         directory,

@@ -96,7 +96,7 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
     planned = compilation.abstract_state(model, optimizer, mesh)
     frozen = None if shape is None else compilation.abstract_tower(shape, settings, mesh)
     batch = compilation.abstract_batch(settings, windows, mesh, tower=tower is not None)
-    partitioning.check_sharded(planned.params, mesh)
+    partitioning.check_sharded({"decoder": planned.params, "tower": frozen or {}}, mesh)
     about = describe_run(
         settings,
         model=model,
@@ -170,6 +170,9 @@ def read_inputs(
     settings: config.Config, workdir: Path, mesh: Mesh, *, resuming: bool
 ) -> tuple[system.Tower | None, Windows, Windows | None]:
     """The tower, if any, the windows to train on and those held out, checked against each other."""
+    named = Path(settings.grounding.tower).expanduser().resolve()
+    if not resuming and named.is_relative_to((workdir / "tower").resolve()):
+        raise UserError(f"{workdir / 'tower'} is where a run keeps its tower: name it elsewhere")
     tower = system.read_tower(settings, workdir if resuming else None)
     partitioning.check_divisible(settings, mesh, None if tower is None else tower.config)
     directory = prepared.ensure_prepared(

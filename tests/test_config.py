@@ -186,6 +186,11 @@ def test_value_out_of_range(key: str, bound: str) -> None:
             id="two-sources",
         ),
         pytest.param(
+            {"data.files": "a.txt", "data.tfds_eval_split": "test"},
+            ["data.tfds_eval_split goes with data.tfds"],
+            id="split-of-nothing",
+        ),
+        pytest.param(
             {"mesh.data": -1, "mesh.tensor": -1},
             ["mesh", "at most one -1", "data=-1", "tensor=-1"],
             id="mesh-two-unknowns",

@@ -160,7 +160,7 @@ def test_parameters_left_whole_are_refused_by_name(config: MeshConfig) -> None:
     _, state, _, _ = compiled(config, 1)
     whole = jax.device_put(state.params, partitioning.replicated(mesh))
     assert unsharded_share(whole) == 1
-    with pytest.raises(UserError, match=r"100\.0% of the parameters are on every device") as error:
+    with pytest.raises(UserError, match=r"100\.0% of the matrices are on every device") as error:
         partitioning.check_sharded(whole, mesh)
     assert "\n" not in str(error.value)
     table = jax.device_put(state.params["wte"], partitioning.replicated(mesh))
@@ -179,7 +179,7 @@ def test_a_module_that_forgets_its_axis_names_is_refused(
     )
     model = small_models.blind_model()
     planned = compilation.abstract_state(model, optim.make(OPTIMIZER, steps=5), mesh_of(config))
-    with pytest.raises(UserError, match=r"of the parameters are on .*h/blocks_2_2/.*kernel"):
+    with pytest.raises(UserError, match=r"of the matrices are on .*h/blocks_2_2/.*kernel"):
         partitioning.check_sharded(planned.params, mesh_of(config))
 
 
@@ -189,8 +189,10 @@ def test_what_only_fsdp_splits_may_stay_whole_without_it() -> None:
     mesh = mesh_of(MeshConfig(data=4, fsdp=1, tensor=2))
     optimizer = optim.make(OPTIMIZER, steps=5)
     planned = compilation.abstract_state(small_models.blind_model(learned), optimizer, mesh)
-    assert unsharded_share(planned.params) > partitioning.UNSHARDED_LIMIT
-    partitioning.check_sharded(planned.params, mesh)
+    tower = compilation.abstract_tower(small_models.TOWER, Config(), mesh)
+    for tree in (planned.params, tower):
+        assert unsharded_share(tree) > partitioning.UNSHARDED_LIMIT
+        partitioning.check_sharded(tree, mesh)
 
 
 def test_pure_data_parallelism_may_keep_parameters_whole() -> None:

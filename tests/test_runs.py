@@ -10,6 +10,7 @@ import pytest
 from blindvalm_jax import runs, system
 from blindvalm_jax.config import Config, GroundingConfig
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.interop import weights
 from blindvalm_jax.metrics import MetricWriter
 from tests import small_models
 
@@ -21,7 +22,7 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path: Path, name: str) 
     mine = tmp_path / name
     mine.parent.mkdir(exist_ok=True)
     mine.write_bytes(b"mine")
-    message = f"was not made by a run and holds {name.partition('/')[0]}, which"
+    message = rf"is not marked as a run's .* and holds {name.partition('/')[0]}, which"
     with pytest.raises(UserError, match=message):
         runs.check_resume(tmp_path, PLAIN)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
@@ -61,17 +62,15 @@ def test_a_damaged_record_is_one_clear_line(
         runs.check_resume(tmp_path, PLAIN)
 
 
-def test_only_a_tower_of_ours_is_replaced(tmp_path: Path) -> None:
+def test_a_half_written_tower_is_replaced(tmp_path: Path) -> None:
+    """As a run that was killed at its start leaves it."""
     tower = system.fresh_tower(small_models.TOWER, seed=0)
-    system.store_tower(tower, tmp_path, tokenizer=None)
-    other = system.fresh_tower(small_models.TOWER, seed=1)
-    system.store_tower(other, tmp_path, tokenizer=None)
-    theirs = tmp_path / "run" / "tower" / "model.safetensors"
-    theirs.parent.mkdir(parents=True)
-    theirs.write_bytes(b"theirs")
-    with pytest.raises(UserError, match="holds something else: move it away"):
-        system.store_tower(tower, tmp_path / "run", tokenizer=None)
-    assert theirs.read_bytes() == b"theirs"
+    for name in ("vocab.json", "params.safetensors.77.partial"):
+        (tmp_path / "tower").mkdir(exist_ok=True)
+        (tmp_path / "tower" / name).write_bytes(b"half")
+        system.store_tower(tower, tmp_path, tokenizer=None)
+        assert weights.load(tmp_path / "tower").sha256 == tower.sha256
+        assert not (tmp_path / "tower" / name).exists()
 
 
 def test_a_resumed_run_drops_later_and_torn_lines_of_its_metrics(tmp_path: Path) -> None:

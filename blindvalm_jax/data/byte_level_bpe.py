@@ -14,12 +14,12 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from blindvalm_jax import files
+from blindvalm_jax.config import SMALLEST_BPE
 from blindvalm_jax.data import tokenizer_files
 from blindvalm_jax.data.token_ends import Encoded, complete_characters
 from blindvalm_jax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-SMALLEST_VOCABULARY = 257
 _READING = "texts to learn from hold no special tokens"  # another rule makes other ids
 _HASHED = ("vocab", "merges")  # on their own, in an order that does not depend on the file
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -155,10 +155,10 @@ def train(texts: Iterator[str], *, vocab_size: int) -> ByteLevelTokenizer:
     Raises:
       UserError: `vocab_size` cannot hold the 256 bytes and `<|endoftext|>`, or there is no text.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
+    if vocab_size < SMALLEST_BPE:
         raise UserError(
             f"tokenizer.train_vocab_size is {vocab_size}; it must be at least "
-            f"{SMALLEST_VOCABULARY}, 256 bytes and {END_OF_TEXT}"
+            f"{SMALLEST_BPE}, 256 bytes and {END_OF_TEXT}"
         )
     tokenizer = _assemble({}, [])
     trainer = trainers.BpeTrainer(

@@ -172,11 +172,11 @@ def _tower_tokenizer(config: Config, stored_tower: Path | None) -> Tokenizer | N
     grounding, kind = config.grounding, config.tokenizer.kind
     if grounding.source == "none":
         return None
-    if grounding.tokenizer:
-        return tokenizers.load("clip", grounding.tokenizer, setting="grounding.tokenizer")
     if stored_tower is not None:
         has = tokenizer_files.holds_tokenizer(str(stored_tower))
         return tokenizers.load("clip", str(stored_tower)) if has else None
+    if grounding.tokenizer:
+        return tokenizers.load("clip", grounding.tokenizer, setting="grounding.tokenizer")
     tower = grounding.tower
     if tower in ("random", config.tokenizer.path):
         return None
