@@ -70,6 +70,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--out is missing: name the directory that the windows go to")
     if bool(_FILES.value) == bool(_TFDS.value):
         raise UserError("give the text as either --files or --tfds")
+    if _TFDS_SPLIT.present and not _TFDS.value:
+        raise UserError("--tfds_split goes with --tfds")
     if _TFDS_EVAL_SPLIT.value and (_EVAL_FILES.value or not _TFDS.value):
         raise UserError("--tfds_eval_split goes with --tfds and without --eval_files")
     if not 0 <= _EVAL_FRACTION.value <= 0.5:

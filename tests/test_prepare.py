@@ -842,6 +842,7 @@ def test_the_command_warns_of_a_wide_tower(tmp_path: Path, words: str, warned: b
     ("arguments", "message"),
     [
         (["--files=x.txt"], "--out is missing"),
+        (["--files=x.txt", "--out=o", "--tfds_split=test"], "--tfds_split goes with --tfds"),
         (["--out=o"], "either --files or --tfds"),
         (["--out=o", "--files=x.txt"], "tokenizer.kind=clip needs tokenizer.path"),
         (["--out=o", "--files=none*.txt", "--tokenizer=train"], "no file matches 'none*.txt'"),
