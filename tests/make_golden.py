@@ -9,6 +9,7 @@ clip: L2-normalised features [B, T, E] of every position, the start and end toke
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -72,18 +73,28 @@ def clip_model(cls: Any, **sizes: Any) -> Any:
     return randomise(cls(config), seed=2)
 
 
+def in_double(model: Any) -> Any:
+    """A copy that computes in float64, so that a comparison sees our rounding alone.
+
+    torch's own fp32 is no reference: the first threaded forward of a process is now and then
+    6e-5 off (torch 2.13 on a CPU, scaled dot-product attention), every later one 1.4e-6.
+    """
+    return copy.deepcopy(model).double().eval()
+
+
 def gpt2_logits(model: Any, ids: np.ndarray) -> np.ndarray:
-    """Logits [B, T, V]."""
+    """Logits [B, T, V], computed in float64."""
     with torch.no_grad():
-        return model(torch.tensor(ids)).logits.numpy()
+        return in_double(model)(torch.tensor(ids)).logits.float().numpy()
 
 
 def clip_features(model: Any, ids: np.ndarray) -> np.ndarray:
     """L2-normalised features [B, T, E] of every position, start and end tokens included."""
+    model = in_double(model)
     with torch.no_grad():
         hidden = model.text_model(input_ids=torch.tensor(ids)).last_hidden_state
         features = model.text_projection(hidden)
-    return (features / features.norm(dim=-1, keepdim=True)).numpy()
+    return (features / features.norm(dim=-1, keepdim=True)).float().numpy()
 
 
 def clip_ids(*, vocab_size: int, rows: int, length: int) -> np.ndarray:
