@@ -182,7 +182,7 @@ def test_value_out_of_range(key: str, bound: str) -> None:
         ),
         pytest.param(
             {"data.files": "a.txt", "data.tfds": "lm1b"},
-            ["one source of text", "data.files", "data.tfds"],
+            ["one source of data", "data.files", "data.tfds"],
             id="two-sources",
         ),
         pytest.param(

@@ -1,0 +1,168 @@
+"""Settings that must fit each other, and what follows from several of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from blindvalm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from blindvalm_jax.config import Config
+
+
+def fusion_layers(config: Config) -> tuple[int, ...]:
+    """Indices of the fusion blocks, sorted; none when there is no grounding."""
+    if config.grounding.source == "none":
+        return ()
+    layers = config.decoder.layers
+    return tuple(sorted(i + layers if i < 0 else i for i in config.decoder.fusion_layers))
+
+
+def check(config: Config) -> None:
+    """Refuses settings that do not go together.
+
+    Raises:
+      UserError: naming the settings and what to change.
+    """
+    if config.train.objective == "contrastive":
+        _check_contrastive(config)
+    else:
+        _check_decoder(config)
+        _check_grounding(config)
+    _check_batch(config)
+    _check_data(config)
+    unknown = [size for size in dataclasses.astuple(config.mesh) if size == -1]
+    if len(unknown) > 1 or 0 in dataclasses.astuple(config.mesh):
+        raise UserError(f"mesh sizes must be positive, at most one -1, got {config.mesh}")
+
+
+def _check_decoder(config: Config) -> None:
+    decoder = config.decoder
+    if decoder.width % decoder.heads:
+        raise UserError(
+            f"decoder.width {decoder.width} is not a multiple of decoder.heads {decoder.heads}"
+        )
+    if decoder.positions == "sinusoidal" and decoder.width % 2:
+        raise UserError(f"sinusoidal positions need an even decoder.width, got {decoder.width}")
+    if decoder.positions == "learned" and config.data.sequence_length > decoder.max_positions:
+        raise UserError(
+            f"data.sequence_length {config.data.sequence_length} exceeds the learned position "
+            f"table, decoder.max_positions {decoder.max_positions}"
+        )
+    for index in decoder.fusion_layers:
+        if type(index) is not int or not -decoder.layers <= index < decoder.layers:
+            raise UserError(
+                f"decoder.fusion_layers holds {index!r}; the decoder has layers 0 to "
+                f"{decoder.layers - 1} (or -1 to -{decoder.layers} from the end)"
+            )
+    fused = fusion_layers(config)
+    if len(set(fused)) != len(fused):
+        raise UserError(f"decoder.fusion_layers names a layer twice: {decoder.fusion_layers}")
+    if config.train.loss_chunk and config.data.sequence_length % config.train.loss_chunk:
+        raise UserError(
+            f"train.loss_chunk {config.train.loss_chunk} does not divide data.sequence_length "
+            f"{config.data.sequence_length}"
+        )
+
+
+def _check_grounding(config: Config) -> None:
+    grounding = config.grounding
+    if grounding.source != "none" and not fusion_layers(config):
+        raise UserError(
+            "decoder.fusion_layers is empty: name a layer, or set grounding.source=none"
+        )
+    if grounding.source == "none" and grounding.tower not in ("", "random"):
+        raise UserError(
+            f"grounding.tower is {grounding.tower}, but grounding.source=none reads none: set "
+            "grounding.source=text, or leave the tower out"
+        )
+    if grounding.source == "text" and grounding.neighbours != 1:
+        raise UserError(f"grounding.neighbours must be 1 for text, got {grounding.neighbours}")
+    if grounding.source != "images" and (grounding.index or grounding.prepared):
+        raise UserError(
+            f"grounding.index and grounding.prepared are for grounding.source=images, got "
+            f"{grounding.source}"
+        )
+    if grounding.source == "images" and not grounding.index:
+        raise UserError(
+            "grounding.source=images needs grounding.index, a directory that python -m "
+            "blindvalm_jax.index build has written"
+        )
+    if grounding.source == "images" and (
+        grounding.tower == "random" or grounding.control == "random_tower"
+    ):
+        raise UserError(
+            "grounding.source=images asks its index with the text tower of the index's own CLIP: "
+            "a random tower knows no images"
+        )
+    if (grounding.search == "prepared") != bool(grounding.prepared):
+        raise UserError("grounding.search=prepared and grounding.prepared=DIR go together")
+
+
+def _check_contrastive(config: Config) -> None:
+    image, text, train = config.clip.image, config.clip.text, config.train
+    if config.data.files or config.data.windows:
+        raise UserError(
+            "train.objective=contrastive learns from images with captions: set data.images or "
+            "data.tfds, and neither data.files nor data.windows"
+        )
+    if train.microbatches != 1:
+        raise UserError(
+            "train.objective=contrastive compares each pair with all others of its batch, which "
+            f"cannot be done in parts: train.microbatches must be 1, got {train.microbatches}"
+        )
+    if train.batch_size < 2:
+        raise UserError("train.objective=contrastive needs a train.batch_size of at least 2")
+    if text.width % text.heads:
+        raise UserError(
+            f"clip.text.width {text.width} is not a multiple of clip.text.heads {text.heads}"
+        )
+    if config.clip.temperature_start > config.clip.temperature_cap:
+        raise UserError(
+            f"clip.temperature_start {config.clip.temperature_start:g} is above "
+            f"clip.temperature_cap {config.clip.temperature_cap:g}"
+        )
+    if image.kind == "vit" and image.width % image.heads:
+        raise UserError(
+            f"clip.image.width {image.width} is not a multiple of clip.image.heads {image.heads}"
+        )
+    if image.kind == "vit" and image.size % image.patch:
+        raise UserError(
+            f"clip.image.size {image.size} is not a multiple of clip.image.patch {image.patch}"
+        )
+    if any(type(count) is not int or count < 1 for count in image.channels):
+        raise UserError(f"clip.image.channels must be positive whole numbers, got {image.channels}")
+    if image.kind == "conv" and not image.channels:
+        raise UserError("clip.image.channels is empty: a conv tower needs a convolution")
+    for name in ("remat", "loss_chunk", "init_from"):
+        if getattr(train, name) not in ("none", 0, ""):
+            raise UserError(f"train.{name} is for train.objective=language")
+
+
+def _check_batch(config: Config) -> None:
+    train = config.train
+    if train.batch_size % train.microbatches:
+        raise UserError(
+            f"train.batch_size {train.batch_size} is not a multiple of train.microbatches "
+            f"{train.microbatches}"
+        )
+    if config.grounding.control == "shuffled" and train.batch_size // train.microbatches < 2:
+        raise UserError("grounding.control=shuffled needs at least 2 rows in a microbatch")
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    if config.train.objective == "language" and (data.images or data.eval_images):
+        raise UserError(
+            "data.images is for train.objective=contrastive; a language model reads data.files, "
+            "data.tfds or data.windows"
+        )
+    sources = [name for name in ("files", "tfds", "windows", "images") if getattr(data, name)]
+    if len(sources) > 1:
+        raise UserError(f"give one source of data, got data.{' and data.'.join(sources)}")
+    if data.tfds_eval_split and (data.eval_files or data.eval_images or not data.tfds):
+        raise UserError(
+            "data.tfds_eval_split goes with data.tfds and without data.eval_files or "
+            "data.eval_images"
+        )
