@@ -15,7 +15,6 @@ import numpy as np
 from blindvalm_jax import flops
 from blindvalm_jax.config import Config
 from blindvalm_jax.metrics import MetricWriter, StepTimer, duration
-from blindvalm_jax.step import Sums
 
 # What must be a number, or the run has diverged: the update's and the parameters' norms too, since
 # the loss is that of the parameters before the update.
@@ -26,9 +25,10 @@ class Reporter:
     """Reports a run: losses, speed, memory share; `timer` counts the seconds of updates alone."""
 
     def __init__(
-        self, settings: Config, workdir: Path, *, first: int, flops_per_token: float
+        self, settings: Config, workdir: Path, *, first: int, unit: str, units_per_row: int,
+        flops_per_unit: float,
     ) -> None:
-        """Opens metrics.jsonl; `first`: updates done before."""
+        """Opens metrics.jsonl; first: updates done before; unit: "tokens", "pairs"."""
         self.timer = StepTimer()
         self._begin, self._updating = time.perf_counter(), 0.0
         self._writer = MetricWriter(
@@ -38,8 +38,8 @@ class Reporter:
             active=jax.process_index() == 0,
         )
         self._last, self._logged, self._waited = settings.train.steps, first, 0.0
-        self._tokens = settings.train.batch_size * settings.data.sequence_length
-        self._flops = flops_per_token
+        self._unit, self._units = unit, settings.train.batch_size * units_per_row
+        self._flops = flops_per_unit
         kind = jax.devices()[0].device_kind
         self._peak = flops.peak_tflops(kind, settings.log.peak_tflops)
 
@@ -50,12 +50,13 @@ class Reporter:
         spent = self.timer.lap()
         self._updating += spent
         seconds = spent / updates
-        values["train/perplexity"] = float(np.exp(values["train/loss"]))
-        values["train/tokens"] = done * self._tokens
+        if self._unit == "tokens":
+            values["train/perplexity"] = float(np.exp(values["train/loss"]))
+        values[f"train/{self._unit}"] = done * self._units
         values["perf/step_seconds"] = seconds
-        values["perf/tokens_per_second"] = self._tokens / seconds
-        per_device = self._tokens / seconds / jax.device_count()
-        values["perf/tokens_per_second_per_device"] = per_device
+        values[f"perf/{self._unit}_per_second"] = self._units / seconds
+        per_device = self._units / seconds / jax.device_count()
+        values[f"perf/{self._unit}_per_second_per_device"] = per_device
         values["perf/data_wait_seconds"] = (waited - self._waited) / updates
         if self._peak:
             values["perf/mfu"] = per_device * self._flops / (self._peak * 1e12)
@@ -66,7 +67,7 @@ class Reporter:
         print(
             f"step {done}/{self._last}  loss {values['train/loss']:.4f}  "
             f"lr {values['train/learning_rate']:.2e}  grad {values['train/grad_norm']:.3f}  "
-            f"{values['perf/tokens_per_second']:,.0f} tokens/s  left {left}",
+            f"{self._units / seconds:,.0f} {self._unit}/s  left {left}",
             flush=True,
         )
         self._logged, self._waited = done, waited
@@ -77,14 +78,11 @@ class Reporter:
         """Whether an update left a sound state; waits for it."""
         return all(np.isfinite(scalars[name]) for name in FINITE)
 
-    def evaluated(self, done: int, sums: Sums) -> None:
-        """Writes the loss on held-out windows."""
-        loss = float(sums.loss) / float(sums.weight)
-        self._writer.write(done, {"eval/loss": loss, "eval/perplexity": float(np.exp(loss))})
-        print(
-            f"step {done}/{self._last}  held-out loss {loss:.4f}  perplexity {np.exp(loss):.2f}",
-            flush=True,
-        )
+    def evaluated(self, done: int, scalars: Mapping[str, float]) -> None:
+        """Writes metrics on held-out data."""
+        self._writer.write(done, scalars)
+        named = (f"{k.removeprefix('eval/').replace('_', ' ')} {v:.4g}" for k, v in scalars.items())
+        print(f"step {done}/{self._last}  held-out {'  '.join(named)}", flush=True)
 
     def close(self) -> None:
         """Closes the files."""

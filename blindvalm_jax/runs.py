@@ -144,6 +144,11 @@ def write_record(
     files.write_json(path, record)
 
 
+def processes() -> dict[str, int]:
+    """Which process this is, of how many: what a pipeline asks."""
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
 def write_parameters(workdir: Path, params: Any) -> None:
     """Writes parameters.txt: name, shape, size and sharding of every parameter."""
     table = parameter_overview.get_parameter_overview(params, include_stats="sharding")

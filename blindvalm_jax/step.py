@@ -1,36 +1,15 @@
-"""One update: features from the frozen tower, loss, gradients, AdamW; and one evaluation batch.
-
-`Model` joins what the rest of the package keeps apart: the decoder and where its z comes from.
-"""
+"""One update of any objective: gradients, clipping, AdamW, and what is worth knowing of it."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 from jax import Array
-
-from blindvalm_jax.grounding import text
-from blindvalm_jax.models.clip import Readout, TextTower
-from blindvalm_jax.models.decoder import Decoder
-
-
-@struct.dataclass
-class Batch:
-    """Rows of tokens; weights_BT is 0 where a target is a pad, 1 elsewhere.
-
-    z_BTKE: grounding features made elsewhere; else `tower` says what the text tower reads.
-    """
-
-    tokens_BT: Array
-    targets_BT: Array
-    weights_BT: Array
-    tower: text.TowerInput | None = None
-    z_BTKE: Array | None = None
 
 
 @struct.dataclass
@@ -42,150 +21,40 @@ class TrainState:
     opt_state: Any
 
 
-@struct.dataclass
-class Sums:
-    """Totals over the tokens of a batch; add them up, then divide by `weight`."""
-
-    loss: Array
-    weight: Array
-    memory_share: Array
-
-    def __add__(self, other: Sums) -> Sums:
-        """Totals of two batches."""
-        return jax.tree.map(jnp.add, self, other)
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A decoder and its grounding: everything that is the same at every step."""
-
-    decoder: Decoder
-    tower: TextTower | None = None
-    readout: Readout = "token"
-    shuffled: bool = False
-    loss_chunk: int = 0
+class Model(Protocol):
+    """What an update needs to know of a model."""
 
     def init(self, key: Array) -> Any:
-        """Boxed decoder parameters."""
-        tokens_BT = jnp.zeros((1, 2), jnp.int32)
-        z_BTKE = None
-        if self.decoder.fusion_layers:
-            z_BTKE = jnp.zeros((1, 2, 1, self.decoder.memory_width), jnp.float32)
-        return self.decoder.clone(deterministic=True).init(key, tokens_BT, z_BTKE)["params"]
+        """Fresh parameters, boxed with the names of their axes."""
 
-    def features(self, frozen: Any, batch: Batch) -> Array | None:
-        """Grounding features z [B, T, K, E], or None for a plain decoder."""
-        z_BTKE = batch.z_BTKE
-        if z_BTKE is None and self.tower is not None and batch.tower is not None:
-            z_BTKE = text.features(self.tower, frozen, batch.tower, readout=self.readout)
-        if z_BTKE is not None and self.shuffled:
-            z_BTKE = text.shuffled(z_BTKE)
-        return z_BTKE
-
-    def loss(self, params: Any, frozen: Any, batch: Batch, key: Array | None = None) -> Sums:
-        """Summed cross-entropy in nats over the real targets; key: for dropout, None without."""
-        decoder = self.decoder.clone(deterministic=key is None)
-        rngs = None if key is None else {"dropout": key}
-        hidden: Any = decoder.apply(
-            {"params": params},
-            batch.tokens_BT,
-            self.features(frozen, batch),
-            method="hidden",
-            rngs=rngs,
-        )
-        weight = jnp.sum(batch.weights_BT)
-        share = jnp.zeros(())
-        if hidden.memory_share_LBT is not None:
-            share = jnp.sum(jnp.mean(hidden.memory_share_LBT, axis=0) * batch.weights_BT)
-
-        def nats(hidden_BTD: Array, targets_BT: Array, weights_BT: Array) -> Array:
-            logits_BTV: Any = decoder.apply({"params": params}, hidden_BTD, method="logits")
-            return jnp.sum(cross_entropy(logits_BTV, targets_BT) * weights_BT)
-
-        if not self.loss_chunk:
-            loss = nats(hidden.hidden_BTD, batch.targets_BT, batch.weights_BT)
-            return Sums(loss, weight, share)
-
-        def chunks(x: Array) -> Array:
-            """[B, T, ...] to [T / chunk, B, chunk, ...]."""
-            cut = x.reshape(x.shape[0], -1, self.loss_chunk, *x.shape[2:])
-            return jnp.moveaxis(cut, 1, 0)
-
-        parts = jax.lax.map(
-            lambda part: jax.checkpoint(nats)(*part),
-            (chunks(hidden.hidden_BTD), chunks(batch.targets_BT), chunks(batch.weights_BT)),
-        )
-        return Sums(jnp.sum(parts), weight, share)
-
-
-def cross_entropy(logits_BTV: Array, targets_BT: Array) -> Array:
-    """-log softmax(logits)[target] [B, T], in fp32 nats.
-
-    The target's logit is picked by a mask: a gather's gradient is a scatter into [B, T, V], and
-    needs all of a vocabulary that is split over devices.
-    """
-    logits_BTV = logits_BTV.astype(jnp.float32)
-    entry_BTV = jax.lax.broadcasted_iota(targets_BT.dtype, logits_BTV.shape, 2)
-    at_target_BTV = entry_BTV == targets_BT[..., None]
-    picked_BT = jnp.sum(jnp.where(at_target_BTV, logits_BTV, 0.0), axis=-1)
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
+    def gradients(
+        self, params: Any, frozen: Mapping[str, Any], batch: Any, key: Array
+    ) -> tuple[Any, dict[str, Array]]:
+        """Gradients over the whole batch, and metrics with "train/loss" among them."""
 
 
 def train_step(
     state: TrainState,
-    frozen: Any,
-    batch: Batch,
+    frozen: Mapping[str, Any],
+    batch: Any,
     *,
     model: Model,
     optimizer: optax.GradientTransformation,
     rate: optax.Schedule,
     seed: int,
-    microbatches: int = 1,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update of the mean loss per real token over the whole batch, and its metrics.
+    """One update and its metrics; what is random in it depends on (seed, step) alone.
 
-    Microbatches are summed token by token, so the result is that of the one big batch also when
-    their rows hold different numbers of real tokens. Dropout depends on (seed, step) alone.
+    frozen: parameters that take part and do not learn, by the name of what they belong to.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-
-    def total(params: Any, part: Batch, key: Array) -> tuple[Array, Sums]:
-        sums = model.loss(params, frozen, part, key)
-        return sums.loss, sums
-
-    gradient = jax.grad(total, has_aux=True)
-    if microbatches == 1:
-        grads, sums = gradient(state.params, batch, key)
-    else:
-        # Every microbatch takes rows from every device: row i goes to microbatch i mod count.
-        parts = jax.tree.map(
-            lambda x: jnp.swapaxes(x.reshape(-1, microbatches, *x.shape[1:]), 0, 1), batch
-        )
-
-        def accumulate(carry: tuple[Any, Sums], at: tuple[Batch, Array]) -> tuple[Any, None]:
-            part, index = at
-            grads, sums = gradient(state.params, part, jax.random.fold_in(key, index))
-            return jax.tree.map(jnp.add, carry, (grads, sums)), None
-
-        zero = jnp.zeros(())
-        start = (jax.tree.map(jnp.zeros_like, state.params), Sums(zero, zero, zero))
-        (grads, sums), _ = jax.lax.scan(accumulate, start, (parts, jnp.arange(microbatches)))
-
-    grads = jax.tree.map(lambda g: g / sums.weight, grads)
+    grads, metrics = model.gradients(state.params, frozen, batch, key)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {
-        "train/loss": sums.loss / sums.weight,
+    norms = {
         "train/grad_norm": optax.tree.norm(grads),
         "train/update_norm": optax.tree.norm(updates),
         "train/param_norm": optax.tree.norm(params),
         "train/learning_rate": rate(state.step),
     }
-    if model.decoder.fusion_layers:
-        metrics["train/grounding_attention"] = sums.memory_share / sums.weight
-    return TrainState(state.step + 1, params, opt_state), metrics
-
-
-def eval_step(params: Any, frozen: Any, batch: Batch, *, model: Model) -> Sums:
-    """Totals of one batch, without dropout."""
-    return model.loss(params, frozen, batch)
+    return TrainState(jnp.add(state.step, 1), params, opt_state), metrics | norms

@@ -20,7 +20,7 @@ from blindvalm_jax.interop import clip_text, weights
 from blindvalm_jax.models.clip import Readout, TextTower, TowerConfig
 from blindvalm_jax.models.decoder import Decoder
 from blindvalm_jax.models.transformer import split_stack
-from blindvalm_jax.step import Model
+from blindvalm_jax.objectives.language_model import Model
 from blindvalm_jax.trees import flatten, unflatten
 
 _TOWER_KEY = 2**31  # no update's number, whose dropout key is folded in likewise
@@ -37,6 +37,13 @@ class Tower:
     params: Any
     source: str
     sha256: str
+
+
+def check_tower_name(config: Config, workdir: Path, *, resuming: bool) -> None:
+    """Refuses a tower that lies where the run keeps its own."""
+    named = Path(config.grounding.tower).expanduser().resolve()
+    if not resuming and named.is_relative_to((workdir / "tower").resolve()):
+        raise UserError(f"{workdir / 'tower'} is where a run keeps its tower: name it elsewhere")
 
 
 def read_tower(config: Config, resumed: Path | None) -> Tower | None:
@@ -191,6 +198,7 @@ def build(config: Config, *, vocab_size: int, tower: Tower | None, platform: str
         readout=readout,
         shuffled=config.grounding.control == "shuffled",
         loss_chunk=train.loss_chunk,
+        microbatches=train.microbatches,
     )
 
 
@@ -243,19 +251,23 @@ def resolve_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Decoder parameters from elsewhere; names that stay fresh, and that find no place here."""
+    """Parameters from elsewhere for a decoder.
+
+    fresh: names that it lacks; dropped: names that find no place here.
+    """
 
     params: Mapping[str, np.ndarray]
+    decoder: Decoder
     fresh: list[str]
     dropped: list[str]
 
-    def into(self, params: Any, decoder: Decoder) -> Any:
+    def into(self, params: Any) -> Any:
         """Fresh parameters of the decoder with these in their place, placed as they were."""
-        layers = decoder.config.layers
-        ours = _by_layer(jax.tree.map(np.asarray, params), layers, decoder.fusion_layers)
+        layers, fused = self.decoder.config.layers, self.decoder.fusion_layers
+        ours = by_layer(jax.tree.map(np.asarray, params), layers, fused)
         merged = {name: self.params.get(name, value) for name, value in ours.items()}
         placed = jax.tree.map(lambda x: x.sharding, params)
-        return jax.device_put(_stacked(merged, layers, decoder.fusion_layers), placed)
+        return jax.device_put(stacked(merged, layers, fused), placed)
 
 
 def read_start(shapes: Any, decoder: Decoder, directory: str, vocabulary: TokenizerRecord) -> Start:
@@ -292,8 +304,8 @@ def read_start(shapes: Any, decoder: Decoder, directory: str, vocabulary: Tokeni
     if differing:
         raise UserError(f"{directory} does not fit the decoder of this run: {'; '.join(differing)}")
     empty = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)
-    ours = _by_layer(empty, decoder.config.layers, decoder.fusion_layers)
-    theirs = _by_layer(found.params, spec.decoder.layers, spec.fusion_layers)
+    ours = by_layer(empty, decoder.config.layers, decoder.fusion_layers)
+    theirs = by_layer(found.params, spec.decoder.layers, spec.fusion_layers)
     kept = sorted(name for name in ours if name not in theirs)
     dropped = sorted(name for name in theirs if name not in ours)
     wrong = [name for name in [*kept, *dropped] if "/memory/" not in name]
@@ -304,10 +316,10 @@ def read_start(shapes: Any, decoder: Decoder, directory: str, vocabulary: Tokeni
     ]
     if wrong:
         raise UserError(f"{directory} does not fit the decoder of this run: {', '.join(wrong)}")
-    return Start(theirs, kept, dropped)
+    return Start(theirs, decoder, kept, dropped)
 
 
-def _by_layer(params: Any, layers: int, fused: tuple[int, ...]) -> dict[str, np.ndarray]:
+def by_layer(params: Any, layers: int, fused: tuple[int, ...]) -> dict[str, np.ndarray]:
     """Flat parameters with one name per block, "h/3/attn/...", wherever the stack is cut."""
     flat = {k: v for k, v in flatten(params).items() if not k.startswith("h/")}
     for segment in split_stack(layers, fused):
@@ -317,8 +329,8 @@ def _by_layer(params: Any, layers: int, fused: tuple[int, ...]) -> dict[str, np.
     return flat
 
 
-def _stacked(flat: Mapping[str, np.ndarray], layers: int, fused: tuple[int, ...]) -> Any:
-    """The inverse of `_by_layer`."""
+def stacked(flat: Mapping[str, np.ndarray], layers: int, fused: tuple[int, ...]) -> Any:
+    """The inverse of `by_layer`."""
     tree = {k: v for k, v in flat.items() if not k.startswith("h/")}
     for segment in split_stack(layers, fused):
         first = f"h/{segment.start}/"

@@ -17,6 +17,7 @@ from blindvalm_jax.config import DecoderConfig, FusionConfig
 from blindvalm_jax.grounding.text import TowerInput
 from blindvalm_jax.models.clip import TextTower, TowerConfig
 from blindvalm_jax.models.decoder import Decoder
+from blindvalm_jax.objectives import language_model
 
 VOCAB = 90  # of a table padded to 96 rows
 CONFIG = DecoderConfig(
@@ -45,7 +46,7 @@ def decoder(
 
 def decoder_params(model: Decoder, *, seed: int = 0) -> Any:
     """Parameters of a decoder, see `random_params`."""
-    return random_params(step.Model(model).init, seed=seed)
+    return random_params(language_model.Model(model).init, seed=seed)
 
 
 def tower_params(config: TowerConfig = TOWER, *, seed: int = 0) -> Any:
@@ -87,13 +88,13 @@ def quick_compilation() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def blind_model(config: DecoderConfig = CONFIG, **fields: Any) -> step.Model:
-    """BLIND-VALM with the tower `TOWER`, fused in block 1; fields: those of `step.Model`."""
+def blind_model(config: DecoderConfig = CONFIG, **fields: Any) -> language_model.Model:
+    """BLIND-VALM with the tower `TOWER`, fused in block 1; fields: those of `language_model.Model`."""
     fused = decoder(config, fusion_layers=(1,), memory_width=TOWER.projection)
-    return step.Model(fused, TextTower(TOWER), **fields)
+    return language_model.Model(fused, TextTower(TOWER), **fields)
 
 
-def blind_batch(*, rows: int = 8, length: int = 24, seed: int = 0) -> step.Batch:
+def blind_batch(*, rows: int = 8, length: int = 24, seed: int = 0) -> language_model.Batch:
     """Random rows, cut at random for the tower, with another number of real targets in each."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, VOCAB, (rows, length + 1)).astype(np.int32)
@@ -101,7 +102,7 @@ def blind_batch(*, rows: int = 8, length: int = 24, seed: int = 0) -> step.Batch
     starts = rng.random((rows, length)) < 0.2
     starts[:, :: TOWER.longest_segment] = True
     tower = TowerInput(jnp.asarray(tokens[:, :-1] % 60), jnp.asarray(starts))
-    return step.Batch(
+    return language_model.Batch(
         jnp.asarray(tokens[:, :-1]),
         jnp.asarray(tokens[:, 1:]),
         jnp.asarray(real, jnp.float32),

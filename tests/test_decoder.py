@@ -20,6 +20,7 @@ from blindvalm_jax.errors import UserError
 from blindvalm_jax.models.clip import TextTower, TowerConfig
 from blindvalm_jax.models.decoder import Decoder, padded_vocab, sinusoidal
 from blindvalm_jax.models.transformer import split_stack
+from blindvalm_jax.objectives import language_model
 from tests import small_models
 
 LENGTH, WIDTH, E = 12, small_models.CONFIG.width, 24
@@ -227,7 +228,7 @@ def test_recomputing_needs_less_memory() -> None:
 
         def loss(params: Any) -> Any:
             logits_BTV: Any = model.apply({"params": params}, tokens)
-            return jnp.sum(step.cross_entropy(logits_BTV, tokens))
+            return jnp.sum(language_model.cross_entropy(logits_BTV, tokens))
 
         plan = compilation.memory_plan(jax.jit(jax.grad(loss)).lower(params).compile())
         assert plan is not None
@@ -240,7 +241,7 @@ def test_recomputing_needs_less_memory() -> None:
 def test_the_padded_vocabulary_can_not_be_predicted_and_learns_nothing() -> None:
     assert [padded_vocab(v, 128) for v in (1, 127, 128, 129, 49412)] == [128, 128, 128, 256, 49536]
     model = small_models.decoder()
-    params = nn.unbox(jax.jit(step.Model(model).init)(jax.random.key(0)))
+    params = nn.unbox(jax.jit(language_model.Model(model).init)(jax.random.key(0)))
     assert params["wte"].shape[0] == 96
     assert (params["wte"][90:] == 0).all()
     assert (params["wte"][:90] != 0).any(axis=1).all()
@@ -248,7 +249,7 @@ def test_the_padded_vocabulary_can_not_be_predicted_and_learns_nothing() -> None
 
     def loss(params: Any) -> Any:
         logits_BTV: Any = model.apply({"params": params}, tokens)
-        return jnp.sum(step.cross_entropy(logits_BTV, jnp.asarray(tokens))), logits_BTV
+        return jnp.sum(language_model.cross_entropy(logits_BTV, jnp.asarray(tokens))), logits_BTV
 
     grads, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
     assert (logits[..., 90:] == jnp.finfo(jnp.float32).min).all()
@@ -418,7 +419,7 @@ def decoder_size(config: DecoderConfig, *, grounded: bool) -> int:
         memory_width=config.width if grounded else 0,
     )
     padding = (padded_vocab(49412, config.vocab_multiple) - 49412) * config.width
-    return size(step.Model(model).init, jax.random.key(0)) - padding
+    return size(language_model.Model(model).init, jax.random.key(0)) - padding
 
 
 def test_sizes_are_the_reference_s() -> None:

@@ -18,6 +18,7 @@ from blindvalm_jax.models import attention, initializers
 from blindvalm_jax.models.clip import Readout, TextTower
 from blindvalm_jax.models.decoder import Decoder
 from blindvalm_jax.models.transformer import Block, BlockShape, MemoryProjection, MemoryShape, Stack
+from blindvalm_jax.objectives import language_model
 from tests import small_models
 
 B, T, N, H, K = 2, 10, 4, 8, 4
@@ -247,7 +248,7 @@ def test_a_learned_bias_starts_as_the_decoder_without_memory() -> None:
     gated = fused(layers, query_scale="head_width", memory_bias="learned")
     tokens, z = tokens_of(), normal(5, B, T, K, WIDTH)
     params = small_models.decoder_params(gated)
-    born = jax.jit(step.Model(gated).init)(jax.random.key(0))["h"]
+    born = jax.jit(language_model.Model(gated).init)(jax.random.key(0))["h"]
     for index in layers:
         bias = np.asarray(born[f"fusion_{index}"]["attn"]["memory"]["logit_bias"].value)
         np.testing.assert_array_equal(bias, np.full(N, -10.0))
@@ -325,7 +326,7 @@ def grounded() -> Any:
     config = dataclasses.replace(
         small_models.TOWER, vocab_size=49408, context=77, start_id=49406, end_id=49407
     )
-    model = step.Model(fused(width=config.projection), TextTower(config))
+    model = language_model.Model(fused(width=config.projection), TextTower(config))
     return model, small_models.decoder_params(model.decoder), small_models.tower_params(config)
 
 
@@ -339,7 +340,7 @@ def run_rows(
     starts = segments.starts(ids, rule=rule, separators=SEPARATORS)
     inputs = text.TowerInput(jnp.asarray(ids), jnp.asarray(starts))
     rows = jnp.asarray(tokens)
-    batch = step.Batch(rows, rows, jnp.ones(rows.shape), tower=inputs)
+    batch = language_model.Batch(rows, rows, jnp.ones(rows.shape), tower=inputs)
     z = jax.jit(model.features)(frozen, batch)
     return np.asarray(z), logits(model.decoder, params, rows, z)
 

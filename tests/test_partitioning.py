@@ -21,6 +21,7 @@ from blindvalm_jax.config import Config, DecoderConfig, MeshConfig, OptimizerCon
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.models import initializers, transformer
 from blindvalm_jax.models.decoder import Decoder
+from blindvalm_jax.objectives import language, language_model
 from tests import small_models
 
 ONE = MeshConfig(data=1)
@@ -67,7 +68,7 @@ def sharded_parts(config: MeshConfig) -> tuple[Any, Any, Any]:
     def init_tower(key: jax.Array) -> Any:
         tokens, starts = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
         assert model.tower is not None
-        return model.tower.init(key, tokens, starts, readout="token")["params"]
+        return {"tower": model.tower.init(key, tokens, starts, readout="token")["params"]}
 
     key = jax.random.key(0)
     state = partitioning.shardings(jax.eval_shape(init, key), mesh)
@@ -83,15 +84,14 @@ def compiled(config: MeshConfig, microbatches: int) -> tuple[Any, Any, Any, Any]
     params = small_models.decoder_params(model.decoder)
     state = step.TrainState(np.zeros((), np.int32), params, optimizer.init(params))  # type: ignore[arg-type]
     state = jax.device_put(state, state_shardings)
-    frozen = jax.device_put(small_models.tower_params(), frozen_shardings)
+    frozen = jax.device_put({"tower": small_models.tower_params()}, frozen_shardings)
     batch = placed_batch(mesh)
     run = functools.partial(
         step.train_step,
-        model=model,
+        model=dataclasses.replace(model, microbatches=microbatches),
         optimizer=optimizer,
         rate=optim.schedule(OPTIMIZER, steps=STEPS),
         seed=0,
-        microbatches=microbatches,
     )
     rows = partitioning.batch_sharding(mesh)
     with partitioning.use(mesh):
@@ -189,7 +189,7 @@ def test_what_only_fsdp_splits_may_stay_whole_without_it() -> None:
     mesh = mesh_of(MeshConfig(data=4, fsdp=1, tensor=2))
     optimizer = optim.make(OPTIMIZER, steps=5)
     planned = compilation.abstract_state(small_models.blind_model(learned), optimizer, mesh)
-    tower = compilation.abstract_tower(small_models.TOWER, Config(), mesh)
+    tower = language.abstract_tower(small_models.TOWER, Config(), mesh)
     for tree in (planned.params, tower):
         assert unsharded_share(tree) > partitioning.UNSHARDED_LIMIT
         partitioning.check_sharded(tree, mesh)
@@ -211,7 +211,7 @@ def test_the_paper_s_model_is_split_on_every_mesh(config: MeshConfig) -> None:
         fusion_layers=(10,),
         memory_width=768,
     )
-    boxed = jax.eval_shape(step.Model(decoder).init, jax.random.key(0))
+    boxed = jax.eval_shape(language_model.Model(decoder).init, jax.random.key(0))
     mesh = mesh_of(config)
     placed = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

@@ -18,6 +18,7 @@ from blindvalm_jax import optim, step
 from blindvalm_jax.config import OptimizerConfig
 from blindvalm_jax.grounding import text
 from blindvalm_jax.models.clip import TextTower
+from blindvalm_jax.objectives import language_model
 from tests import small_models
 
 # A rate and an epsilon at which a rounding error of a gradient stays one in the parameters: with
@@ -36,19 +37,18 @@ def quick_compilation() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def frozen() -> Any:
-    return small_models.tower_params()
+    return {"tower": small_models.tower_params()}
 
 
 @functools.cache
-def updater(model: step.Model, *, microbatches: int = 1, seed: int = 0) -> Any:
+def updater(model: language_model.Model, *, microbatches: int = 1, seed: int = 0) -> Any:
     return jax.jit(
         functools.partial(
             step.train_step,
-            model=model,
+            model=dataclasses.replace(model, microbatches=microbatches),
             optimizer=optim.make(OPTIMIZER, steps=10),
             rate=optim.schedule(OPTIMIZER, steps=10),
             seed=seed,
-            microbatches=microbatches,
         )
     )
 
@@ -58,7 +58,7 @@ def state_of(params: Any) -> step.TrainState:
     return step.TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
 
 
-def params_of(model: step.Model) -> Any:
+def params_of(model: language_model.Model) -> Any:
     return small_models.decoder_params(model.decoder)
 
 
@@ -119,7 +119,7 @@ def test_chunks_of_the_loss_change_neither_value_nor_gradient(frozen: Any, chunk
     plain = small_models.blind_model()
     params = params_of(plain)
 
-    def run(model: step.Model) -> Any:
+    def run(model: language_model.Model) -> Any:
         def mean(params: Any) -> Any:
             sums = model.loss(params, frozen, batch)
             return sums.loss / sums.weight
@@ -172,7 +172,7 @@ def test_updates_lower_the_loss_and_report_their_norms(frozen: Any) -> None:
 
 
 def test_a_plain_decoder_reports_no_grounding() -> None:
-    model = step.Model(small_models.decoder())
+    model = language_model.Model(small_models.decoder())
     batch = dataclasses.replace(small_models.blind_batch(), tower=None)
     assert model.features(None, batch) is None
     state = state_of(params_of(model))
@@ -213,8 +213,8 @@ def test_evaluation_has_no_dropout_and_adds_up(frozen: Any) -> None:
     batch, params = small_models.blind_batch(), params_of(still)
 
     @functools.partial(jax.jit, static_argnames="model")
-    def evaluate(batch: step.Batch, *, model: step.Model) -> step.Sums:
-        return step.eval_step(params, frozen, batch, model=model)
+    def evaluate(batch: language_model.Batch, *, model: language_model.Model) -> language_model.Sums:
+        return model.loss(params, frozen, batch)
 
     whole = evaluate(batch, model=wild)
     assert_close(whole, evaluate(batch, model=still), atol=0)
@@ -282,7 +282,7 @@ def test_every_product_of_an_update_is_computed_in_its_dtype(
         dtype=jnp.dtype(dtype),
     )
     tower = TextTower(small_models.TOWER, dtype=jnp.dtype(dtype))
-    model = step.Model(decoder, tower, loss_chunk=chunk)
+    model = language_model.Model(decoder, tower, loss_chunk=chunk)
     state = state_of(params_of(model))
     update = updater(model, microbatches=2)
     found = list(operand_dtypes(jax.make_jaxpr(update)(state, frozen, small_models.blind_batch())))

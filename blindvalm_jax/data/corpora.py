@@ -107,7 +107,7 @@ class TfdsSource:
         return [{**about, "files": [vars(found) for found in hashes]}]
 
     def _open(self) -> tuple[Any, Any]:
-        return _open_tfds(self.name, self.split, self.data_dir)
+        return open_tfds(self.name, self.split, self.data_dir)
 
 
 Source = FileSource | TfdsSource
@@ -192,7 +192,7 @@ def tfds_documents(
     Raises:
       UserError: the dataset is neither prepared nor preparable here, or has no such split or field.
     """
-    _, examples = _open_tfds(name, split, data_dir)
+    _, examples = open_tfds(name, split, data_dir)
     empty = True
     for index in range(len(examples)):
         example = examples[index]
@@ -219,7 +219,7 @@ def tfds_documents(
         raise UserError(f"no document with text in TFDS {name}, split {split}")
 
 
-def _open_tfds(name: str, split: str, data_dir: str) -> tuple[Any, Any]:
+def open_tfds(name: str, split: str, data_dir: str) -> tuple[Any, Any]:
     # Imported here: it takes seconds, and most runs read files.
     import tensorflow_datasets as tfds
 

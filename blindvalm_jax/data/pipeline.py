@@ -81,12 +81,37 @@ def batches(
     Raises:
       UserError: `batch_size` is not a multiple of `process_count`.
     """
+    rows = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
+    return block_iterator(
+        rows.map(functools.partial(_row, tower=tower)),
+        batch_size=batch_size,
+        start_step=start_step,
+        process_index=process_index,
+        process_count=process_count,
+        threads=threads,
+        batches_ahead=batches_ahead,
+    )
+
+
+def block_iterator(
+    rows: grain.MapDataset,
+    *,
+    batch_size: int,
+    start_step: int,
+    process_index: int,
+    process_count: int,
+    threads: int = _THREADS,
+    batches_ahead: int = _BATCHES_AHEAD,
+) -> Batches:
+    """Batches of an endless dataset of rows, those of this process, read ahead in threads.
+
+    Raises:
+      UserError: `batch_size` is not a multiple of `process_count`.
+    """
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
             f"train.batch_size {batch_size} is not a multiple of the {process_count} processes"
         )
-    rows = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
-    rows = rows.map(functools.partial(_row, tower=tower))
     # Blocks of all processes, in order; only those of this process are ever read.
     blocks = rows.batch(batch_size // process_count, drop_remainder=True)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=batches_ahead)

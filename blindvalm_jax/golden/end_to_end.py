@@ -16,6 +16,7 @@ from blindvalm_jax.golden import parts
 from blindvalm_jax.golden.case import FEATURE, GRADIENT, OUTPUT, RATE, Case, Check
 from blindvalm_jax.grounding.retrieval import exact_search
 from blindvalm_jax.interop import fairseq
+from blindvalm_jax.objectives import language_model
 
 _PAD = 1
 
@@ -28,13 +29,14 @@ def end_to_end(case: Case) -> Iterator[Check]:
         tokens_BT, targets_BT = jnp.asarray(arrays["tokens"]), jnp.asarray(arrays["targets"])
         vocab = lm["vocab"]
     decoder, params = parts.build_decoder(case, lm)
-    tower, frozen = parts.build_tower(case, clip)
+    tower, tower_params = parts.build_tower(case, clip)
+    frozen = {"tower": tower_params}
     inputs = parts.tower_input(reference_clip_ids(arrays["tokens"]))
     yield parts.segment_check(case, inputs)
-    z_BTKE = parts.features(tower, frozen, inputs)
+    z_BTKE = parts.features(tower, tower_params, inputs)
     yield case.check("features", z_BTKE[:, :, 0], arrays["out/features"], FEATURE)
     weights_BT = (targets_BT != _PAD).astype(jnp.float32)
-    batch = step.Batch(tokens_BT, targets_BT, weights_BT, tower=inputs)
+    batch = language_model.Batch(tokens_BT, targets_BT, weights_BT, tower=inputs)
     if "dstore/keys" in arrays:
         with case.building():
             keys, neighbours = jnp.asarray(arrays["dstore/keys"]), lm["K"]
@@ -42,12 +44,12 @@ def end_to_end(case: Case) -> Iterator[Check]:
         yield case.check("neighbours", index, arrays["out/knn_index"], 0.0)
         yield case.check("neighbours' scores", scores, arrays["out/knn_score"], FEATURE)
         z_BTKE = keys[index]
-        batch = step.Batch(tokens_BT, targets_BT, weights_BT, z_BTKE=z_BTKE)
+        batch = language_model.Batch(tokens_BT, targets_BT, weights_BT, z_BTKE=z_BTKE)
 
-    model = step.Model(decoder, tower)
+    model = language_model.Model(decoder, tower)
     logits_BTV = jax.jit(decoder.apply)({"params": params}, tokens_BT, z_BTKE, tokens_BT != _PAD)
     yield case.check("logits", logits_BTV[..., :vocab], arrays["out/logits"], OUTPUT)
-    nll_BT = step.cross_entropy(logits_BTV, targets_BT)
+    nll_BT = language_model.cross_entropy(logits_BTV, targets_BT)
     yield case.check("token losses", nll_BT * weights_BT, arrays["out/nll"] * weights_BT, OUTPUT)
     sums = jax.jit(model.loss)(params, frozen, batch)
     mean = sums.loss / sums.weight
@@ -62,7 +64,7 @@ def reference_clip_ids(tokens: np.ndarray) -> np.ndarray:
 
 
 def _gradients(
-    case: Case, model: step.Model, params: Any, frozen: Any, batch: step.Batch
+    case: Case, model: language_model.Model, params: Any, frozen: Any, batch: language_model.Batch
 ) -> Iterator[Check]:
     """Gradients of the summed loss, as tensors where stored and as norms for every tensor."""
     with case.building():
@@ -95,7 +97,7 @@ def largest_ratio(differences: np.ndarray, sizes: np.ndarray) -> float:
 
 
 def _updates(
-    case: Case, model: step.Model, params: Any, frozen: Any, batch: step.Batch
+    case: Case, model: language_model.Model, params: Any, frozen: Any, batch: language_model.Batch
 ) -> Iterator[Check]:
     """The reference trainer's updates on one batch, by the train step itself."""
     arrays = case.arrays

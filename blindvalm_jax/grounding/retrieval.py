@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+# queries [B, T, E] and keys [M, E], or None where they are kept elsewhere -> vectors [B, T, K, E]
+Search = Callable[[Array, Array | None], Array]
 
 
 def exact_search(queries_BTE: Array, keys_ME: Array, *, neighbours: int) -> tuple[Array, Array]:

@@ -1,0 +1,277 @@
+"""Images with captions, from a folder or a TFDS dataset, by number.
+
+A folder holds `captions.jsonl`, one object a line: {"image": "a/b.png", "caption": "..."}, or
+"captions" with a list. TFDS datasets are read as ArrayRecord, without TensorFlow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+from blindvalm_jax.config import DataConfig
+from blindvalm_jax.data.corpora import open_tfds
+from blindvalm_jax.data.file_hashes import file_hashes, readable
+from blindvalm_jax.errors import UserError, first_line
+
+CAPTIONS_FILE = "captions.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Captioned:
+    """An image uint8 [H, W, 3] with its captions; id: its name within the source."""
+
+    id: str
+    image: np.ndarray
+    captions: tuple[str, ...]
+
+
+class ImageSource(Protocol):
+    """Images with captions; `source[i]` is a `Captioned`."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def __getitem__(self, index: int) -> Captioned:
+        """One of them, decoded."""
+
+    def describe(self) -> dict[str, Any]:
+        """What it holds, by contents and not by place; equal descriptions mean equal items."""
+
+
+def fingerprint(source: ImageSource) -> str:
+    """sha256 in hex over what a source holds."""
+    return hashlib.sha256(json.dumps(source.describe(), sort_keys=True).encode()).hexdigest()
+
+
+class FolderImages:
+    """Images named by the captions.jsonl of a folder."""
+
+    def __init__(self, folder: str | Path, *, digests: Path | None = None) -> None:
+        """Reads the captions; digests: a file that keeps the hashes of images.
+
+        Raises:
+          UserError: a line is wrong (file and line), or an image is missing.
+        """
+        self._folder = Path(folder).expanduser()
+        self._digests = digests
+        path = self._folder / CAPTIONS_FILE
+        if not path.is_file():
+            raise UserError(f"{path} is missing: a folder of images needs it (see data.images)")
+        with readable(path):
+            lines = path.read_bytes().splitlines()
+        numbered = [(n, line) for n, line in enumerate(lines, start=1) if line.strip()]
+        self._items = [_item(f"{path}:{number}", line) for number, line in numbered]
+        if not self._items:
+            raise UserError(f"{path} holds no caption")
+        for (number, _), (name, _) in zip(numbered, self._items, strict=True):
+            if not (self._folder / name).is_file():
+                raise UserError(f"{path}:{number}: there is no image {self._folder / name}")
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> Captioned:
+        """One of them, decoded.
+
+        Raises:
+          UserError: the file is no image.
+        """
+        name, captions = self._items[index]
+        path = self._folder / name
+        try:
+            with PIL.Image.open(path) as image:
+                return Captioned(name, _rgb(image), captions)
+        except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
+            raise UserError(f"{path} cannot be read as an image: {first_line(error)}") from error
+
+    def describe(self) -> dict[str, Any]:
+        """Captions, and size and SHA-256 of every image."""
+        return self._description
+
+    @functools.cached_property
+    def _description(self) -> dict[str, Any]:
+        names = [self._folder / name for name, _ in self._items]
+        hashes = file_hashes(names, known=self._digests)
+        return {"captions": self._items, "images": [vars(found) for found in hashes]}
+
+
+class TfdsImages:
+    """A split of a TFDS dataset; fields may lie inside others: "captions/text"."""
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        data_dir: str,
+        *,
+        image_field: str,
+        caption_field: str,
+        digests: Path | None = None,
+    ) -> None:
+        """Opens the dataset.
+
+        Raises:
+          UserError: it is neither prepared nor preparable here, or has no such split or field.
+        """
+        self._name, self._split, self._digests = name, split, digests
+        self._fields = image_field, caption_field
+        self._builder, self._examples = open_tfds(name, split, data_dir)
+        self[0]  # finds a wrong field before anything is computed
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Captioned:
+        """One of them, decoded."""
+        example = self._examples[index]
+        image = self._field(example, self._fields[0], "data.image_field")
+        if image.ndim != 3 or image.dtype != np.uint8 or image.shape[2] not in (1, 3):
+            raise UserError(
+                f"TFDS {self._name}: field {self._fields[0]!r} must be uint8 [H, W, 3] or "
+                f"[H, W, 1], got {image.dtype} {list(image.shape)}"
+            )
+        if image.shape[2] == 1:
+            image = np.repeat(image, 3, axis=2)
+        values = np.atleast_1d(self._field(example, self._fields[1], "data.caption_field"))
+        captions = tuple(x.decode() if isinstance(x, bytes) else str(x) for x in values.tolist())
+        return Captioned(f"{self._split}:{index}", image, captions)
+
+    def describe(self) -> dict[str, Any]:
+        """Name, split and fields, and size and SHA-256 of the files."""
+        return self._description
+
+    @functools.cached_property
+    def _description(self) -> dict[str, Any]:
+        info = self._builder.info
+        paths = [Path(path) for path in info.splits[self._split].filepaths]
+        hashes = file_hashes(paths, known=self._digests)
+        return {
+            "tfds": info.full_name,
+            "split": self._split,
+            "fields": self._fields,
+            "files": [vars(found) for found in hashes],
+        }
+
+    def _field(self, example: Any, path: str, setting: str) -> np.ndarray:
+        """What a path of names leads to; a list of structures is a structure of lists."""
+        value = example
+        for part in path.split("/"):
+            if isinstance(value, Sequence) and value and isinstance(value[0], dict):
+                value = {key: [entry[key] for entry in value] for key in value[0]}
+            if not isinstance(value, dict) or part not in value:
+                has = ", ".join(sorted(value)) if isinstance(value, dict) else "no fields"
+                raise UserError(
+                    f"TFDS {self._name} has no field {path!r} ({setting}); {part!r} is looked for "
+                    f"among: {has}"
+                )
+            value = value[part]
+        return np.asarray(value)
+
+
+class Part:
+    """Some images of a source."""
+
+    def __init__(self, source: ImageSource, numbers: np.ndarray) -> None:
+        """numbers: int [n], which."""
+        self._source, self._numbers = source, numbers
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Captioned:
+        """One of them, decoded."""
+        return self._source[int(self._numbers[index])]
+
+    def describe(self) -> dict[str, Any]:
+        """The source, and which of it."""
+        chosen = hashlib.sha256(np.ascontiguousarray(self._numbers, "<i8").tobytes())
+        return {**self._source.describe(), "part": chosen.hexdigest()}
+
+
+def open_sources(
+    data: DataConfig, *, digests: Path | None = None
+) -> tuple[ImageSource, ImageSource | None]:
+    """Images to learn from and held-out ones, as settings name them (None: none held out).
+
+    Raises:
+      UserError: there are none, or they cannot be read.
+    """
+
+    def tfds(split: str) -> TfdsImages:
+        return TfdsImages(
+            data.tfds,
+            split,
+            data.tfds_dir,
+            image_field=data.image_field,
+            caption_field=data.caption_field,
+            digests=digests,
+        )
+
+    if data.images:
+        source: ImageSource = FolderImages(data.images, digests=digests)
+    elif data.tfds:
+        source = tfds(data.tfds_split)
+    else:
+        raise UserError("there are no images: set data.images or data.tfds")
+    if data.eval_images:
+        return source, FolderImages(data.eval_images, digests=digests)
+    if data.tfds_eval_split:
+        return source, tfds(data.tfds_eval_split)
+    if not data.eval_fraction:
+        return source, None
+    if len(source) < 2:
+        raise UserError("one image cannot be split in two: name held-out ones (data.eval_images)")
+    order = np.random.default_rng(0).permutation(len(source))
+    held = min(max(1, round(len(source) * data.eval_fraction)), len(source) - 1)
+    return Part(source, np.sort(order[held:])), Part(source, np.sort(order[:held]))
+
+
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """The middle square of an image at size x size: CLIP's resize (bicubic) and crop; uint8."""
+    height, width = image.shape[:2]
+    if (height, width) == (size, size):
+        return image
+    scale = size / min(height, width)
+    new = (max(size, round(width * scale)), max(size, round(height * scale)))
+    scaled = PIL.Image.fromarray(image).resize(new, PIL.Image.Resampling.BICUBIC)
+    left, top = (new[0] - size) // 2, (new[1] - size) // 2
+    return np.asarray(scaled.crop((left, top, left + size, top + size)))
+
+
+def _rgb(image: PIL.Image.Image) -> np.ndarray:
+    """Three channels, a photograph's turn applied, transparency on black as PIL drops it."""
+    return np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def _item(where: str, line: bytes) -> tuple[str, tuple[str, ...]]:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON: {first_line(error)}") from error
+    captions = None
+    if isinstance(entry, dict):
+        captions = entry.get("captions", entry.get("caption"))
+    captions = [captions] if isinstance(captions, str) else captions
+    if (
+        not isinstance(entry.get("image") if isinstance(entry, dict) else None, str)
+        or not isinstance(captions, list)
+        or not captions
+        or not all(isinstance(caption, str) and caption.strip() for caption in captions)
+    ):
+        raise UserError(
+            f'{where}: expected {{"image": FILE, "caption": TEXT}} or "captions": [TEXT, ...]'
+        )
+    return entry["image"], tuple(captions)

@@ -1,0 +1,100 @@
+"""Batches of images with captions, as a pure function of (seed, step)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from blindvalm_jax.data import images
+from blindvalm_jax.data.images import Captioned, ImageSource
+from blindvalm_jax.data.pipeline import Batch, Batches, block_iterator, eval_order
+from blindvalm_jax.data.tokenizers import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Turns an image with captions into a row: image uint8 [S, S, 3], tokens int32 [C - 1], length.
+
+    tokens: a caption's own ids, cut to C - 2, and the end token right behind them at `length`; what
+    follows is the end token too. size: S, context: C, end_id: the tower's end token.
+    """
+
+    tokenizer: Tokenizer
+    size: int
+    context: int
+    end_id: int
+
+    def __call__(self, item: Captioned, caption: str) -> Batch:
+        """The row of an image and one of its captions."""
+        ids = self.tokenizer.encode(caption)[: self.context - 2]
+        tokens = np.full(self.context - 1, self.end_id, np.int32)
+        tokens[: len(ids)] = ids
+        return {
+            "images": images.resize(item.image, self.size),
+            "tokens": tokens,
+            "length": np.int32(len(ids)),
+        }
+
+
+class _Draw(grain.transforms.RandomMap):
+    """A row with one of the captions, drawn anew each time the image comes."""
+
+    def __init__(self, read: Reader) -> None:
+        self._read = read
+
+    def random_map(self, element: Captioned, rng: np.random.Generator) -> Batch:
+        """The row of an image."""
+        return self._read(element, element.captions[rng.integers(len(element.captions))])
+
+
+def batches(
+    source: ImageSource,
+    read: Reader,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Shuffled batches from `start_step` on, for ever; every epoch has an order of its own.
+
+    Rows: images uint8 [b, S, S, 3], tokens int32 [b, C - 1], length int32 [b].
+
+    Raises:
+      UserError: `batch_size` is not a multiple of `process_count`.
+    """
+    rows = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(_Draw(read))
+    return block_iterator(
+        rows,
+        batch_size=batch_size,
+        start_step=start_step,
+        process_index=process_index,
+        process_count=process_count,
+    )
+
+
+def eval_batches(
+    source: ImageSource,
+    read: Reader,
+    *,
+    batch_size: int,
+    limit: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[tuple[Batch, int]]:
+    """`limit` images (0: all) once each with their first caption, and how many of a batch count.
+
+    The last batch is filled up from the beginning; what fills it does not count.
+    """
+    chosen = eval_order(len(source), limit)
+    block = batch_size // process_count
+    for first in range(0, len(chosen), batch_size):
+        places = first + process_index * block + np.arange(block)
+        items = [source[int(chosen[place % len(chosen)])] for place in places]
+        rows = [read(item, item.captions[0]) for item in items]
+        stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        yield stacked, min(batch_size, len(chosen) - first)

@@ -1,0 +1,226 @@
+"""The language-model objective: windows of text, a frozen tower, and a decoder that is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from blindvalm_jax import config, flops, partitioning, runs, system
+from blindvalm_jax.console import say
+from blindvalm_jax.data import pipeline, prepared
+from blindvalm_jax.data.windows import Windows
+from blindvalm_jax.grounding.text import TowerInput
+from blindvalm_jax.models.clip import TextTower, TowerConfig
+from blindvalm_jax.objectives.language_model import Batch, Model, Sums
+from blindvalm_jax.objectives.objective import Scalars
+
+
+class Language:
+    """A decoder on windows of text, grounded or not (see `objective.Objective`)."""
+
+    unit, trained = "tokens", "decoder"
+
+    def __init__(
+        self, settings: config.Config, workdir: Path, mesh: Mesh, *, resuming: bool
+    ) -> None:
+        """Reads the tower, if any, and the windows, and checks them against each other."""
+        self._settings, self._workdir, self._mesh = settings, workdir, mesh
+        system.check_tower_name(settings, workdir, resuming=resuming)
+        tower = system.read_tower(settings, workdir if resuming else None)
+        partitioning.check_divisible(settings, mesh, None if tower is None else tower.config)
+        directory = prepared.ensure_prepared(
+            settings,
+            workdir,
+            tower_context=system.tower_context(settings, tower),
+            stored_tower=workdir / "tower" if resuming else None,
+        )
+        self._windows = Windows(directory, "train")
+        self._held_out = Windows(directory, "eval") if settings.eval.every_steps else None
+        self._vocabulary = self._windows.manifest.tokenizer
+        self._tower = system.prepare_tower(
+            settings, tower, vocabulary=self._windows.manifest.tower_record, resuming=resuming
+        )
+        shape = None if self._tower is None else self._tower.config
+        partitioning.check_divisible(settings, mesh, shape)
+        self.model: Model = system.build(
+            settings,
+            vocab_size=self._vocabulary.vocab_size,
+            tower=self._tower,
+            platform=jax.devices()[0].platform,
+        )
+        self.units_per_row = settings.data.sequence_length
+        self._evaluate = jax.jit(self.model.loss)
+        say(
+            f"text: {len(self._windows)} windows of {settings.data.sequence_length} tokens "
+            f"({directory})"
+        )
+        if len(self._windows) < settings.train.batch_size:
+            rows = settings.train.batch_size
+            say(f"note: so few windows are repeated within a batch of {rows} rows")
+        if self._tower is not None:
+            say(f"tower: {self._tower.source}, {_describe_grounding(settings)}")
+
+    def abstract_frozen(self) -> dict[str, Any]:
+        """Shapes and shardings of the tower; its matrices are kept in the dtype they compute in."""
+        if self._tower is None:
+            return {}
+        return {"tower": abstract_tower(self._tower.config, self._settings, self._mesh)}
+
+    def place_frozen(self, like: Mapping[str, Any], *, resuming: bool) -> dict[str, Any]:
+        """The tower on the devices, as `like` describes it; a new run stores it."""
+        if self._tower is None:
+            return {}
+        placed = place_tower(self._tower, like["tower"])
+        if not resuming:
+            aligned = self._windows.manifest.aligned
+            own = self._windows.directory / "tower_tokenizer" if aligned else None
+            system.store_tower(self._tower, self._workdir, tokenizer=own)
+        self._tower = dataclasses.replace(self._tower, params=None)  # one copy is enough
+        return {"tower": placed}
+
+    def read_start(self, shapes: Any) -> system.Start | None:
+        """Weights that the decoder starts from, if settings name some."""
+        init_from = self._settings.train.init_from
+        if not init_from:
+            return None
+        start = system.read_start(shapes, self.model.decoder, init_from, self._vocabulary)
+        say(
+            f"starts from {init_from}; fresh: {', '.join(start.fresh) or 'nothing'}; "
+            f"left out: {', '.join(start.dropped) or 'nothing'}"
+        )
+        return start
+
+    def abstract_batch(self) -> Batch:
+        """Shapes and shardings of a batch."""
+        rows = next(iter(pipeline.eval_batches(self._windows, **self._reading(1), limit=1)))
+        size = self._settings.train.batch_size
+        sharding = partitioning.batch_sharding(self._mesh)
+        shapes = {
+            name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=sharding)
+            for name, x in rows.items()
+        }
+        return make_batch(shapes)
+
+    def batches(self, start_step: int) -> pipeline.Batches:
+        """Shuffled windows from a step on."""
+        settings = self._settings
+        return pipeline.batches(
+            self._windows,
+            **self._reading(settings.train.batch_size, processes=True),
+            seed=settings.seed,
+            start_step=start_step,
+        )
+
+    def to_device(self, rows: Mapping[str, Any]) -> Batch:
+        """This process's rows as arrays of the global batch."""
+        return to_device(rows, self._mesh)
+
+    def evaluate(self, params: Any, frozen: Mapping[str, Any]) -> Scalars:
+        """Loss over the held-out windows, without dropout."""
+        if self._held_out is None:
+            raise ValueError("evaluation without held-out windows")
+        train = self._settings.train
+        rows = pipeline.eval_batches(
+            self._held_out,
+            **self._reading(train.batch_size // train.microbatches, processes=True),
+            limit=self._settings.eval.windows,
+        )
+        zero = jnp.zeros(())
+        total = Sums(zero, zero, zero)
+        with partitioning.use(self._mesh):
+            for batch in rows:
+                total += self._evaluate(params, frozen, self.to_device(batch))
+        loss = float(total.loss) / float(total.weight)
+        return {"eval/loss": loss, "eval/perplexity": float(np.exp(loss))}
+
+    def describe(self, batch: Batch) -> dict[str, Any]:
+        """Tokenizer, data, tower, kernels and cost."""
+        manifest, tower = self._windows.manifest, self._tower
+        cost = flops.per_token(
+            self._settings,
+            vocab_size=manifest.tokenizer.vocab_size,
+            tower=None if tower is None else tower.config,
+            tower_length=0 if batch.tower is None else batch.tower.tokens_BS.shape[1],
+        )
+        grounding = None
+        if tower is not None:
+            projection = tower.config.projection
+            grounding = {"source": tower.source, "sha256": tower.sha256, "projection": projection}
+        return {
+            "kernels": {"attention": self.model.decoder.kernel, "fusion": "xla", "tower": "xla"},
+            "flops_per_token": {**dataclasses.asdict(cost), "total": cost.total},
+            "tokenizer": dataclasses.asdict(manifest.tokenizer),
+            "data": {
+                "key": manifest.key,
+                "directory": str(self._windows.directory.resolve()),
+                "train_windows": len(self._windows),
+            },
+            "tower": grounding,
+        }
+
+    def resolved(self) -> config.Config:
+        """The settings with vocabulary, mesh and layers filled in."""
+        return config.resolve(
+            self._settings, vocab_size=self._vocabulary.vocab_size, mesh=self._mesh.shape
+        )
+
+    def _reading(self, batch_size: int, *, processes: bool = False) -> dict[str, Any]:
+        """What every reading of windows shares."""
+        options: dict[str, Any] = {"batch_size": batch_size, "tower": self.model.tower is not None}
+        if processes:
+            options |= runs.processes()
+        return options
+
+
+def abstract_tower(shape: TowerConfig, settings: config.Config, mesh: Mesh) -> Any:
+    """Shapes and shardings of a text tower's parameters, matrices in the dtype they compute in."""
+    tokens_BS = jnp.zeros((1, 1), jnp.int32)
+
+    def init(key: jax.Array) -> Any:
+        return TextTower(shape).init(key, tokens_BS, tokens_BS == 0, readout="token")["params"]
+
+    def cast(path: Any, x: Any) -> Any:
+        matrix = path[-1].key in ("kernel", "text_projection")
+        dtype = jnp.dtype(settings.grounding.dtype) if matrix else x.dtype
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+
+    return jax.tree_util.tree_map_with_path(cast, partitioning.abstract(init, mesh))
+
+
+def place_tower(tower: system.Tower, like: Any) -> Any:
+    """The tower's parameters on the devices, as `abstract_tower` describes them."""
+    return jax.tree.map(
+        lambda x, to: jax.device_put(np.asarray(x).astype(to.dtype), to.sharding),
+        tower.params,
+        like,
+    )
+
+
+def to_device(rows: Mapping[str, Any], mesh: Mesh) -> Batch:
+    """A process's rows as arrays of the global batch."""
+    return make_batch({name: partitioning.put_rows(x, mesh) for name, x in rows.items()})
+
+
+def make_batch(arrays: Mapping[str, Any]) -> Batch:
+    """A batch from the arrays that the pipeline names."""
+    tower = None
+    if "tower_tokens" in arrays:
+        index = arrays.get("tower_index")
+        tower = TowerInput(arrays["tower_tokens"], arrays["tower_starts"], index)
+    return Batch(
+        arrays["tokens"], arrays["targets"], arrays["weights"], tower, arrays.get("features")
+    )
+
+
+def _describe_grounding(settings: config.Config) -> str:
+    """The grounding in a few words."""
+    grounding = settings.grounding
+    control = "" if grounding.control == "none" else f", control: {grounding.control}"
+    return f"read out at {grounding.readout}, {grounding.segments} segments{control}"
