@@ -135,6 +135,7 @@ def worker(variant: str) -> None:
     from blindvalm_jax import compilation, flops, optim, partitioning, presets, runs, system
     from blindvalm_jax.config import default, parse
     from blindvalm_jax.models.clip import TowerConfig
+    from blindvalm_jax.objectives import language
 
     settings_dict = presets.variant(presets.paper(default(), "small"), variant)
     settings_dict.train.batch_size = _ROWS.value
@@ -152,9 +153,10 @@ def worker(variant: str) -> None:
     model = system.build(settings, vocab_size=vocab_size, tower=tower, platform=platform_name)
     optimizer = optim.make(settings.optimizer, steps=settings.train.steps)
     state = compilation.init_state(model, optimizer, seed=0, mesh=mesh)
-    frozen = None
+    frozen = {}
     if tower is not None:
-        frozen = compilation.place_tower(tower, compilation.abstract_tower(shape, settings, mesh))
+        like = language.abstract_tower(shape, settings, mesh)
+        frozen = {"tower": language.place_tower(tower, like)}
     rng = np.random.default_rng(0)
     size = (_ROWS.value, _LENGTH.value)
     tokens = rng.integers(4, vocab_size, size, dtype=np.int32)
@@ -168,7 +170,7 @@ def worker(variant: str) -> None:
         starts = rng.random(size) < 1 / _SEGMENT
         starts[:, :: _SEGMENT * 2] = True  # none longer than the tower reads
         rows["tower_starts"] = starts
-    batch = compilation.to_device(rows, mesh)
+    batch = language.to_device(rows, mesh)
     update = compilation.make_update(settings, model, optimizer)
     compiled = compilation.compile_step(update, state, frozen, batch, mesh)
     cost = flops.per_token(

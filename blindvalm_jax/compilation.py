@@ -48,9 +48,7 @@ def make_update(settings: Config, model: step.Model, optimizer: Any) -> Any:
     )
 
 
-def compile_step(
-    update: Any, state: step.TrainState, frozen: Any, batch: Any, mesh: Mesh
-) -> Any:
+def compile_step(update: Any, state: step.TrainState, frozen: Any, batch: Any, mesh: Mesh) -> Any:
     """Compiles an update ahead of time; the state's memory is reused for the next state."""
     placed = jax.tree.map(lambda x: x.sharding, state)
     jitted = jax.jit(

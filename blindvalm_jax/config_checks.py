@@ -101,7 +101,7 @@ def _check_grounding(config: Config) -> None:
 
 
 def _check_contrastive(config: Config) -> None:
-    image, text, train = config.clip.image, config.clip.text, config.train
+    image, train = config.clip.image, config.train
     if config.data.files or config.data.windows:
         raise UserError(
             "train.objective=contrastive learns from images with captions: set data.images or "
@@ -114,10 +114,6 @@ def _check_contrastive(config: Config) -> None:
         )
     if train.batch_size < 2:
         raise UserError("train.objective=contrastive needs a train.batch_size of at least 2")
-    if text.width % text.heads:
-        raise UserError(
-            f"clip.text.width {text.width} is not a multiple of clip.text.heads {text.heads}"
-        )
     if config.clip.temperature_start > config.clip.temperature_cap:
         raise UserError(
             f"clip.temperature_start {config.clip.temperature_start:g} is above "

@@ -13,6 +13,7 @@ import dataclasses
 
 from blindvalm_jax.config import Config, fusion_layers
 from blindvalm_jax.models.clip import TowerConfig
+from blindvalm_jax.models.contrastive import ClipConfig
 
 # Dense bf16 TFLOP/s of one device, by the beginning of its `device_kind`; longest name first.
 PEAK_TFLOPS = {
@@ -78,6 +79,34 @@ def tower_forward(config: Config, tower: TowerConfig, tower_length: int) -> floa
     block = 8 * tower.width**2 + 4 * tower.width * tower.mlp_width + 4 * keys * tower.width
     read_out = (tower_length + 1) * 2 * tower.width * tower.projection
     return positions * tower.layers * block + read_out
+
+
+def per_pair(clip: ClipConfig) -> float:
+    """Training FLOPs of an image with its caption: 3 x the forward pass of both towers.
+
+    Attention counts all keys of the image tower, and half of the text tower's.
+    """
+    text, vision = clip.text, clip.vision
+    forward = text.context * _dense(text.layers, text.width, text.mlp_width, text.context / 2)
+    forward += 2.0 * text.context * text.width * text.projection
+    if vision.kind == "vit":
+        patches = (vision.image_size // vision.patch) ** 2
+        positions = patches + 1
+        forward += patches * 2.0 * 3 * vision.patch**2 * vision.width
+        forward += positions * _dense(vision.layers, vision.width, vision.mlp_width, positions)
+    else:
+        side, inputs = vision.image_size, 3
+        for outputs in vision.channels:
+            side = -(-side // 2)
+            forward += 2.0 * 9 * side**2 * inputs * outputs
+            inputs = outputs
+        forward += 2.0 * side**2 * inputs * vision.width
+    return 3 * (forward + 2.0 * vision.width * vision.projection)
+
+
+def _dense(layers: int, width: int, mlp_width: int, keys: float) -> float:
+    """Forward FLOPs of a position in a stack of blocks that sees so many keys."""
+    return layers * (8.0 * width**2 + 4.0 * width * mlp_width + 4.0 * keys * width)
 
 
 def peak_tflops(device_kind: str, override: float) -> float | None:

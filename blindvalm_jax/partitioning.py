@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from blindvalm_jax.config import Config, MeshConfig
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.models.clip import TowerConfig
+from blindvalm_jax.models.contrastive import ClipConfig
 
 RULES = (
     ("batch", ("data", "fsdp")),
@@ -89,6 +90,28 @@ def check_divisible(config: Config, mesh: Mesh, tower: TowerConfig | None) -> No
             (tower.heads, mesh.shape["tensor"], "the tower's heads", "mesh.tensor"),
             (tower.mlp_width, mesh.shape["tensor"], "the tower's MLP width", "mesh.tensor"),
         ]
+    _refuse_remainders(checks)
+
+
+def check_clip_divisible(config: Config, mesh: Mesh, clip: ClipConfig) -> None:
+    """Refuses batches and towers of a contrastive run that the mesh does not divide."""
+    rows, fsdp, tensor = (
+        mesh.shape["data"] * mesh.shape["fsdp"],
+        mesh.shape["fsdp"],
+        mesh.shape["tensor"],
+    )
+    checks = [
+        (config.train.batch_size, rows, "train.batch_size", "mesh.data x mesh.fsdp"),
+        (clip.text.width, fsdp, "clip.text.width", "mesh.fsdp"),
+        (clip.text.heads, tensor, "clip.text.heads", "mesh.tensor"),
+        (clip.vision.width, fsdp, "clip.image.width", "mesh.fsdp"),
+    ]
+    if clip.vision.kind == "vit":
+        checks.append((clip.vision.heads, tensor, "clip.image.heads", "mesh.tensor"))
+    _refuse_remainders(checks)
+
+
+def _refuse_remainders(checks: list[tuple[int, int, str, str]]) -> None:
     for size, divisor, name, axis in checks:
         if size % divisor:
             raise UserError(f"{name} is {size}, not a multiple of {axis} = {divisor}")

@@ -25,7 +25,13 @@ class Reporter:
     """Reports a run: losses, speed, memory share; `timer` counts the seconds of updates alone."""
 
     def __init__(
-        self, settings: Config, workdir: Path, *, first: int, unit: str, units_per_row: int,
+        self,
+        settings: Config,
+        workdir: Path,
+        *,
+        first: int,
+        unit: str,
+        units_per_row: int,
         flops_per_unit: float,
     ) -> None:
         """Opens metrics.jsonl; first: updates done before; unit: "tokens", "pairs"."""

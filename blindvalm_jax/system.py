@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blindvalm_jax.config import Config, fusion_layers
+from blindvalm_jax.config import Config, TextTowerConfig, fusion_layers
 from blindvalm_jax.data.manifest import TokenizerRecord
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import clip_text, weights
@@ -26,7 +26,7 @@ from blindvalm_jax.trees import flatten, unflatten
 _TOWER_KEY = 2**31  # no update's number, whose dropout key is folded in likewise
 # What the same parameters mean another function under.
 _FACE = ("positions", "embedding_scale", "activation", "norm_epsilon", "heads")
-_DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,10 @@ def prepare_tower(
     if grounding.source == "none":
         return None
     if tower is None or (grounding.control == "random_tower" and not resuming):
-        shape = _random_shape(config, vocabulary) if tower is None else tower.config
+        if tower is None:
+            shape = tower_shape(grounding.random, vocabulary, setting="grounding.random")
+        else:
+            shape = tower.config
         tower = fresh_tower(shape, seed=config.seed)
     if tower.config.start_id >= tower.config.vocab_size or (
         vocabulary.tower_vocab_size > tower.config.vocab_size
@@ -139,25 +142,30 @@ def fresh_tower(shape: TowerConfig, *, seed: int) -> Tower:
     )
 
 
-def _random_shape(config: Config, vocabulary: TokenizerRecord) -> TowerConfig:
-    random = config.grounding.random
-    if random.width % random.heads:
+def tower_shape(
+    shape: TextTowerConfig, vocabulary: TokenizerRecord, *, setting: str
+) -> TowerConfig:
+    """A text tower of this shape that reads these tokens; setting: the section the shape is from.
+
+    Raises:
+      UserError: the heads do not divide the width.
+    """
+    if shape.width % shape.heads:
         raise UserError(
-            f"grounding.random.width {random.width} is not a multiple of "
-            f"grounding.random.heads {random.heads}"
+            f"{setting}.width {shape.width} is not a multiple of {setting}.heads {shape.heads}"
         )
     entries = vocabulary.tower_vocab_size
     clip = vocabulary.kind == "clip"  # others have no start token: it gets a row of its own
     return TowerConfig(
-        layers=random.layers,
-        width=random.width,
-        heads=random.heads,
-        mlp_width=4 * random.width,
-        projection=random.projection,
-        context=random.context,
+        layers=shape.layers,
+        width=shape.width,
+        heads=shape.heads,
+        mlp_width=4 * shape.width,
+        projection=shape.projection,
+        context=shape.context,
         vocab_size=entries if clip else entries + 1,
         start_id=entries - 2 if clip else entries,
-        end_id=entries - 1 if clip else vocabulary.eos_id,
+        end_id=vocabulary.tower_end_id,
     )
 
 
@@ -183,7 +191,7 @@ def build(config: Config, *, vocab_size: int, tower: Tower | None, platform: str
             vocab_size=vocab_size,
             fusion_layers=fusion_layers(config),
             memory_width=0 if tower is None else tower.config.projection,
-            dtype=_DTYPES[train.dtype],
+            dtype=DTYPES[train.dtype],
             kernel=resolve_kernel(
                 train.attention,
                 platform=platform,
@@ -194,7 +202,7 @@ def build(config: Config, *, vocab_size: int, tower: Tower | None, platform: str
             remat=train.remat,
             scan_unroll=train.scan_unroll,
         ),
-        tower=None if tower is None else TextTower(tower.config, _DTYPES[config.grounding.dtype]),
+        tower=None if tower is None else TextTower(tower.config, DTYPES[config.grounding.dtype]),
         readout=readout,
         shuffled=config.grounding.control == "shuffled",
         loss_chunk=train.loss_chunk,

@@ -43,7 +43,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile, print the memory needed, and stop.")
 
 DIVERGED = 43
-_OBJECTIVES = {"language": Language, "contrastive": Contrastive}
+_OBJECTIVES: dict[str, type[Language | Contrastive]] = {
+    "language": Language,
+    "contrastive": Contrastive,
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -117,9 +120,7 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
                 state = dataclasses.replace(state, params=start.into(state.params))
         first = int(state.step)
         frozen = objective.place_frozen(frozen, resuming=resuming)
-        runs.write_record(
-            workdir, about, given=settings, resolved=objective.resolved(), step=first
-        )
+        runs.write_record(workdir, about, given=settings, resolved=objective.resolved(), step=first)
         runs.write_parameters(workdir, {objective.trained: state.params, **frozen})
         with objective.batches(first) as batches:
             return loop(

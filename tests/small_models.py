@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blindvalm_jax import step
 from blindvalm_jax.config import DecoderConfig, FusionConfig
 from blindvalm_jax.grounding.text import TowerInput
 from blindvalm_jax.models.clip import TextTower, TowerConfig
@@ -89,7 +88,7 @@ def quick_compilation() -> Iterator[None]:
 
 
 def blind_model(config: DecoderConfig = CONFIG, **fields: Any) -> language_model.Model:
-    """BLIND-VALM with the tower `TOWER`, fused in block 1; fields: those of `language_model.Model`."""
+    """BLIND-VALM with the tower `TOWER`, fused in block 1; fields: those of the `Model`."""
     fused = decoder(config, fusion_layers=(1,), memory_width=TOWER.projection)
     return language_model.Model(fused, TextTower(TOWER), **fields)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blindvalm_jax import compilation, config, step, system
+from blindvalm_jax import compilation, config, system
 from blindvalm_jax.config import DecoderConfig
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.models.clip import TextTower, TowerConfig

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blindvalm_jax import step
 from blindvalm_jax.config import FusionConfig
 from blindvalm_jax.grounding import segments, text
 from blindvalm_jax.models import attention, initializers
@@ -327,7 +326,8 @@ def grounded() -> Any:
         small_models.TOWER, vocab_size=49408, context=77, start_id=49406, end_id=49407
     )
     model = language_model.Model(fused(width=config.projection), TextTower(config))
-    return model, small_models.decoder_params(model.decoder), small_models.tower_params(config)
+    tower = {"tower": small_models.tower_params(config)}
+    return model, small_models.decoder_params(model.decoder), tower
 
 
 def run_rows(

@@ -174,7 +174,7 @@ def test_updates_lower_the_loss_and_report_their_norms(frozen: Any) -> None:
 def test_a_plain_decoder_reports_no_grounding() -> None:
     model = language_model.Model(small_models.decoder())
     batch = dataclasses.replace(small_models.blind_batch(), tower=None)
-    assert model.features(None, batch) is None
+    assert model.features({}, batch) is None
     state = state_of(params_of(model))
     _, metrics = jax.eval_shape(updater(model), state, None, batch)
     assert "train/grounding_attention" not in metrics
@@ -213,7 +213,9 @@ def test_evaluation_has_no_dropout_and_adds_up(frozen: Any) -> None:
     batch, params = small_models.blind_batch(), params_of(still)
 
     @functools.partial(jax.jit, static_argnames="model")
-    def evaluate(batch: language_model.Batch, *, model: language_model.Model) -> language_model.Sums:
+    def evaluate(
+        batch: language_model.Batch, *, model: language_model.Model
+    ) -> language_model.Sums:
         return model.loss(params, frozen, batch)
 
     whole = evaluate(batch, model=wild)

@@ -220,6 +220,11 @@ def tfds_documents(
 
 
 def open_tfds(name: str, split: str, data_dir: str) -> tuple[Any, Any]:
+    """Builder and random-access examples of a split kept as ArrayRecord.
+
+    Raises:
+      UserError: it is neither prepared nor preparable here, or has no such split.
+    """
     # Imported here: it takes seconds, and most runs read files.
     import tensorflow_datasets as tfds
 

@@ -42,6 +42,11 @@ class TokenizerRecord:
         """Entries of its own vocabulary, which a tower reads."""
         return self.vocab_size - self.lm_offset
 
+    @property
+    def tower_end_id(self) -> int:
+        """Own id that ends a text: CLIP's end token, or the separator of documents."""
+        return self.tower_vocab_size - 1 if self.kind == "clip" else self.eos_id
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shard:

@@ -89,8 +89,8 @@ class Recipe:
         return {
             "mode": "shared" if tower is None else "aligned",
             "sequence_length": self.sequence_length,
-            "tokenizer": _record(self.tokenizer),
-            "tower_tokenizer": None if tower is None else _record(tower),
+            "tokenizer": record(self.tokenizer),
+            "tower_tokenizer": None if tower is None else record(tower),
             "segments": self.rule,
             "longest_segment": self.longest_segment,
             "eval_rule": _eval_rule(self.eval_fraction, self.eval_source),
@@ -228,7 +228,8 @@ def hash_of(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _record(tokenizer: Tokenizer) -> TokenizerRecord:
+def record(tokenizer: Tokenizer) -> TokenizerRecord:
+    """What windows and runs keep of a tokenizer."""
     return TokenizerRecord(
         kind=tokenizer.kind,
         vocab_size=tokenizer.vocab_size,

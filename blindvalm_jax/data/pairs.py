@@ -35,7 +35,7 @@ class Reader:
         return {
             "images": images.resize(item.image, self.size),
             "tokens": tokens,
-            "length": np.int32(len(ids)),
+            "length": np.asarray(len(ids), np.int32),
         }
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from blindvalm_jax.config import Config, DataConfig
 from blindvalm_jax.data import (
@@ -121,20 +122,44 @@ def load_or_train(
     It learns from the first training documents (held-out ones are left out), 50 M characters at
     most.
     """
+    return load_or_learn(
+        kind,
+        path,
+        vocab_size=vocab_size,
+        contents=[corpora.contents(source), eval_fraction] if kind == "train" and not path else [],
+        texts=lambda: _documents(source, eval_fraction),
+        cache=cache,
+    )
+
+
+def load_or_learn(
+    kind: str,
+    path: str,
+    *,
+    vocab_size: int,
+    contents: Any,
+    texts: Callable[[], Generator[str, None, None]],
+    cache: Path,
+) -> Tokenizer:
+    """The tokenizer at `path`, or with `train` and no path a BPE learned from texts.
+
+    contents: JSON that tells one collection of texts from another. The first 50 M characters are
+    learned from.
+
+    Raises:
+      UserError: there is no path, and the kind is not `train`.
+    """
     if path:
         return tokenizers.load(kind, path)
     if kind != "train":
         raise UserError(f"tokenizer.kind={kind} needs tokenizer.path, a directory or a hub id")
-    key = packing.hash_of(
-        [corpora.contents(source), vocab_size, eval_fraction, TOKENIZER_SAMPLE_CHARACTERS]
-    )
+    key = packing.hash_of([contents, vocab_size, TOKENIZER_SAMPLE_CHARACTERS])
     directory = cache / f"tokenizer-{key[:16]}"
     if directory.is_dir():  # perhaps read-only
         return tokenizers.load("train", str(directory))
     with output.locked(cache):
         if not directory.is_dir():
-            texts = _sample(source, eval_fraction)
-            learned = byte_level_bpe.train(texts, vocab_size=vocab_size)
+            learned = byte_level_bpe.train(_sample(texts()), vocab_size=vocab_size)
             partial = directory.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             learned.save(partial)
@@ -154,14 +179,19 @@ def segment_rule(name: str) -> segments.Rule:
     raise UserError(f"segment rule must be {' or '.join(get_args(segments.Rule))}, got {name!r}")
 
 
-def _sample(source: corpora.Source, eval_fraction: float) -> Iterator[str]:
-    left = TOKENIZER_SAMPLE_CHARACTERS
+def _documents(source: corpora.Source, eval_fraction: float) -> Generator[str, None, None]:
     with packing.progress("read text for a BPE", source) as progress:
         for split, text in packing.split_documents(source, eval_fraction, progress.advance):
             if split == "train":
-                taken = text[:left]
-                left -= len(taken)
-                yield taken
+                yield text
+
+
+def _sample(texts: Generator[str, None, None]) -> Iterator[str]:
+    left = TOKENIZER_SAMPLE_CHARACTERS
+    with contextlib.closing(texts):
+        for text in texts:
+            yield text[:left]
+            left -= len(text)
             if left <= 0:
                 break
     print("learn the BPE's merges from it", file=sys.stderr, flush=True)

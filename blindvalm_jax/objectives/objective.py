@@ -29,7 +29,10 @@ class Objective(Protocol):
     unit: str
     units_per_row: int
     trained: str
-    model: step.Model
+
+    @property
+    def model(self) -> step.Model:
+        """What is trained, as pure functions."""
 
     def abstract_frozen(self) -> dict[str, Any]:
         """Shapes and shardings of the parameters that do not learn, by name."""

@@ -1,0 +1,213 @@
+"""The contrastive objective: images with captions, and CLIP's two towers that are trained on them.
+
+What it leaves is a CLIP: `grounding.tower` and the image index take the run's directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from blindvalm_jax import config, flops, partitioning, runs, system
+from blindvalm_jax.console import say
+from blindvalm_jax.data import images, packing, pairs, pipeline, prepared
+from blindvalm_jax.data.images import ImageSource
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.models.contrastive import Clip, ClipConfig, contrastive_loss
+from blindvalm_jax.models.vision import VisionConfig
+from blindvalm_jax.objectives.contrastive_model import Batch, Model
+from blindvalm_jax.objectives.objective import Scalars
+
+_RANKS = (1, 5)
+
+
+class Contrastive:
+    """CLIP on images with captions (see `objective.Objective`)."""
+
+    unit, units_per_row, trained = "pairs", 1, "clip"
+
+    def __init__(
+        self, settings: config.Config, workdir: Path, mesh: Mesh, *, resuming: bool
+    ) -> None:
+        """Opens images and tokenizer and checks them against the settings."""
+        self._settings, self._mesh = settings, mesh
+        cache = Path(settings.data.cache or workdir / "data")
+        self._source, self._held_out = images.open_sources(
+            settings.data, digests=cache / "file_hashes.json"
+        )
+        if settings.eval.every_steps and self._held_out is None:
+            raise UserError(
+                "no images are held out: name some (data.eval_images, data.tfds_eval_split), set "
+                "data.eval_fraction, or evaluate never (eval.every_steps=0)"
+            )
+        tokenizer = self._tokenizer(cache)
+        self._record = packing.record(tokenizer)
+        text = system.tower_shape(settings.clip.text, self._record, setting="clip.text")
+        self.model = Model(Clip(_shape(settings, text), dtype=system.DTYPES[settings.train.dtype]))
+        partitioning.check_clip_divisible(settings, mesh, self.model.clip.config)
+        self._read = pairs.Reader(
+            tokenizer, settings.clip.image.size, text.context, self._record.tower_end_id
+        )
+        key = packing.hash_of(
+            [images.fingerprint(self._source), self._record.fingerprint, text.context]
+        )
+        self._directory = cache / f"pairs-{key[:16]}"
+        self._key = key
+        if not (self._directory / "tokenizer").is_dir():
+            tokenizer.save(self._directory / "tokenizer")
+        self._encode = jax.jit(self.model.encode)
+        say(
+            f"images: {len(self._source):,} with captions, "
+            f"{0 if self._held_out is None else len(self._held_out):,} held out"
+        )
+
+    def abstract_frozen(self) -> dict[str, Any]:
+        """Nothing is frozen."""
+        return {}
+
+    def place_frozen(self, like: Mapping[str, Any], *, resuming: bool) -> dict[str, Any]:
+        """Nothing is frozen."""
+        return {}
+
+    def read_start(self, shapes: Any) -> None:
+        """Both towers start fresh."""
+
+    def abstract_batch(self) -> Batch:
+        """Shapes and shardings of a batch."""
+        rows, size = self._settings.train.batch_size, self._read.size
+        sharding = partitioning.batch_sharding(self._mesh)
+
+        def shape(dtype: Any, *sizes: int) -> Any:
+            return jax.ShapeDtypeStruct((rows, *sizes), dtype, sharding=sharding)
+
+        return Batch(
+            shape(np.uint8, size, size, 3),
+            shape(np.int32, self._read.context - 1),
+            shape(np.int32),
+        )
+
+    def batches(self, start_step: int) -> pipeline.Batches:
+        """Shuffled images from a step on, each with one of its captions."""
+        return pairs.batches(
+            self._source,
+            self._read,
+            batch_size=self._settings.train.batch_size,
+            seed=self._settings.seed,
+            start_step=start_step,
+            **runs.processes(),
+        )
+
+    def to_device(self, rows: Mapping[str, Any]) -> Batch:
+        """This process's rows as arrays of the global batch."""
+        placed = {name: partitioning.put_rows(x, self._mesh) for name, x in rows.items()}
+        return Batch(placed["images"], placed["tokens"], placed["length"])
+
+    def evaluate(self, params: Any, frozen: Mapping[str, Any]) -> Scalars:
+        """Loss in batches of the training size, and recall among all held-out pairs."""
+        if self._held_out is None:
+            raise ValueError("evaluation without held-out images")
+        parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        losses: list[tuple[float, int]] = []
+        rows = pairs.eval_batches(
+            self._held_out,
+            self._read,
+            batch_size=self._settings.train.batch_size,
+            limit=self._settings.eval.windows,
+            **runs.processes(),
+        )
+        with partitioning.use(self._mesh):
+            for host, count in rows:
+                encoded = self._encode(params, self.to_device(host))
+                image_BE, text_BE = encoded.image_BE[:count], encoded.text_BE[:count]
+                nats = contrastive_loss(image_BE, text_BE, encoded.scale)
+                losses.append((float(nats), count))
+                tokens = host["tokens"][:count]
+                parts.append((np.asarray(image_BE), np.asarray(text_BE), tokens))
+        image, text, tokens = (np.concatenate(column) for column in zip(*parts, strict=True))
+        total = sum(count for _, count in losses)
+        found = {"eval/loss": sum(loss * count for loss, count in losses) / total}
+        for rank in _RANKS:
+            of_image, of_text = recall(image, text, tokens, rank=rank)
+            found[f"eval/image_to_text_recall_at_{rank}"] = of_image
+            found[f"eval/text_to_image_recall_at_{rank}"] = of_text
+        return found
+
+    def describe(self, batch: Batch) -> dict[str, Any]:
+        """Tokenizer, data, towers and cost."""
+        shape = self.model.clip.config
+        return {
+            "kernels": {"attention": "xla"},
+            "flops_per_pair": {"total": flops.per_pair(shape)},
+            "tokenizer": dataclasses.asdict(self._record),
+            "data": {
+                "key": self._key,
+                "directory": str(self._directory.resolve()),
+                "train_images": len(self._source),
+            },
+            "clip": dataclasses.asdict(shape),
+        }
+
+    def resolved(self) -> config.Config:
+        """The settings with the mesh filled in."""
+        return dataclasses.replace(self._settings, mesh=config.MeshConfig(**dict(self._mesh.shape)))
+
+    def _tokenizer(self, cache: Path) -> Any:
+        source, named = self._source, self._settings.tokenizer
+        return prepared.load_or_learn(
+            named.kind,
+            named.path,
+            vocab_size=named.train_vocab_size,
+            contents=source.describe(),
+            texts=lambda: _captions(source),
+            cache=cache,
+        )
+
+
+def recall(
+    image_NE: np.ndarray, text_NE: np.ndarray, tokens_NS: np.ndarray, *, rank: int
+) -> tuple[float, float]:
+    """Share of images with their caption's text among the `rank` nearest captions, and the reverse.
+
+    Captions of equal tokens_NS are one text: it does not matter which image it came with.
+    """
+    _, label_N = np.unique(tokens_NS, axis=0, return_inverse=True)
+    label_N = label_N.reshape(-1)
+    cosine_NN = image_NE @ text_NE.T
+    shares = []
+    for scores_NN in (cosine_NN, cosine_NN.T):
+        nearest_NK = np.argsort(-scores_NN, axis=1, kind="stable")[:, :rank]
+        shares.append(float(np.mean(np.any(label_N[nearest_NK] == label_N[:, None], axis=1))))
+    return shares[0], shares[1]
+
+
+def _captions(source: ImageSource) -> Any:
+    for index in range(len(source)):
+        yield from source[index].captions
+
+
+def _shape(settings: config.Config, text: Any) -> ClipConfig:
+    image, clip = settings.clip.image, settings.clip
+    vit = {
+        "patch": image.patch,
+        "layers": image.layers,
+        "heads": image.heads,
+        "mlp_width": 4 * image.width,
+    }
+    return ClipConfig(
+        text=text,
+        vision=VisionConfig(
+            kind=image.kind,
+            image_size=image.size,
+            width=image.width,
+            projection=text.projection,
+            **(vit if image.kind == "vit" else {"channels": image.channels}),
+        ),
+        temperature_start=clip.temperature_start,
+        temperature_cap=clip.temperature_cap,
+    )
