@@ -228,6 +228,9 @@ def open_tfds(name: str, split: str, data_dir: str) -> tuple[Any, Any]:
     # Imported here: it takes seconds, and most runs read files.
     import tensorflow_datasets as tfds
 
+    if name.startswith("toyworld_"):
+        from blindvalm_jax.toyworld import builders  # noqa: F401  TFDS knows what is imported
+
     directory = data_dir or None
     if directory and not Path(directory).is_dir():
         raise UserError(f"there is no directory {directory} of TFDS datasets (data.tfds_dir)")
