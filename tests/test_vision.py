@@ -231,6 +231,31 @@ def test_parameters_are_split_on_every_mesh(config: VisionConfig, mesh_config: M
         partitioning.check_sharded(bare, mesh)
 
 
+def test_the_convolutional_tower_is_the_same_on_a_mesh() -> None:
+    """Features and gradients to 1e-5: fp32, sums in another order. CLIP's tests do the other."""
+    images = images_for(CONV, rows=8)
+    weight = np.random.default_rng(1).standard_normal((8, CONV.projection))
+
+    def init(key: jax.Array) -> Any:
+        return VisionTower(CONV).init(key, images)["params"]
+
+    def loss(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found: Any = VisionTower(CONV).apply({"params": params}, images)
+        return jnp.mean(found * weight), found
+
+    def run(mesh_config: MeshConfig, devices: int) -> Any:
+        mesh = partitioning.make_mesh(mesh_config, jax.devices()[:devices])
+        placed = jax.tree.map(lambda x: x.sharding, partitioning.abstract(init, mesh))
+        params = jax.device_put(params_of(CONV), placed)
+        with partitioning.use(mesh):
+            gradients = jax.jit(jax.grad(loss, has_aux=True))
+            return jax.device_get(gradients(params, partitioning.put_rows(images, mesh)))
+
+    one, split = run(MeshConfig(data=1), 1), run(MeshConfig(data=2, fsdp=2, tensor=2), 8)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(one[0])) > 0.01
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5), split, one)
+
+
 def test_the_transformer_starts_as_openai_s() -> None:
     """Deviations to 15 %: of at least 500 draws each."""
     config = dataclasses.replace(VIT, width=512, heads=8, mlp_width=1024, image_size=24)
