@@ -1,6 +1,7 @@
 """Converts pretrained weights into our weights directory, and a plain GPT-2 back.
 
 python -m blindvalm_jax.convert --input=openai-community/gpt2 --out=weights/gpt2
+python -m blindvalm_jax.convert --towers=both --input=openai/clip-vit-base-patch32 --out=weights/c
 python -m blindvalm_jax.convert --from=openai_clip --input=RN50x16.pt --out=weights/clip
 python -m blindvalm_jax.convert --from=fairseq --input=checkpoint.pt --heads=12 --out=weights/blind
 python -m blindvalm_jax.convert --input=runs/a --out=weights/a
@@ -35,6 +36,9 @@ _HEADS = flags.DEFINE_integer("heads", None, "attention heads, where the input d
 _ACTIVATION = flags.DEFINE_enum(
     "activation", None, list(ACTIVATIONS), "activation, where the input does not tell"
 )
+_TOWERS = flags.DEFINE_enum(
+    "towers", "text", formats.SIDES, "of a Hugging Face CLIP, what is converted"
+)
 _EOS_ID = flags.DEFINE_integer(
     "eos_id", None, "for --to=hf_gpt2: id that ends generation; without it, the tokenizer's"
 )
@@ -58,6 +62,7 @@ def main(argv: Sequence[str]) -> None:
         layout=_FROM.value,
         heads=_HEADS.value,
         activation=_ACTIVATION.value,
+        towers=_TOWERS.value,
     )
     tokenizer = _tokenizer(model)
     record = model.tokenizer
@@ -90,7 +95,7 @@ def _tokenizer(model: formats.Converted) -> tokenizers.Tokenizer | None:
         if record is not None:
             _warn("its files are no longer where the model was trained")
         return None
-    kind = "clip" if weights.kind_of(model.config) == "clip_text" else "gpt2"
+    kind = "gpt2" if isinstance(model.config, weights.DecoderSpec) else "clip"
     try:
         found = tokenizers.load(record["kind"] if record else kind, str(directory))
     except UserError as error:
@@ -107,10 +112,11 @@ def _warn(reason: str) -> None:
 
 
 def _export(out: Path) -> None:
-    if _FROM.value not in ("auto", "run") or _HEADS.value is not None or _ACTIVATION.value:
+    foreign = _HEADS.value is not None or _ACTIVATION.value or _TOWERS.value != "text"
+    if _FROM.value not in ("auto", "run") or foreign:
         raise UserError(
-            "--to=hf_gpt2 reads a run or weights directory of ours: leave out --from, --heads and "
-            "--activation"
+            "--to=hf_gpt2 reads a run or weights directory of ours: leave out --from, --heads, "
+            "--activation and --towers"
         )
     model = _ours(Path(_INPUT.value).expanduser())
     if not isinstance(model.config, weights.DecoderSpec):

@@ -39,6 +39,7 @@ UNSHARDED_LIMIT = 0.02
 _VECTORS = ("scale", "bias")
 _SPLIT_BY_FSDP_ALONE = (
     *("wpe", "position_embedding", "token_embedding", "text_projection", "adapter/kernel"),
+    *("class_embedding", "patch_embedding", "visual_projection"),
 )
 
 

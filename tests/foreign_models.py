@@ -131,9 +131,11 @@ def features(config: TowerConfig, params: Any, ids: np.ndarray) -> np.ndarray:
     return np.concatenate([own, pooled], axis=1)
 
 
-def golden(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """config.json, tensors, ids and expected output of a file of make_golden.py."""
+def golden(
+    name: str, *, inputs: str = "ids"
+) -> tuple[dict[str, Any], dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """config.json, tensors, inputs and expected output of a file of make_golden.py."""
     with np.load(GOLDEN / f"{name}.npz") as file:
         arrays = dict(file)
     tensors = {n.removeprefix("tensor/"): x for n, x in arrays.items() if n.startswith("tensor/")}
-    return json.loads(str(arrays["config"])), tensors, arrays["ids"], arrays["expected"]
+    return json.loads(str(arrays["config"])), tensors, arrays[inputs], arrays["expected"]

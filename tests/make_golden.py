@@ -4,7 +4,8 @@ python tests/make_golden.py
 
 Needs torch. Every parameter is random, norms and biases too, so that each one matters. A file
 holds `config` (config.json as text), `tensor/NAME`, `ids` and `expected` (gpt2: logits [B, T, V];
-clip: L2-normalised features [B, T, E] of every position, the start and end tokens included).
+clip: L2-normalised features [B, T, E] of every position, the start and end tokens included). That
+of the image tower holds `images` instead of `ids`, and L2-normalised features [B, E].
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from blindvalm_jax.interop import tensor_files
 
@@ -73,6 +75,27 @@ def clip_model(cls: Any, **sizes: Any) -> Any:
     return randomise(cls(config), seed=2)
 
 
+def vision_model(cls: Any, **sizes: Any) -> Any:
+    """A random CLIPModel, or CLIPVisionModelWithProjection, with this image side; tiny."""
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 40,
+        "projection_dim": 12,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 12,
+        "patch_size": 4,
+        **sizes,
+    }
+    if cls is not transformers.CLIPModel:
+        return randomise(cls(transformers.CLIPVisionConfig(**vision)), seed=4)
+    text = clip_model(cls).config.text_config
+    config = transformers.CLIPConfig(
+        text_config=text.to_dict(), vision_config=vision, projection_dim=vision["projection_dim"]
+    )
+    return randomise(cls(config), seed=4)
+
+
 def in_double(model: Any) -> Any:
     """A copy that computes in float64, so that a comparison sees our rounding alone.
 
@@ -97,12 +120,31 @@ def clip_features(model: Any, ids: np.ndarray) -> np.ndarray:
     return (features / features.norm(dim=-1, keepdim=True)).float().numpy()
 
 
+def image_features(model: Any, images: np.ndarray) -> np.ndarray:
+    """L2-normalised features [B, E] of images [B, H, W, 3] of bytes."""
+    mean, std = (np.array(x) for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    pixels = torch.tensor(((images / 255.0 - mean) / std).transpose(0, 3, 1, 2))
+    model = in_double(model)
+    with torch.no_grad():
+        if isinstance(model, transformers.CLIPModel):
+            pooled = model.get_image_features(pixel_values=pixels)
+        else:
+            pooled = model(pixel_values=pixels).image_embeds
+    pooled = getattr(pooled, "pooler_output", pooled)
+    return (pooled / pooled.norm(dim=-1, keepdim=True)).float().numpy()
+
+
 def clip_ids(*, vocab_size: int, rows: int, length: int) -> np.ndarray:
     """Random texts between a start and an end token; id 0 is among them."""
     ids = np.random.default_rng(3).integers(0, vocab_size - 2, (rows, length))
     ids[0, 0] = 0
     special = np.full((rows, 1), vocab_size - 2)
     return np.concatenate([special, ids, special + 1], axis=1)
+
+
+def random_images(*, rows: int, size: int) -> np.ndarray:
+    """Random bytes [rows, size, size, 3]."""
+    return np.random.default_rng(3).integers(0, 256, (rows, size, size, 3), np.uint8)
 
 
 def gpt2_ids(*, vocab_size: int, rows: int, length: int) -> np.ndarray:
@@ -112,20 +154,23 @@ def gpt2_ids(*, vocab_size: int, rows: int, length: int) -> np.ndarray:
     return ids
 
 
-def _write(name: str, model: Any, ids: np.ndarray, expected: np.ndarray) -> None:
+def _write(name: str, model: Any, expected: np.ndarray, **inputs: np.ndarray) -> None:
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         config = (Path(directory) / "config.json").read_text()
         tensors = tensor_files.read_safetensors(Path(directory) / "model.safetensors")
     arrays = {f"tensor/{key}": value for key, value in tensors.items()}
     GOLDEN.mkdir(exist_ok=True)
-    arrays |= {"config": np.array(config), "ids": ids, "expected": expected}
+    arrays |= {"config": np.array(config), **inputs, "expected": expected}
     np.savez_compressed(GOLDEN / f"{name}.npz", allow_pickle=False, **arrays)
 
 
 if __name__ == "__main__":
     gpt2, ids = gpt2_model(), gpt2_ids(vocab_size=61, rows=2, length=12)
-    _write("hf_gpt2", gpt2, ids, gpt2_logits(gpt2, ids))
+    _write("hf_gpt2", gpt2, gpt2_logits(gpt2, ids), ids=ids)
     clip = clip_model(transformers.CLIPModel)
     ids = clip_ids(vocab_size=67, rows=3, length=12)
-    _write("hf_clip", clip, ids, clip_features(clip, ids))
+    _write("hf_clip", clip, clip_features(clip, ids), ids=ids)
+    tower = vision_model(transformers.CLIPVisionModelWithProjection)
+    images = random_images(rows=3, size=12)
+    _write("hf_clip_vision", tower, image_features(tower, images), images=images)

@@ -1,4 +1,7 @@
-"""CLIP text towers in Hugging Face directories: `CLIPModel` and `CLIPTextModelWithProjection`."""
+"""CLIP text towers in Hugging Face directories: `CLIPModel` and `CLIPTextModelWithProjection`.
+
+The image side is read by `clip_hugging_face_vision`.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,8 @@ _BUFFER = "text_model.embeddings.position_ids"
 
 
 def is_clip(config: dict[str, Any]) -> bool:
-    """Whether a `config.json` is that of a CLIP model or its text tower."""
-    return config.get("model_type") in ("clip", "clip_text_model")
+    """Whether a `config.json` is that of a CLIP model or one of its towers."""
+    return config.get("model_type") in ("clip", "clip_text_model", "clip_vision_model")
 
 
 def load(directory: Path) -> tuple[TowerConfig, dict[str, Any]]:
@@ -43,20 +46,13 @@ def load(directory: Path) -> tuple[TowerConfig, dict[str, Any]]:
     """
     content = files.read_object(directory / "config.json")
     source = str(directory)
-    if not is_clip(content):
+    if content.get("model_type") not in ("clip", "clip_text_model"):
         raise UserError(
             f"{source}/config.json: expected model_type clip or clip_text_model, "
             f"got {content.get('model_type')!r}"
         )
     tensors = tensor_files.read_hugging_face(directory, skip=_skipped)
-    projection = tensors.get("text_projection.weight")
-    if projection is None or projection.ndim != 2:
-        kinds = content.get("architectures")
-        kind = kinds[0] if isinstance(kinds, list) and kinds else kinds
-        raise UserError(
-            f"{source} has no matrix text_projection.weight (architecture {kind}), so its features "
-            f"are not in CLIP's space: take a CLIPModel or CLIPTextModelWithProjection"
-        )
+    check_projection(content, tensors, side="text", source=source)
     config = tower_config(content, tensors, source)
     params = rules.load(
         tensors,
@@ -70,6 +66,19 @@ def load(directory: Path) -> tuple[TowerConfig, dict[str, Any]]:
     return config, params
 
 
+def check_projection(content: dict[str, Any], tensors: Tensors, *, side: str, source: str) -> None:
+    """Refuses a tower, "text" or "visual", whose features are not projected into CLIP's space."""
+    projection = tensors.get(f"{side}_projection.weight")
+    if projection is None or projection.ndim != 2:
+        kinds = content.get("architectures")
+        kind = kinds[0] if isinstance(kinds, list) and kinds else kinds
+        name = "CLIPTextModel" if side == "text" else "CLIPVisionModel"
+        raise UserError(
+            f"{source} has no matrix {side}_projection.weight (architecture {kind}), so its "
+            f"features are not in CLIP's space: take a CLIPModel or {name}WithProjection"
+        )
+
+
 def _skipped(name: str) -> bool:
     return name.startswith(("vision_model.", "visual_projection.")) or name == "logit_scale"
 
@@ -77,14 +86,7 @@ def _skipped(name: str) -> bool:
 def tower_config(content: dict[str, Any], tensors: Tensors, source: str) -> TowerConfig:
     """The config of the text tower from a `config.json`; E is the height of text_projection."""
     where = f"{source}/config.json"
-    text = content
-    if content["model_type"] == "clip":
-        # The older form, `text_config_dict`, hides `text_config` as a whole: for a field that it
-        # lacks, transformers takes the default and not what `text_config` says.
-        older = fields.table(content, "text_config_dict", where)
-        newer = fields.table(content, "text_config", where)
-        text = older if older is not None else newer or {}
-    values = fields.read(text, _FIELDS, where)
+    values = fields.read(side_config(content, "text", where), _FIELDS, where)
     width, heads = values["hidden_size"], values["num_attention_heads"]
     if width % heads:
         raise UserError(f"{where}: hidden_size {width} is not a multiple of {heads} heads")
@@ -101,6 +103,19 @@ def tower_config(content: dict[str, Any], tensors: Tensors, source: str) -> Towe
         start_id=_special(values["bos_token_id"], values["vocab_size"], stale=0, last=2),
         end_id=_special(values["eos_token_id"], values["vocab_size"], stale=2, last=1),
     )
+
+
+def side_config(content: dict[str, Any], side: str, where: str) -> dict[str, Any]:
+    """The table of one tower, "text" or "vision", in a `config.json`; a lone tower's is the whole.
+
+    In a CLIPModel's the older form, `text_config_dict`, hides `text_config` as a whole: for a field
+    that it lacks, transformers takes the default and not what `text_config` says.
+    """
+    if content["model_type"] != "clip":
+        return content
+    older = fields.table(content, f"{side}_config_dict", where)
+    newer = fields.table(content, f"{side}_config", where)
+    return older if older is not None else newer or {}
 
 
 def _special(value: int | None, vocab_size: int, *, stale: int, last: int) -> int:
@@ -125,9 +140,9 @@ def model_rules() -> list[Rule]:
     ]
 
 
-def block_rules(index: int, *, heads: int) -> list[Rule]:
-    """One encoder layer."""
-    layer = f"text_model.encoder.layers.{index}"
+def block_rules(index: int, *, heads: int, side: str = "text") -> list[Rule]:
+    """One encoder layer of a tower, "text" or "vision"."""
+    layer = f"{side}_model.encoder.layers.{index}"
     attn = f"{layer}.self_attn"
     return [
         *rules.norm("ln_1", f"{layer}.layer_norm1"),

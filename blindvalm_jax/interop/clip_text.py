@@ -10,6 +10,7 @@ from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import formats, weights
 from blindvalm_jax.interop.clip_openai import load_params as load_openai
 from blindvalm_jax.models.clip import TowerConfig
+from blindvalm_jax.models.contrastive import ClipConfig
 
 __all__ = ["Tower", "load_openai", "load_tower"]
 
@@ -33,8 +34,9 @@ def load_tower(
 ) -> Tower:
     """Reads a tower from a path or, where no such path exists, a Hugging Face hub id.
 
-    A path may be a weights directory of ours, a Hugging Face or open_clip directory, or a file in
-    OpenAI's layout. Only a hub id uses the network.
+    A path may be a weights directory of ours (of a text tower, or of a whole CLIP, whose text side
+    is taken), a Hugging Face or open_clip directory, or a file in OpenAI's layout. Only a hub id
+    uses the network.
 
     heads, activation: for OpenAI's layout, where the file does not tell them (see `clip_openai`).
 
@@ -44,8 +46,12 @@ def load_tower(
     path = hub.local_path(name)
     found = formats.open_model(path)
     if found.layout == "weights":
-        stored = weights.load(path, kind="clip_text")
+        stored = weights.load(path, kind=("clip_text", "clip"))
         files = weights.tokenizer_directory(path)
+        if isinstance(stored.config, ClipConfig):
+            params = stored.params["text"]
+            sha256 = weights.params_sha256(params)
+            return Tower(stored.config.text, params, files, stored.source, sha256)
         return Tower(stored.tower, stored.params, files, stored.source, stored.sha256)
     if found.layout not in formats.TOWERS:
         raise UserError(

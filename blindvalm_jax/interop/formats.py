@@ -10,6 +10,7 @@ from blindvalm_jax import files, hub
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import (
     clip_hugging_face,
+    clip_hugging_face_vision,
     clip_openai,
     fairseq,
     gpt2,
@@ -20,6 +21,9 @@ from blindvalm_jax.interop import (
 
 TOWERS = ("hf_clip", "openai_clip", "open_clip")
 FORMATS = ("run", "hf_gpt2", "fairseq", *TOWERS)
+
+# What may be read of a Hugging Face CLIP.
+SIDES = ("text", "image", "both")
 
 # Formats that say themselves how many heads there are and which activation.
 _COMPLETE = ("run", "hf_gpt2", "hf_clip")
@@ -55,16 +59,23 @@ class Converted:
 
 
 def read(
-    name: str, *, layout: str = "auto", heads: int | None = None, activation: str | None = None
+    name: str,
+    *,
+    layout: str = "auto",
+    heads: int | None = None,
+    activation: str | None = None,
+    towers: str = "text",
 ) -> Converted:
     """Reads a model in any of the formats, from a path or hub id; "auto" finds out which.
+
+    towers: what is read of a Hugging Face CLIP, one of `SIDES`.
 
     Raises:
       UserError: the format is not known, does not fit, or was given an option it does not take.
     """
     path = hub.local_path(name)
     found = open_model(path) if layout == "auto" else Opened(path, layout)
-    model = load(found, heads=heads, activation=activation)
+    model = load(found, heads=heads, activation=activation, towers=towers)
     # A hub id says more than the place of its copy here.
     return model if model.source != str(path) else dataclasses.replace(model, source=name)
 
@@ -110,8 +121,14 @@ def _layout_of_directory(path: Path) -> str:
     )
 
 
-def load(found: Opened, *, heads: int | None = None, activation: str | None = None) -> Converted:
-    """Reads a model whose layout is known.
+def load(
+    found: Opened,
+    *,
+    heads: int | None = None,
+    activation: str | None = None,
+    towers: str = "text",
+) -> Converted:
+    """Reads a model whose layout is known; see `read`.
 
     Raises:
       UserError: it does not fit, or was given an option its format does not take.
@@ -121,6 +138,8 @@ def load(found: Opened, *, heads: int | None = None, activation: str | None = No
         raise UserError(f"{path} is a weights directory already: give --to to convert it")
     if layout in _COMPLETE and (heads is not None or activation is not None):
         raise UserError(f"{path}: its config.json tells heads and activation; leave them out")
+    if towers != "text" and layout != "hf_clip":
+        raise UserError(f"{path}: {towers} can be read of a Hugging Face CLIP alone, got {layout}")
     if layout == "run":
         run = run_directory.load(path)
         return Converted(
@@ -139,6 +158,11 @@ def load(found: Opened, *, heads: int | None = None, activation: str | None = No
         return Converted(config=config, params=params, source=str(path))
     if layout == "hf_gpt2":
         config, params = gpt2.load(path)
+    elif layout == "hf_clip" and towers == "image":
+        config, params = clip_hugging_face_vision.load(path)
+        return Converted(config=config, params=params, source=str(path))
+    elif layout == "hf_clip" and towers == "both":
+        config, params = clip_hugging_face_vision.load_both(path)
     elif layout == "hf_clip":
         config, params = clip_hugging_face.load(path)
     else:

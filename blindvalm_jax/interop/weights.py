@@ -26,8 +26,10 @@ from blindvalm_jax.config import DecoderConfig, FusionConfig
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import tensor_files
 from blindvalm_jax.models.clip import TextTower, TowerConfig
+from blindvalm_jax.models.contrastive import Clip, ClipConfig
 from blindvalm_jax.models.decoder import Decoder
 from blindvalm_jax.models.transformer import ACTIVATIONS
+from blindvalm_jax.models.vision import VisionConfig, VisionTower
 
 FORMAT = 1
 PARAMS_FILE, CONFIG_FILE = "params.safetensors", "config.json"
@@ -63,17 +65,24 @@ class DecoderSpec:
         )
 
 
-Spec = DecoderSpec | TowerConfig
+Spec = DecoderSpec | TowerConfig | VisionConfig | ClipConfig
 
-_KINDS: dict[str, type] = {"decoder": DecoderSpec, "clip_text": TowerConfig}
+_KINDS: dict[str, type] = {
+    "decoder": DecoderSpec,
+    "clip_text": TowerConfig,
+    "clip_vision": VisionConfig,
+    "clip": ClipConfig,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
     """A model read from disk.
 
-    kind: "decoder" (config is a `DecoderSpec`) or "clip_text" (a `TowerConfig`). tokenizer: its
-    kind and fingerprint where known. source: where the weights came from. sha256: `params_sha256`.
+    kind: "decoder" (config is a `DecoderSpec`), "clip_text" (a `TowerConfig`), "clip_vision" (a
+    `VisionConfig`) or "clip" (a `ClipConfig`, parameters under "text", "vision" and "logit_scale").
+    tokenizer: its kind and fingerprint where known. source: where the weights came from. sha256:
+    `params_sha256`.
     """
 
     params: dict[str, Any]
@@ -85,7 +94,7 @@ class Weights:
 
     @property
     def tower(self) -> TowerConfig:
-        """The config of a tower; a `UserError` when these are other weights."""
+        """The config of a text tower; a `UserError` when these are other weights."""
         if not isinstance(self.config, TowerConfig):
             raise UserError(f"expected weights of kind clip_text, got {self.kind} ({self.source})")
         return self.config
@@ -100,14 +109,14 @@ class Weights:
 
 def kind_of(config: Spec) -> str:
     """The name of a model's kind in `config.json`."""
-    return "decoder" if isinstance(config, DecoderSpec) else "clip_text"
+    return next(kind for kind, cls in _KINDS.items() if isinstance(config, cls))
 
 
 def params_sha256(params: Mapping[str, Any]) -> str:
     """Hash in hex over names, dtypes, shapes and bytes of all parameters, in order of names."""
     digest = hashlib.sha256()
     for path, value in sorted(trees.flatten(params).items()):
-        array = np.ascontiguousarray(value)
+        array = np.asarray(value, order="C")
         digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
@@ -147,7 +156,8 @@ def save(
         "source": source,
         "sha256": sha256,
     }
-    flat = {path: np.ascontiguousarray(value) for path, value in trees.flatten(params).items()}
+    # ascontiguousarray would make a scalar a vector.
+    flat = {path: np.asarray(value, order="C") for path, value in trees.flatten(params).items()}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if tokenizer_files is not None:
@@ -159,10 +169,10 @@ def save(
     return sha256
 
 
-def load(directory: str | Path, *, kind: str | None = None) -> Weights:
+def load(directory: str | Path, *, kind: str | tuple[str, ...] | None = None) -> Weights:
     """Reads a weights directory and checks names, shapes and hash.
 
-    kind: the kind of model that is expected, if only one will do.
+    kind: the kind of model that is expected, or the kinds, if not every one will do.
 
     Raises:
       UserError: naming the file, and the tensor, that is missing or wrong.
@@ -175,10 +185,9 @@ def load(directory: str | Path, *, kind: str | None = None) -> Weights:
         raise UserError(f"{path} is no config of our weights: its keys must be {sorted(needed)}")
     if content["format"] != FORMAT:
         raise UserError(f"{path}: expected format {FORMAT}, got {content['format']!r}")
-    if content["kind"] not in _KINDS or kind not in (None, content["kind"]):
-        raise UserError(
-            f"{path}: expected kind {kind or ' or '.join(_KINDS)}, got {content['kind']!r}"
-        )
+    expected = (kind,) if isinstance(kind, str) else kind or tuple(_KINDS)
+    if content["kind"] not in expected:
+        raise UserError(f"{path}: expected kind {' or '.join(expected)}, got {content['kind']!r}")
     config = _rebuild(_KINDS[content["kind"]], content["config"], f"{path}: config")
     params_path = directory / PARAMS_FILE
     params = trees.unflatten(tensor_files.read_safetensors(params_path))
@@ -213,10 +222,19 @@ def abstract_params(config: Spec) -> dict[str, jax.ShapeDtypeStruct]:
         key, tokens_BT = jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
         if isinstance(config, TowerConfig):
             return TextTower(config).init(key, tokens_BT, tokens_BT == 0, readout="token")
+        if isinstance(config, VisionConfig):
+            return VisionTower(config).init(key, _image(config))
+        if isinstance(config, ClipConfig):
+            length_B = jnp.zeros((1,), jnp.int32)
+            return Clip(config).init(key, _image(config.vision), tokens_BT, length_B)
         z_BTKE = jnp.zeros((1, 1, 1, config.memory_width)) if config.fusion_layers else None
         return config.module().init(key, tokens_BT, z_BTKE)
 
     return trees.flatten(nn.unbox(jax.eval_shape(init))["params"])
+
+
+def _image(config: VisionConfig) -> jax.Array:
+    return jnp.zeros((1, config.image_size, config.image_size, 3), jnp.uint8)
 
 
 def check(params: Mapping[str, Any], config: Spec, source: str) -> None:
@@ -258,11 +276,25 @@ def _rebuild(cls: type, values: Any, path: str) -> Any:
         if dataclasses.is_dataclass(expected):
             built[name] = _rebuild(typing.cast(type, expected), value, f"{path}.{name}")
             continue
-        if expected == tuple[int, ...] and isinstance(value, list):
-            value = tuple(value)
-        elif type(value) is not expected:
-            raise UserError(f"{path}.{name} must be {expected.__name__}, got {value!r}")
+        if typing.get_origin(expected) is tuple and isinstance(value, list):
+            item = typing.get_args(expected)[0]
+            value = tuple(_typed(x, item, f"{path}.{name}") for x in value)
+        else:
+            value = _typed(value, expected, f"{path}.{name}")
         if name == "activation" and value not in ACTIVATIONS:
             raise UserError(f"{path}.{name} must be one of {', '.join(ACTIVATIONS)}, got {value!r}")
         built[name] = value
-    return cls(**built)
+    try:
+        return cls(**built)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _typed(value: Any, expected: Any, path: str) -> Any:
+    """The value if it is of its type; a whole number may stand for a float."""
+    if expected is float and type(value) is int:
+        return float(value)
+    if type(value) is not expected:
+        name = expected.__name__ if isinstance(expected, type) else expected
+        raise UserError(f"{path} must be {name}, got {value!r}")
+    return value

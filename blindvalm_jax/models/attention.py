@@ -1,9 +1,10 @@
 """Attention as pure functions: which keys a query sees, in which softmax, by which kernel.
 
-Two patterns cover every model here. `Causal` is the decoder's. `Packed` is the CLIP tower's: many
-short texts side by side in one row behind one shared start token (reference.md, fact 2). Either can
-be given a `Memory`: extra keys that belong to one query each and share its softmax (VALM, section
-3.3; the fusion layer of BLIND-VALM, and the <eos> side tokens of the tower).
+Three patterns cover every model here. `Causal` is the decoder's. `Packed` is the CLIP text
+tower's: many short texts side by side in one row behind one shared start token (reference.md,
+fact 2). `Full` is the image tower's. A query may have a `Memory`: extra keys that belong to it
+alone and share its softmax (VALM, section 3.3; the fusion layer of BLIND-VALM, and the <eos> side
+tokens of the text tower).
 """
 
 from __future__ import annotations
@@ -224,6 +225,30 @@ class Packed:
         )
         out = attended.out_BTNH
         return out.reshape(batch, blocks * block, *out.shape[2:])[:, :length]
+
+
+@struct.dataclass
+class Full:
+    """Every position sees every position: an encoder."""
+
+    def attend(
+        self,
+        q_BTNH: Array,
+        k_BTNH: Array,
+        v_BTNH: Array,
+        *,
+        scale: float,
+        memory: Memory | None = None,
+        dropout: Dropout | None = None,
+    ) -> Attended:
+        """Attention under this pattern; takes neither memory nor dropout."""
+        if memory is not None or dropout is not None:
+            raise ValueError("full attention takes neither a memory nor dropout")
+        mask_BTS = jnp.ones((1, q_BTNH.shape[1], k_BTNH.shape[1]), bool)
+        return joint_attention(q_BTNH, k_BTNH, v_BTNH, mask_BTS=mask_BTS, scale=scale)
+
+
+Pattern = Causal | Packed | Full
 
 
 def _power_of_two(n: int) -> int:

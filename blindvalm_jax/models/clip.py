@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from blindvalm_jax.models import attention, initializers
+from blindvalm_jax.models.precision import einsum_fp32
 from blindvalm_jax.models.transformer import BlockShape, Stack, layer_norm
 
 Readout = Literal["token", "eos"]
@@ -102,14 +103,12 @@ class TextTower(nn.Module):
         )
         size = (config.width, config.projection)
         projection = self.param("text_projection", projection_init, size, jnp.float32)
-        features_BTE = jnp.einsum(
-            "btd,de->bte",
-            x_BTD,
-            projection.astype(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        norm = jax.lax.rsqrt(jnp.sum(jnp.square(features_BTE), axis=-1, keepdims=True))
-        return features_BTE * norm
+        return unit(einsum_fp32("btd,de->bte", x_BTD, projection.astype(self.dtype)))
+
+
+def unit(features: Array) -> Array:
+    """Each vector of the last axis divided by its L2 norm."""
+    return features * jax.lax.rsqrt(jnp.sum(jnp.square(features), axis=-1, keepdims=True))
 
 
 def packed_positions(starts_BS: Array) -> tuple[Array, Array]:

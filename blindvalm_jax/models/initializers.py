@@ -100,3 +100,12 @@ def clip(*, width: int, layers: int) -> Initializers:
         mlp_out=residual,
         mlp_out_bias=zeros,
     )
+
+
+def clip_vision(*, width: int, layers: int) -> Initializers:
+    """OpenAI CLIP's image tower: class and position vectors N(0, D^-1/2); blocks as the text's.
+
+    For the blocks OpenAI's code states its scheme for the text tower alone.
+    """
+    normal = nn.initializers.normal(width**-0.5)
+    return dataclasses.replace(clip(width=width, layers=layers), embedding=normal, position=normal)

@@ -1,4 +1,4 @@
-"""One attention module, one block, one stack: the decoder and the CLIP tower are made of these.
+"""One attention module, one block, one stack: the decoder and the CLIP towers are made of these.
 
 Parameters carry logical axis names (embed, heads, kv, mlp, vocab, layers); `partitioning.RULES`
 says which mesh axis each one is split over.
@@ -111,7 +111,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, pattern: attention.Causal | attention.Packed, z_BTKE: Array | None
+        self, x_BTD: Array, pattern: attention.Pattern, z_BTKE: Array | None
     ) -> tuple[Array, Array | None]:
         """Returns the output [B, T, D] and the share of weight on the memory [B, T] or None.
 
@@ -218,7 +218,7 @@ class Block(nn.Module):
     def __call__(
         self,
         x_BTD: Array,
-        pattern: attention.Causal | attention.Packed,
+        pattern: attention.Pattern,
         z_BTKE: Array | None = None,
     ) -> tuple[Array, Array | None]:
         """Returns x after the block [B, T, D] and the share of weight on the memory, or None."""
@@ -303,7 +303,7 @@ class Stack(nn.Module):
     def __call__(
         self,
         x_BTD: Array,
-        pattern: attention.Causal | attention.Packed,
+        pattern: attention.Pattern,
         z_BTKE: Array | None = None,
     ) -> tuple[Array, Array | None]:
         """Returns x after all blocks and the memory's share per fusion layer [L', B, T] or None."""
