@@ -9,11 +9,14 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from blindvalm_jax import files
 from blindvalm_jax.errors import UserError
@@ -142,15 +145,21 @@ def find_file(path: Path, work: Path) -> FileRecord | None:
         return None
 
 
-def write_file(path: Path, work: Path, write: Callable[[Path], None]) -> FileRecord:
-    """Has `write` fill a file, which appears whole with a record of it in `work`."""
+def write_file(path: Path, work: Path, content: bytes | memoryview) -> FileRecord:
+    """Writes a file, which appears whole, and a record of it in `work`."""
+    digest = hashlib.sha256(content).hexdigest()
+    found = FileRecord(file=path.name, bytes=len(content), sha256=digest)
     with files.replacing(path, work=work) as partial:
-        write(partial)
-        with partial.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        found = FileRecord(file=path.name, bytes=partial.stat().st_size, sha256=digest)
+        partial.write_bytes(content)
         files.write_json(work / f"{path.name}.json", dataclasses.asdict(found))
     return found
+
+
+def npy(values: np.ndarray) -> memoryview:
+    """An array as the content of a .npy file."""
+    stream = io.BytesIO()
+    np.save(stream, values, allow_pickle=False)
+    return stream.getbuffer()
 
 
 def check_files(directory: Path, records: Iterable[FileRecord], *, content: bool = False) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -133,20 +132,11 @@ def _write_shards(out: Path, work: Path, job: _Job, shard_size: int) -> Iterator
         vectors, items = (output.find_file(path, work) for path in paths)
         if vectors is None or items is None:
             rows, lines = _embed(job, first, last)
-            items = output.write_file(paths[1], work, functools.partial(_save_lines, lines))
-            vectors = output.write_file(paths[0], work, functools.partial(_save_rows, rows))
+            items = output.write_file(paths[1], work, lines)
+            vectors = output.write_file(paths[0], work, output.npy(rows))
         else:
             job.progress.advance(last - first)
         yield Shard(count=last - first, vectors=vectors, items=items)
-
-
-def _save_lines(lines: bytes, path: Path) -> None:
-    path.write_bytes(lines)
-
-
-def _save_rows(rows: np.ndarray, path: Path) -> None:
-    with path.open("wb") as stream:  # np.save would append .npy to the name
-        np.save(stream, rows)
 
 
 def _embed(job: _Job, first: int, last: int) -> tuple[np.ndarray, bytes]:
