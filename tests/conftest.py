@@ -25,9 +25,10 @@ def pytest_report_header() -> str:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips a test marked `torch` where torch is not installed."""
-    if item.get_closest_marker("torch"):
-        pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[torch]'")
+    """Skips a test marked `torch` or `faiss` where that is not installed."""
+    for name in ("torch", "faiss"):
+        if item.get_closest_marker(name):
+            pytest.importorskip(name, reason=f"{name} is not installed: pip install -e '.[{name}]'")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A directory that `prepare` writes: claimed by a marker, held by one process.
+"""A directory that is written in parts: claimed by a marker, held by one process, gone on with.
 
 Nothing is deleted but files of the names given here, in a directory that carries the marker.
 """
@@ -6,21 +6,54 @@ Nothing is deleted but files of the names given here, in a directory that carrie
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
+import hashlib
+import io
+import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from blindvalm_jax import files
 from blindvalm_jax.errors import UserError
 
 MARKER = ".blindvalm_windows"
 LOCK = ".lock"
 SHARDS = "windows-*.array_record"
-_WORK = ("*-*.npz", "*.array_record.json", "plan.txt", "*.partial")
+_PLAN = "plan.json"
+_WORK = (
+    *("*-*.npz", "*.array_record.json", "*.npy.json", "*.jsonl.json"),
+    *("plan.txt", _PLAN, "*.partial"),
+)
 
 
-def claim(out: Path, sources: Iterable[Path]) -> None:
-    """Makes `out` a directory of `prepare`, which may write and delete its own files there.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What a directory is for: its marker, who writes it, and what it holds, as messages say it."""
+
+    marker: str
+    maker: str
+    content: str
+
+
+WINDOWS = Kind(marker=MARKER, maker="prepare", content="windows")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """A finished file: its name in its directory, size and hash."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+def claim(out: Path, sources: Iterable[Path], *, kind: Kind = WINDOWS) -> None:
+    """Makes `out` a directory of a kind, whose maker may write and delete its own files there.
 
     Raises:
       UserError: `out` holds something else, or one of the sources, or cannot be made.
@@ -29,15 +62,17 @@ def claim(out: Path, sources: Iterable[Path]) -> None:
     for source in sources:
         if source.resolve().is_relative_to(whole):
             raise UserError(
-                f"the text {source} lies under {out}, where windows are to be written: choose "
-                "another directory for them"
+                f"the text {source} lies under {out}, where {kind.content} are to be written: "
+                "choose another directory for them"
             )
-    _check_own(out)
-    if not (out / MARKER).exists():
+    _check_own(out, kind)
+    if not (out / kind.marker).exists():
         with locked(out):
-            _check_own(out)
+            _check_own(out, kind)
             try:
-                (out / MARKER).write_text("Files here are written and deleted by prepare.\n")
+                (out / kind.marker).write_text(
+                    f"Files here are written and deleted by {kind.maker}.\n"
+                )
             except OSError as error:
                 raise UserError(f"cannot write to the directory {out}: {error}") from error
 
@@ -59,6 +94,98 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[Path]:
+    """Holds a claimed directory and gives its work directory; a full disk is one line."""
+    try:
+        with locked(out):
+            yield out / "work"
+    except OSError as error:
+        raise UserError(
+            f"cannot write {out}: {error}; run the same again when that is mended, it goes on "
+            "where it stopped"
+        ) from error
+
+
+def keep_plan(work: Path, plan: Mapping[str, Any]) -> None:
+    """Writes what determines the files of a directory, or checks it where a run was broken off.
+
+    Raises:
+      UserError: what was begun there is of another plan.
+    """
+    path = work / _PLAN
+    if path.exists():
+        check_same(plan, files.read_object(path), directory=work.parent)
+        return
+    work.mkdir(exist_ok=True)
+    files.write_json(path, dict(plan))
+
+
+def check_same(wanted: Mapping[str, Any], found: Mapping[str, Any], *, directory: Path) -> None:
+    """Refuses a directory whose record differs from `wanted`, with the first field that does.
+
+    Raises:
+      UserError: a field of `wanted` is missing in `found` or has another value there.
+    """
+    for name, value in wanted.items():
+        there = found.get(name)
+        if json.dumps(there, sort_keys=True) != json.dumps(value, sort_keys=True):
+            raise UserError(
+                f"{directory} was made with {name} {there!r}, expected {value!r}: choose another "
+                "directory or delete it"
+            )
+
+
+def find_file(path: Path, work: Path) -> FileRecord | None:
+    """What `write_file` recorded of a file that is there, whole as far as its size tells."""
+    try:
+        found = FileRecord(**json.loads((work / f"{path.name}.json").read_bytes()))
+        return found if path.stat().st_size == found.bytes else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def write_file(path: Path, work: Path, content: bytes | memoryview) -> FileRecord:
+    """Writes a file, which appears whole, and a record of it in `work`."""
+    digest = hashlib.sha256(content).hexdigest()
+    found = FileRecord(file=path.name, bytes=len(content), sha256=digest)
+    with files.replacing(path, work=work) as partial:
+        partial.write_bytes(content)
+        files.write_json(work / f"{path.name}.json", dataclasses.asdict(found))
+    return found
+
+
+def npy(values: np.ndarray) -> memoryview:
+    """An array as the content of a .npy file."""
+    stream = io.BytesIO()
+    np.save(stream, values, allow_pickle=False)
+    return stream.getbuffer()
+
+
+def check_files(directory: Path, records: Iterable[FileRecord], *, content: bool = False) -> None:
+    """Refuses a directory in which a recorded file is missing or of another size.
+
+    content: read every file and compare its hash too.
+    """
+    for record in records:
+        path = directory / record.file
+        if not path.is_file():
+            raise UserError(f"{path} is missing: delete {directory} and make it again")
+        if path.stat().st_size != record.bytes:
+            raise UserError(
+                f"{path} has {path.stat().st_size} bytes, the manifest says {record.bytes}: "
+                f"delete {directory} and make it again"
+            )
+        if content:
+            with path.open("rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            if found != record.sha256:
+                raise UserError(
+                    f"{path} has sha256 {found}, the manifest says {record.sha256}: delete "
+                    f"{directory} and make it again"
+                )
+
+
 def remove_shards(directory: Path) -> None:
     """Deletes the shards in the directory of a split; whatever else is there stays."""
     for path in directory.glob(SHARDS):
@@ -74,16 +201,16 @@ def remove_work(work: Path) -> None:
         work.rmdir()
 
 
-def _check_own(out: Path) -> None:
+def _check_own(out: Path, kind: Kind) -> None:
     try:
         # The listing comes first: another process may write the marker and go on meanwhile.
         names = [path.name for path in out.iterdir()] if out.exists() else []
-        own = (out / MARKER).exists()
+        own = (out / kind.marker).exists()
     except OSError as error:
         raise UserError(f"cannot use the directory {out}: {error}") from error
     others = sorted(set(names) - {LOCK})
     if others and not own:
         raise UserError(
-            f"{out} is not empty and was not made by prepare (it holds {others[0]}, and no "
-            f"{MARKER}): choose a new or an empty directory"
+            f"{out} is not empty and was not made by {kind.maker} (it holds {others[0]}, and no "
+            f"{kind.marker}): choose a new or an empty directory"
         )

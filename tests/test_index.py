@@ -1,0 +1,305 @@
+"""An image index: the same bytes however it was made, read back as written, tied to its CLIP."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.grounding import index
+from blindvalm_jax.grounding.index import ImageIndex
+from tests import small_index
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    """Every file of a finished directory but the lock."""
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    found = {str(path.relative_to(directory)): path.read_bytes() for path in files}
+    assert found.pop(".lock") == b""
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of 50 pictures in 4 shards."""
+    out = tmp_path_factory.mktemp("index") / "whole"
+    small_index.build(out)
+    return out
+
+
+def expected_vectors(count: int) -> np.ndarray:
+    pictures = small_index.Pictures(count)
+    return small_index.encode(np.stack([pictures[i][1] for i in range(count)]))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_what_is_read_is_what_was_encoded(tmp_path: Path, dtype: str) -> None:
+    made = small_index.build(tmp_path, dtype=dtype)
+    opened = ImageIndex.open(tmp_path)
+    assert opened.manifest == made
+    assert [shard.count for shard in made.shards] == [16, 16, 16, 2]
+    expected = expected_vectors(50).astype(dtype)
+    vectors = opened.vectors
+    assert vectors.shape == (50, small_index.WIDTH)
+    for first, last in ((0, 50), (15, 17), (3, 3), (40, 99)):
+        np.testing.assert_array_equal(vectors[first:last], expected[first:last])
+        assert vectors[first:last].dtype == np.dtype(dtype)
+    wanted = np.array([[49, 0, 16], [15, 49, 33]])
+    np.testing.assert_array_equal(vectors.rows(wanted), expected[wanted].astype(np.float32))
+    assert vectors.rows(wanted).dtype == np.float32
+    joined = np.concatenate([block for _, block in vectors.blocks(7)])
+    np.testing.assert_array_equal(joined, expected.astype(np.float32))
+    assert [first for first, _ in vectors.blocks(20)] == [0, 20, 40]
+    with pytest.raises(ValueError, match="read-only"):
+        vectors[0:4][0, 0] = 1
+    for wrong in (-1, 50):
+        with pytest.raises(IndexError):
+            vectors.rows(np.array([0, wrong]))
+    opened.verify()
+
+
+def test_a_neighbour_can_be_shown(whole: Path, tmp_path: Path) -> None:
+    records = ImageIndex.open(whole).items(np.array([[49, 0], [17, 0]]))
+    assert [record["id"] for record in records] == [f"picture-{i}" for i in (49, 0, 17, 0)]
+    assert records[2]["caption"] == small_index.caption(17)
+    small_index.build(tmp_path, caption=None)
+    assert ImageIndex.open(tmp_path).items(np.array([5])) == [{"id": "picture-5"}]
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 16, 64])
+def test_the_batch_size_does_not_change_a_byte(
+    whole: Path, tmp_path: Path, batch_size: int
+) -> None:
+    seen = set()
+
+    def encode(images: np.ndarray) -> np.ndarray:
+        seen.add(images.shape)
+        return small_index.encode(images)
+
+    small_index.build(tmp_path, batch_size=batch_size, encode=encode)
+    assert content(tmp_path) == content(whole)
+    assert seen == {(batch_size, small_index.SIDE, small_index.SIDE, 3)}, "more than one shape"
+
+
+DYING = """
+import os, signal, sys
+from pathlib import Path
+from tests import small_index
+from blindvalm_jax.data import output
+left = int(sys.argv[2])
+def dying(function):
+    def call(*args, **keywords):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **keywords)
+    return call
+os.replace = dying(os.replace)
+Path.write_bytes = dying(Path.write_bytes)
+output.remove_work = dying(output.remove_work)
+small_index.build(Path(sys.argv[1]), encode=dying(small_index.encode))
+print(left)
+"""
+MANY = 1_000_000
+
+
+def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_build_killed_anywhere_goes_on_to_the_same_bytes(whole: Path, tmp_path: Path) -> None:
+    """Dies before its nth encoding, write, rename or removal."""
+    lived = run_python(DYING, tmp_path / "lived", MANY)
+    assert lived.returncode == 0, lived.stderr
+    moments = MANY - int(lived.stdout)
+    stages = set()
+    chosen = random.Random(0).sample(range(2, moments - 2), 5)
+    # The last is before the clean-up, the one before it before the manifest appears.
+    for left in (1, *chosen, moments - 2, moments - 1):
+        out = tmp_path / f"killed{left}"
+        died = run_python(DYING, out, left)
+        assert died.returncode == -signal.SIGKILL, died.stderr
+        finished = (out / index.FILE_NAME).exists()
+        shards = len(list(out.glob("vectors-*.npy")))
+        stages.add("finished" if finished else "shards" if shards else "begun")
+        small_index.build(out)
+        assert content(out) == content(whole)
+    assert stages == {"begun", "shards", "finished"}
+
+
+def test_a_build_killed_again_and_again_ends_with_the_same_bytes(
+    whole: Path, tmp_path: Path
+) -> None:
+    code = """
+import sys
+from pathlib import Path
+from tests import small_index
+def encode(images):
+    print("batch", flush=True)
+    return small_index.encode(images)
+small_index.build(Path(sys.argv[1]), encode=encode)
+"""
+    batches = random.Random(1)
+    for _ in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "out")],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        with process:
+            assert process.stdout is not None
+            for _ in range(batches.randint(1, 3)):
+                process.stdout.readline()
+            process.kill()
+    small_index.build(tmp_path / "out")
+    assert content(tmp_path / "out") == content(whole)
+
+
+def test_finished_shards_are_not_encoded_again(whole: Path, tmp_path: Path) -> None:
+    calls = []
+
+    def encode(images: np.ndarray) -> np.ndarray:
+        calls.append(len(images))
+        if len(calls) == 6:
+            raise RuntimeError("no more power")
+        return small_index.encode(images)
+
+    with pytest.raises(RuntimeError, match="no more power"):
+        small_index.build(tmp_path, encode=encode)
+    assert not (tmp_path / index.FILE_NAME).exists()
+    with pytest.raises(UserError, match="no finished image index: build it again, it goes on"):
+        ImageIndex.open(tmp_path)
+    small_index.build(tmp_path, encode=encode)
+    # 7 batches in all; the fifth was finished, but not its shard, so it is done again.
+    assert len(calls) == 6 + 3
+    assert content(tmp_path) == content(whole)
+    small_index.build(tmp_path, encode=encode)
+    assert len(calls) == 9, "a finished index was built again"
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["unfinished", "finished"])
+def test_another_build_in_the_same_directory_is_refused(tmp_path: Path, finished: bool) -> None:
+    def broken(images: np.ndarray) -> np.ndarray:
+        raise RuntimeError("stop")
+
+    if finished:
+        small_index.build(tmp_path)
+    else:
+        with pytest.raises(RuntimeError):
+            small_index.build(tmp_path, encode=broken)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    clip = small_index.CLIP
+    changes: dict[str, dict[str, Any]] = {
+        "vision_sha256": {"clip": dataclasses.replace(clip, vision_sha256="w" * 64)},
+        "text_sha256": {"clip": dataclasses.replace(clip, text_sha256="w" * 64)},
+        "images": {"images": small_index.Pictures(50, fingerprint="others")},
+        "count": {"images": small_index.Pictures(51)},
+        "dtype": {"dtype": "float32"},
+        "shard_size": {"shard_size": 17},
+        "captions": {"caption": None},
+    }
+    for field, change in changes.items():
+        with pytest.raises(UserError, match=f"was made with {field} .*, expected .*delete it"):
+            small_index.build(tmp_path, **change)
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_the_key_tells_indexes_apart(whole: Path, tmp_path: Path) -> None:
+    """Not where it lies or how it was made, but what is in it."""
+    same = small_index.build(tmp_path / "same", batch_size=3)
+    assert same.key == ImageIndex.open(whole).manifest.key
+    other = small_index.build(tmp_path / "other", encode=lambda x: 1 - small_index.encode(x))
+    assert other.key != same.key
+
+
+def test_only_the_tower_of_the_same_clip_may_ask(whole: Path) -> None:
+    opened = ImageIndex.open(whole)
+    opened.check_tower(small_index.CLIP.text_sha256)
+    with pytest.raises(UserError, match=f"{'t' * 64}.*got {'x' * 64}"):
+        opened.check_tower("x" * 64)
+
+
+def test_wrong_images_and_vectors_are_named(tmp_path: Path) -> None:
+    class Mixed(small_index.Pictures):
+        def __getitem__(self, place: int) -> tuple[str, np.ndarray]:
+            name, image = super().__getitem__(place)
+            return name, image[:3] if place == 20 else image
+
+    with pytest.raises(UserError, match=r"image picture-20 is uint8 \(3, 4, 3\), expected uint8"):
+        small_index.build(tmp_path / "a", images=Mixed(50))
+
+    def large(images: np.ndarray) -> np.ndarray:
+        return np.where(np.arange(len(images))[:, None] == 1, 1e5, small_index.encode(images))
+
+    with pytest.raises(UserError, match="image picture-1 is not finite in float16"):
+        small_index.build(tmp_path / "b", encode=large)
+    small_index.build(tmp_path / "b32", encode=large, dtype="float32")
+    with pytest.raises(UserError, match=r"gave \(1, 16\) for 8 images"):
+        small_index.build(tmp_path / "c", encode=lambda x: small_index.encode(x)[:1])
+    with pytest.raises(UserError, match="there are no images"):
+        small_index.build(tmp_path / "d", count=0)
+    with pytest.raises(UserError, match="float16 or float32, got 'int8'"):
+        small_index.build(tmp_path / "d", dtype="int8")
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_directory_of_others_is_refused_untouched(tmp_path: Path) -> None:
+    (tmp_path / "vectors-00000.npy").write_text("mine")
+    with pytest.raises(UserError, match="not empty and was not made by the index builder"):
+        small_index.build(tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_damage_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no finished image index: build one there"):
+        ImageIndex.open(tmp_path)
+    small_index.build(tmp_path)
+    path = tmp_path / "vectors-00001.npy"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1])
+    with pytest.raises(UserError, match=r"vectors-00001.npy has \d+ bytes, the manifest says"):
+        ImageIndex.open(tmp_path)
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(UserError, match="vectors-00001.npy has sha256"):
+        ImageIndex.open(tmp_path).verify()
+    path.write_bytes(b"x" * len(good))
+    with pytest.raises(UserError, match="vectors-00001.npy is damaged"):
+        ImageIndex.open(tmp_path).vectors.rows(np.array([20]))
+    path.unlink()
+    with pytest.raises(UserError, match="vectors-00001.npy is missing"):
+        ImageIndex.open(tmp_path)
+    path.write_bytes(good)
+    manifest = tmp_path / index.FILE_NAME
+    values = json.loads(manifest.read_bytes())
+    for change, message in (
+        ({"format": 2}, "format 2, this program reads 1"),
+        ({"count": 51}, "damaged .*51 vectors"),
+        ({"shards": [1]}, "damaged"),
+        ({"unknown": 1}, "damaged"),
+    ):
+        manifest.write_text(json.dumps(values | change))
+        with pytest.raises(UserError, match=message):
+            ImageIndex.open(tmp_path)

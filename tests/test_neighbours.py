@@ -1,0 +1,275 @@
+"""Neighbours found ahead are those of the search, tied to all that they depend on."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blindvalm_jax.data import packing, pipeline
+from blindvalm_jax.data.windows import Windows
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.grounding import neighbours
+from blindvalm_jax.grounding.index import ImageIndex
+from blindvalm_jax.grounding.neighbours import Neighbours, NeighboursManifest
+from blindvalm_jax.grounding.retrieval import Retrieved
+from tests import small_index, small_text
+
+LENGTH = 16
+K = 3
+TEXT = small_index.CLIP.text_sha256
+
+
+class NumpyEngine:
+    """Exact search by numpy, the oracle of the others, as an engine."""
+
+    def __init__(self, index: ImageIndex, k: int = K) -> None:
+        self.neighbours = k
+        self.settings = {"engine": "numpy", "index": index.manifest.key}
+        self._keys = index.vectors[:].astype(np.float64)
+
+    def search(self, queries_QE: np.ndarray, *, vectors: bool = True) -> Retrieved:
+        scores_QM = queries_QE.astype(np.float64) @ self._keys.T
+        index_QK = np.argsort(-scores_QM, axis=1, kind="stable")[:, : self.neighbours]
+        scores_QK = np.take_along_axis(scores_QM, index_QK, axis=1)
+        return Retrieved(scores_QK, index_QK, self._keys[index_QK] if vectors else None)
+
+
+def features(rows: pipeline.Batch) -> np.ndarray:
+    """Queries that depend on the token and on the token before it."""
+    table = np.random.default_rng(0).standard_normal((1000, small_index.WIDTH))
+    tokens = rows["tower_tokens"]
+    return (table[tokens] + np.roll(table[tokens], 1, axis=1)).astype(np.float32)
+
+
+def make_inputs(directory: Path) -> None:
+    """Windows, and an index of 50 pictures."""
+    source = small_text.write_text(directory / "a.txt", small_text.documents(12, longest=40))
+    made = packing.Recipe(
+        source=source,
+        tokenizer=small_text.small_clip(),
+        sequence_length=LENGTH,
+        eval_fraction=0.2,
+        windows_per_shard=50,
+    )
+    packing.prepare(made, directory / "windows", workers=1)
+    small_index.build(directory / "index")
+
+
+def write(directory: Path, out: Path, **changes: Any) -> NeighboursManifest:
+    """The neighbours of the training windows, in shards of 13."""
+    index = ImageIndex.open(directory / "index")
+    values: dict[str, Any] = {
+        "windows": Windows(directory / "windows", "train"),
+        "index": index,
+        "features": features,
+        "engine": NumpyEngine(index),
+        "text_sha256": TEXT,
+        "readout": "token",
+        "batch_size": 4,
+        "windows_per_shard": 13,
+    }
+    return neighbours.write(out, **{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("neighbours")
+    make_inputs(directory)
+    write(directory, directory / "whole")
+    return directory
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+def test_every_token_has_the_neighbours_of_its_feature(inputs: Path) -> None:
+    windows = Windows(inputs / "windows", "train")
+    engine = NumpyEngine(ImageIndex.open(inputs / "index"))
+    opened = Neighbours.open(inputs / "whole")
+    assert len(opened) == len(windows) > 26, "too few windows for several shards"
+    # eval_batches shows what rows are; here one after the other, in the order of the windows.
+    order = pipeline.eval_order(len(windows), 0)
+    for place, batch in zip(order, pipeline.eval_batches(windows, batch_size=1), strict=True):
+        expected = engine.search(features(batch)[0], vectors=False).index_QK
+        found = opened[int(place)]
+        assert found.shape == (LENGTH, K)
+        assert found.dtype == np.uint32
+        np.testing.assert_array_equal(found, expected)
+    for wrong in (-1, len(windows)):
+        with pytest.raises(IndexError):
+            opened[wrong]
+
+
+def test_neighbours_may_travel_to_another_process(inputs: Path) -> None:
+    opened = Neighbours.open(inputs / "whole")
+    first = opened[0]
+    content = pickle.dumps(opened)
+    assert len(content) < 10_000
+    np.testing.assert_array_equal(pickle.loads(content)[0], first)
+
+
+@pytest.mark.parametrize("batch_size", [1, 13, 64])
+def test_the_batch_size_does_not_change_a_byte(
+    inputs: Path, tmp_path: Path, batch_size: int
+) -> None:
+    seen = set()
+
+    def watched(rows: pipeline.Batch) -> np.ndarray:
+        seen.add(rows["tokens"].shape)
+        return features(rows)
+
+    write(inputs, tmp_path, features=watched, batch_size=batch_size)
+    assert content(tmp_path) == content(inputs / "whole")
+    assert seen == {(batch_size, LENGTH)}, "more than one shape"
+
+
+DYING = """
+import os, signal, sys
+from pathlib import Path
+from tests import test_neighbours
+from blindvalm_jax.data import output
+left = int(sys.argv[3])
+def dying(function):
+    def call(*args, **keywords):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **keywords)
+    return call
+os.replace = dying(os.replace)
+Path.write_bytes = dying(Path.write_bytes)
+output.remove_work = dying(output.remove_work)
+features = dying(test_neighbours.features)
+test_neighbours.write(Path(sys.argv[1]), Path(sys.argv[2]), features=features)
+print(left)
+"""
+MANY = 1_000_000
+
+
+def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).resolve().parents[1]
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(inputs: Path, tmp_path: Path) -> None:
+    lived = run_python(DYING, inputs, tmp_path / "lived", MANY)
+    assert lived.returncode == 0, lived.stderr
+    moments = MANY - int(lived.stdout)
+    for left in (*random.Random(0).sample(range(moments - 1), 3), moments - 1):
+        out = tmp_path / f"killed{left}"
+        died = run_python(DYING, inputs, out, left)
+        assert died.returncode == -signal.SIGKILL, died.stderr
+        write(inputs, out)
+        assert content(out) == content(inputs / "whole")
+
+
+def test_finished_shards_are_not_searched_again(inputs: Path, tmp_path: Path) -> None:
+    calls = []
+
+    def broken(rows: pipeline.Batch) -> np.ndarray:
+        calls.append(len(rows["tokens"]))
+        if len(calls) == 6:
+            raise RuntimeError("no more power")
+        return features(rows)
+
+    with pytest.raises(RuntimeError, match="no more power"):
+        write(inputs, tmp_path, features=broken)
+    with pytest.raises(UserError, match="no finished neighbours there, write them again"):
+        Neighbours.open(tmp_path)
+    write(inputs, tmp_path, features=broken)
+    # A shard takes 4 batches (of 13 windows); the second shard is begun again.
+    batches = sum(-(-min(13, n) // 4) for n in _shard_sizes(inputs))
+    assert len(calls) == 6 + batches - 4
+    assert content(tmp_path) == content(inputs / "whole")
+
+
+def _shard_sizes(inputs: Path) -> list[int]:
+    count = len(Windows(inputs / "windows", "train"))
+    return [min(13, count - first) for first in range(0, count, 13)]
+
+
+def test_what_does_not_match_is_refused_on_reading(inputs: Path, tmp_path: Path) -> None:
+    small_index.build(tmp_path / "other", 49)
+    opened = Neighbours.open(inputs / "whole")
+    fitting: dict[str, Any] = {
+        "windows": Windows(inputs / "windows", "train"),
+        "index": ImageIndex.open(inputs / "index"),
+        "text_sha256": TEXT,
+        "readout": "token",
+        "neighbours": K,
+    }
+    opened.check(**fitting)
+    changes: dict[str, dict[str, Any]] = {
+        "split": {"windows": Windows(inputs / "windows", "eval")},
+        "index_key": {"index": ImageIndex.open(tmp_path / "other")},
+        "text_sha256": {"text_sha256": "x" * 64},
+        "readout": {"readout": "eos"},
+        "neighbours": {"neighbours": 4},
+    }
+    for field, change in changes.items():
+        with pytest.raises(UserError, match=f"was made with {field} .*, expected "):
+            opened.check(**{**fitting, **change})
+
+
+def test_what_does_not_match_is_refused_on_writing(inputs: Path, tmp_path: Path) -> None:
+    small_index.build(tmp_path / "other", 49)
+    other = ImageIndex.open(tmp_path / "other")
+    with pytest.raises(UserError, match="belongs to the text tower"):
+        write(inputs, tmp_path / "out", text_sha256="x" * 64)
+    with pytest.raises(UserError, match="the engine searches the index"):
+        write(inputs, tmp_path / "out", engine=NumpyEngine(other))
+    with pytest.raises(UserError, match=r"features of shape \(4, 15, 16\), expected \(4, 16, E\)"):
+        write(inputs, tmp_path / "out", features=lambda rows: features(rows)[:, 1:])
+    for out in (tmp_path / "out", inputs / "whole"):  # begun, finished
+        before = content(out)
+        with pytest.raises(UserError, match="was made with readout 'token', expected 'eos'"):
+            write(inputs, out, readout="eos")
+        index = ImageIndex.open(inputs / "index")
+        with pytest.raises(UserError, match="was made with neighbours 3, expected 2"):
+            write(inputs, out, engine=NumpyEngine(index, 2))
+        assert content(out) == before
+
+
+def test_damage_is_one_clear_line(inputs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no finished neighbours there, write them first"):
+        Neighbours.open(tmp_path)
+    write(inputs, tmp_path)
+    path = tmp_path / "neighbours-00001.npy"
+    good = path.read_bytes()
+    path.write_bytes(b"x" * len(good))
+    with pytest.raises(UserError, match="neighbours-00001.npy is damaged"):
+        Neighbours.open(tmp_path)[14]
+    path.write_bytes(good[:-4])
+    with pytest.raises(UserError, match=r"has \d+ bytes, the manifest says"):
+        Neighbours.open(tmp_path)
+    path.write_bytes(good)
+    manifest = tmp_path / neighbours.FILE_NAME
+    values = json.loads(manifest.read_bytes())
+    for change, message in (
+        ({"format": 9}, "format 9, this program reads 1"),
+        ({"windows": 1}, "damaged"),
+        ({"unknown": 1}, "damaged"),
+    ):
+        manifest.write_text(json.dumps(values | change))
+        with pytest.raises(UserError, match=message):
+            Neighbours.open(tmp_path)
