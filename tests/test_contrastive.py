@@ -19,7 +19,7 @@ from blindvalm_jax.models import contrastive
 from blindvalm_jax.models.clip import TextTower
 from blindvalm_jax.models.contrastive import Clip, ClipConfig
 from blindvalm_jax.models.vision import VisionTower
-from tests import small_models, test_vision
+from tests import small_models, test_step, test_vision
 
 CONFIG = ClipConfig(
     text=small_models.TOWER, vision=test_vision.VIT, temperature_start=10.0, temperature_cap=50.0
@@ -155,6 +155,22 @@ def test_captions_beyond_the_context_are_refused() -> None:
     tokens, length = captions(CONFIG, size=18)
     with pytest.raises(ValueError, match="with their end token must fit in 17 places, got 18"):
         Clip(CONFIG).apply({"params": params_of(CONFIG)}, tokens, length, method="encode_text")
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_product_is_computed_in_the_dtype_of_the_towers(
+    config: ClipConfig, dtype: str
+) -> None:
+    """Forward and backward, in both towers; the cosines of the loss are left out, they are fp32."""
+    inputs = images_for(config), *captions(config)
+
+    def total(params: Any) -> jax.Array:
+        found: Any = Clip(config, dtype=jnp.dtype(dtype)).apply({"params": params}, *inputs)
+        return jnp.sum(found.image_BE) + jnp.sum(found.text_BE)
+
+    jaxpr = jax.make_jaxpr(jax.grad(total))(params_of(config))
+    assert set(test_step.operand_dtypes(jaxpr.jaxpr)) == {(dtype, dtype)}
 
 
 def unit_rows(rows: int, width: int, *, seed: int) -> np.ndarray:

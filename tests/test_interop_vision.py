@@ -203,32 +203,32 @@ def test_a_stored_config_that_fits_no_tower(
 
 
 def test_mean_and_deviation_of_the_image_processor(tmp_path: Path) -> None:
+    """From the file that transformers takes, where two are there."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
     config, tensors, _, _ = golden("hf_clip_vision", inputs="images")
     write_hugging_face(tmp_path, config, tensors)
     assert load_vision(tmp_path).config == VIT
-    alone = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 1], "crop_size": 12}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(alone))
-    found = load_vision(tmp_path).config
-    assert (found.mean, found.std) == ((0.5, 0.4, 0.3), (0.2, 0.25, 1.0))
-    # A processor that says nothing of its own leaves the word to the other file.
-    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "X"}))
-    assert load_vision(tmp_path).config == found
-    nested = {"image_processor": {"image_mean": [0.1, 0.1, 0.1], "rescale_factor": 1 / 255}}
-    (tmp_path / "processor_config.json").write_text(json.dumps(nested))
-    found = load_vision(tmp_path).config
-    assert (found.mean, found.std) == ((0.1, 0.1, 0.1), CLIP_STD)
-
-
-@pytest.mark.torch
-def test_transformers_writes_the_processors_that_are_read(tmp_path: Path) -> None:
-    import transformers
-
-    pytest.importorskip("torchvision", reason="transformers makes no image processor without it")
-    processor = transformers.CLIPImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=[0.2] * 3)
-    config, tensors, _, _ = golden("hf_clip_vision", inputs="images")
-    processor.save_pretrained(write_hugging_face(tmp_path, config, tensors))
-    found = load_vision(tmp_path).config
-    assert (found.mean, found.std) == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
+    alone, whole = tmp_path / "preprocessor_config.json", tmp_path / "processor_config.json"
+    own = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 1], "crop_size": 12}
+    nested = {
+        "image_mean": [0.1, 0.1, 0.1],
+        "image_std": [0.3, 0.3, 0.3],
+        "rescale_factor": 1 / 255,
+    }
+    for path, content, mean in (
+        (alone, own, (0.5, 0.4, 0.3)),
+        (whole, {"processor_class": "CLIPProcessor"}, (0.5, 0.4, 0.3)),
+        (whole, {"image_processor": nested}, (0.1, 0.1, 0.1)),
+    ):
+        path.write_text(json.dumps(content))
+        found = load_vision(tmp_path).config
+        theirs, _ = ImageProcessingMixin.get_image_processor_dict(tmp_path)
+        assert found.mean == mean == tuple(theirs["image_mean"])
+        assert found.std == tuple(theirs["image_std"])
+    alone.write_text(json.dumps({"image_mean": [0.5, 0.4, 0.3]}))
+    whole.unlink()
+    assert load_vision(tmp_path).config.std == CLIP_STD
 
 
 @pytest.mark.parametrize(
