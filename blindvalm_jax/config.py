@@ -161,7 +161,7 @@ class GroundingConfig:
         choices=("exact", "faiss", "prepared"),
     )
     prepared: str = field("", "directory of neighbours (python -m blindvalm_jax.index neighbours)")
-    probes: int = field(0, "faiss: lists visited a query (nprobe); 0: by the index's size", low=0)
+    nprobe: int = field(0, "faiss: lists visited a query; 0: the paper's 32", low=0)
     rerank: int = field(0, "faiss: candidates ranked again exactly; 0: none", low=0)
     random: TextTowerConfig = dataclasses.field(default_factory=TextTowerConfig)
 

@@ -34,24 +34,31 @@ PEAK_TFLOPS = {
 
 @dataclasses.dataclass(frozen=True)
 class FlopsPerToken:
-    """Training FLOPs of one token, by part."""
+    """Training FLOPs of one token, by part; search: of an exact one, over all vectors."""
 
     decoder: float
     fusion: float
     tower: float
+    search: float = 0.0
 
     @property
     def total(self) -> float:
         """All parts."""
-        return self.decoder + self.fusion + self.tower
+        return self.decoder + self.fusion + self.tower + self.search
 
 
 def per_token(
-    config: Config, *, vocab_size: int, tower: TowerConfig | None, tower_length: int
+    config: Config,
+    *,
+    vocab_size: int,
+    tower: TowerConfig | None,
+    tower_length: int,
+    vectors: int = 0,
 ) -> FlopsPerToken:
     """Training FLOPs per language-model token.
 
-    tower_length: positions of a packed row without the start token (S).
+    tower_length: positions of a packed row without the start token (S); vectors: that are compared
+    with each token by exact search in the step (M), 2 M E.
     """
     decoder, length = config.decoder, config.data.sequence_length
     width, mlp_width = decoder.width, decoder.mlp_width or 4 * decoder.width
@@ -64,7 +71,10 @@ def per_token(
     if tower.projection != width:
         projections = 3.0 * 4 * width**2 + 2.0 * 2 * tower.projection * width
     fusion = fused * (projections + 3.0 * 4 * width)
-    return FlopsPerToken(3.0 * forward, fusion, tower_forward(config, tower, tower_length) / length)
+    frozen = 0.0
+    if config.grounding.search != "prepared":
+        frozen = tower_forward(config, tower, tower_length) / length
+    return FlopsPerToken(3.0 * forward, fusion, frozen, 2.0 * vectors * tower.projection)
 
 
 def tower_forward(config: Config, tower: TowerConfig, tower_length: int) -> float:

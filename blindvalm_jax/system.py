@@ -16,6 +16,7 @@ import numpy as np
 from blindvalm_jax.config import Config, TextTowerConfig, fusion_layers
 from blindvalm_jax.data.manifest import TokenizerRecord
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.grounding.retrieval import Search
 from blindvalm_jax.interop import clip_text, weights
 from blindvalm_jax.models.clip import Readout, TextTower, TowerConfig
 from blindvalm_jax.models.decoder import Decoder
@@ -31,12 +32,21 @@ DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-    """A frozen text tower: shape, parameters on the host, where they came from, their hash."""
+    """A frozen text tower: shape, parameters on the host, where they came from, their hash.
+
+    tokenizer: kind and fingerprint of the tokenizer it was trained with, where recorded.
+    """
 
     config: TowerConfig
     params: Any
     source: str
     sha256: str
+    tokenizer: dict[str, str] | None = None
+
+    @property
+    def reads_learned_tokens(self) -> bool:
+        """Whether it was trained on a learned BPE, which the language model has to share."""
+        return self.tokenizer is not None and self.tokenizer["kind"] == "train"
 
 
 def check_tower_name(config: Config, workdir: Path, *, resuming: bool) -> None:
@@ -57,7 +67,7 @@ def read_tower(config: Config, resumed: Path | None) -> Tower | None:
         return None
     if resumed is not None:
         found = weights.load(resumed / "tower", kind="clip_text")
-        return Tower(found.tower, found.params, found.source, found.sha256)
+        return Tower(found.tower, found.params, found.source, found.sha256, found.tokenizer)
     if grounding.tower == "random":
         return None
     if not grounding.tower:
@@ -66,7 +76,7 @@ def read_tower(config: Config, resumed: Path | None) -> Tower | None:
             "without knowledge (or grounding.source=none for a plain GPT-2)"
         )
     loaded = clip_text.load_tower(grounding.tower)
-    return Tower(loaded.config, loaded.params, loaded.source, loaded.sha256)
+    return Tower(*loaded[:2], loaded.source, loaded.sha256, loaded.tokenizer)
 
 
 def tower_context(config: Config, tower: Tower | None) -> int:
@@ -96,7 +106,17 @@ def prepare_tower(
             shape = tower_shape(grounding.random, vocabulary, setting="grounding.random")
         else:
             shape = tower.config
-        tower = fresh_tower(shape, seed=config.seed)
+        tower = dataclasses.replace(
+            fresh_tower(shape, seed=config.seed),
+            tokenizer=None if tower is None else tower.tokenizer,
+        )
+    known = tower.tokenizer
+    if known is not None and known["fingerprint"] != vocabulary.fingerprint:
+        raise UserError(
+            f"the tower ({tower.source}) was trained on another {known['kind']} tokenizer than the "
+            f"text was cut with: set tokenizer.kind={known['kind']} and tokenizer.path to the "
+            "tower's (data/*/tokenizer of its run)"
+        )
     if tower.config.start_id >= tower.config.vocab_size or (
         vocabulary.tower_vocab_size > tower.config.vocab_size
     ):
@@ -121,6 +141,7 @@ def store_tower(tower: Tower, workdir: Path, *, tokenizer: Path | None) -> None:
         tower.params,
         config=tower.config,
         source=tower.source,
+        tokenizer=tower.tokenizer,
         tokenizer_files=tokenizer,
     )
 
@@ -169,10 +190,18 @@ def tower_shape(
     )
 
 
-def build(config: Config, *, vocab_size: int, tower: Tower | None, platform: str) -> Model:
+def build(
+    config: Config,
+    *,
+    vocab_size: int,
+    tower: Tower | None,
+    platform: str,
+    search: Search | None = None,
+) -> Model:
     """The model of a run.
 
-    vocab_size: of the tokenizer; platform: "cpu", "gpu" or "tpu", for the choice of kernel.
+    vocab_size: of the tokenizer; platform: "cpu", "gpu" or "tpu", for the choice of kernel; search:
+    how images are found, None where z is the text feature itself or comes with the batch.
 
     Raises:
       UserError: decoder.vocab_size is set and differs.
@@ -202,8 +231,11 @@ def build(config: Config, *, vocab_size: int, tower: Tower | None, platform: str
             remat=train.remat,
             scan_unroll=train.scan_unroll,
         ),
-        tower=None if tower is None else TextTower(tower.config, DTYPES[config.grounding.dtype]),
+        tower=None
+        if tower is None or config.grounding.search == "prepared"
+        else TextTower(tower.config, DTYPES[config.grounding.dtype]),
         readout=readout,
+        search=search,
         shuffled=config.grounding.control == "shuffled",
         loss_chunk=train.loss_chunk,
         microbatches=train.microbatches,

@@ -233,6 +233,7 @@ def test_transformers_reads_the_export_of_a_run(runs: Path, tmp_path: Path) -> N
 
     assert _run("--to=hf_gpt2", f"--input={runs}/gpt2", f"--out={tmp_path}/hf").returncode == 0
     trained = run_directory.load(runs / "gpt2")
+    assert isinstance(trained.config, weights.DecoderSpec)
     ids = np.random.default_rng(0).integers(0, trained.config.vocab_size, (2, 32))
     model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf")
     expected = make_golden.gpt2_logits(model, ids)

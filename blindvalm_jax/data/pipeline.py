@@ -10,12 +10,12 @@ import functools
 import time
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Protocol
 
 import grain
 import numpy as np
 from grain import experimental
 
-from blindvalm_jax.data.windows import Windows
 from blindvalm_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -23,12 +23,23 @@ _THREADS = 4
 _BATCHES_AHEAD = 8
 
 
+class WindowSource(Protocol):
+    """Windows by number: `data.windows.Windows`, perhaps with "features" float [T, K, E] beside."""
+
+    def __len__(self) -> int:
+        """Number of windows."""
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """One window."""
+
+
 class Batches(Iterator[Batch]):
     """Endless batches; `seconds_waited` is how long `next` has waited in all. Close it when done.
 
     Batch (b rows of this process): tokens int32 [b,T], targets int32 [b,T], weights float32 [b,T]
     (1 where the target is a real token); with the tower also tower_tokens int32 [b,S],
-    tower_starts bool [b,S], and in the aligned mode tower_index int32 [b,T].
+    tower_starts bool [b,S], and in the aligned mode tower_index int32 [b,T]; features [b,T,K,E]
+    where they were found ahead of time.
     """
 
     def __init__(self, iterator: grain.DatasetIterator) -> None:
@@ -62,7 +73,7 @@ class Batches(Iterator[Batch]):
 
 
 def batches(
-    windows: Windows,
+    windows: WindowSource,
     *,
     batch_size: int,
     seed: int,
@@ -121,7 +132,7 @@ def block_iterator(
 
 
 def eval_batches(
-    windows: Windows,
+    windows: WindowSource,
     *,
     batch_size: int,
     limit: int = 0,
@@ -168,4 +179,6 @@ def _row(window: dict[str, np.ndarray], *, tower: bool) -> Batch:
     row = {"tokens": tokens[:-1], "targets": tokens[1:], "weights": real.astype(np.float32)}
     if tower:
         row |= {name: values for name, values in window.items() if name.startswith("tower_")}
+    if "features" in window:
+        row["features"] = window["features"]
     return row

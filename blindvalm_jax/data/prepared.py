@@ -35,6 +35,7 @@ def ensure_prepared(
     *,
     tower_context: int = 77,
     stored_tower: Path | None = None,
+    shared: bool = False,
 ) -> Path:
     """Directory of the windows a run trains on; a second run with the same settings reuses it.
 
@@ -42,7 +43,8 @@ def ensure_prepared(
     `data.tfds` is prepared in the cache (`data.cache`, else <workdir>/data), in a directory named
     by a hash of all that determines its bytes. `tower_context` counts the tower's positions, start
     and end token included. `stored_tower` is what a resumed run has kept of its tower: the tower's
-    tokenizer is read from there. Other processes on this machine wait for the one that prepares.
+    tokenizer is read from there. shared: the tower reads the language model's tokens, whatever lies
+    beside it. Other processes on this machine wait for the one that prepares.
 
     Raises:
       UserError: there is no text, it cannot be read, or `data.windows` does not fit the settings.
@@ -51,7 +53,13 @@ def ensure_prepared(
     if config.data.windows:
         directory = Path(config.data.windows)
         found = manifest.load(directory)
-        _check(found, directory, config, _tower_tokenizer(config, stored_tower), longest=longest)
+        _check(
+            found,
+            directory,
+            config,
+            None if shared else _tower_tokenizer(config, stored_tower),
+            longest=longest,
+        )
         return directory
     cache = Path(config.data.cache or Path(workdir) / "data")
     source, eval_source = sources(config.data, digests=cache / "file_hashes.json")
@@ -66,7 +74,7 @@ def ensure_prepared(
     recipe = packing.Recipe(
         source=source,
         tokenizer=tokenizer,
-        tower_tokenizer=_tower_tokenizer(config, stored_tower),
+        tower_tokenizer=None if shared else _tower_tokenizer(config, stored_tower),
         sequence_length=config.data.sequence_length,
         rule=segment_rule(config.grounding.segments),
         longest_segment=longest,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from blindvalm_jax import hub
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.interop import clip_hugging_face_vision, formats, weights
+from blindvalm_jax.interop import clip_hugging_face_vision, formats, run_directory, weights
 from blindvalm_jax.models.contrastive import ClipConfig
 from blindvalm_jax.models.vision import VisionConfig
 
@@ -19,7 +19,8 @@ class Clip(NamedTuple):
 
     tokenizer_directory: where tokenizer files lie beside the weights, or None; source: the path or
     hub id it came from. sha256: `weights.params_sha256` of all; text_sha256 and vision_sha256: of
-    each tower's own tree, as `clip_text.load_tower` and `load_vision` report it.
+    each tower's own tree, as `clip_text.load_tower` and `load_vision` report it; tokenizer: kind
+    and fingerprint of the tokenizer it was trained with, where recorded.
     """
 
     config: ClipConfig
@@ -29,6 +30,7 @@ class Clip(NamedTuple):
     sha256: str
     text_sha256: str
     vision_sha256: str
+    tokenizer: dict[str, str] | None = None
 
 
 class Vision(NamedTuple):
@@ -43,7 +45,8 @@ class Vision(NamedTuple):
 def load_clip(name: str | Path) -> Clip:
     """Reads a CLIP from a path or, where no such path exists, a Hugging Face hub id.
 
-    A path may be a weights directory of ours of kind "clip", or a Hugging Face `CLIPModel`.
+    A path may be a contrastive run, a weights directory of ours of kind "clip", or a Hugging Face
+    `CLIPModel`.
 
     Raises:
       UserError: nothing is there, or it holds no CLIP with both towers.
@@ -51,22 +54,29 @@ def load_clip(name: str | Path) -> Clip:
     path = hub.local_path(name)
     layout = _layout(path)
     config: weights.Spec
+    tokenizer, files = None, weights.tokenizer_directory(path)
     if layout == "weights":
         stored = weights.load(path, kind="clip")
-        config, params, source, sha256 = stored.config, stored.params, stored.source, stored.sha256
+        config, params, source = stored.config, stored.params, stored.source
+        tokenizer = stored.tokenizer
+    elif layout == "run":
+        run = run_directory.load(path)
+        config, params, source = run.config, run.params, f"{path}, step {run.step}"
+        tokenizer, files = run.tokenizer, run.tokenizer_directory
     else:
         config, params = clip_hugging_face_vision.load_both(path)
-        source, sha256 = str(name), weights.params_sha256(params)
+        source = str(name)
     if not isinstance(config, ClipConfig):
-        raise TypeError(f"{path} gave a {type(config).__name__}")
+        raise UserError(f"{path} is a {weights.kind_of(config)}, expected a CLIP")
     return Clip(
         config,
         params,
-        weights.tokenizer_directory(path),
+        files,
         source,
-        sha256,
+        weights.params_sha256(params),
         weights.params_sha256(params["text"]),
         weights.params_sha256(params["vision"]),
+        tokenizer,
     )
 
 
@@ -81,9 +91,14 @@ def load_vision(name: str | Path) -> Vision:
     """
     path = hub.local_path(name)
     config: weights.Spec
-    if _layout(path) == "weights":
-        stored = weights.load(path, kind=("clip_vision", "clip"))
-        config, params, source = stored.config, stored.params, stored.source
+    layout = _layout(path)
+    if layout in ("weights", "run"):
+        if layout == "weights":
+            stored = weights.load(path, kind=("clip_vision", "clip"))
+            config, params, source = stored.config, stored.params, stored.source
+        else:
+            clip = load_clip(path)
+            config, params, source = clip.config, clip.params, clip.source
         if isinstance(config, ClipConfig):
             config, params = config.vision, params["vision"]
     else:
@@ -96,7 +111,7 @@ def load_vision(name: str | Path) -> Vision:
 
 def _layout(path: Path) -> str:
     layout = formats.open_model(path).layout
-    if layout not in ("weights", "hf_clip"):
+    if layout not in ("weights", "hf_clip", "run"):
         raise UserError(
             f"{path} holds no image tower that is read: expected the layout hf_clip or our "
             f"weights, got {layout}"

@@ -19,7 +19,8 @@ class Tower(NamedTuple):
     """A pretrained tower.
 
     tokenizer_directory: where tokenizer files lie beside the weights, or None; source: the path or
-    hub id it came from; sha256: `weights.params_sha256`.
+    hub id it came from; sha256: `weights.params_sha256`; tokenizer: kind and fingerprint of the
+    tokenizer it was trained with, where recorded.
     """
 
     config: TowerConfig
@@ -27,6 +28,7 @@ class Tower(NamedTuple):
     tokenizer_directory: Path | None
     source: str
     sha256: str
+    tokenizer: dict[str, str] | None = None
 
 
 def load_tower(
@@ -34,9 +36,9 @@ def load_tower(
 ) -> Tower:
     """Reads a tower from a path or, where no such path exists, a Hugging Face hub id.
 
-    A path may be a weights directory of ours (of a text tower, or of a whole CLIP, whose text side
-    is taken), a Hugging Face or open_clip directory, or a file in OpenAI's layout. Only a hub id
-    uses the network.
+    A path may be a contrastive run or a weights directory of ours (of a text tower, or of a whole
+    CLIP, whose text side is taken), a Hugging Face or open_clip directory, or a file in OpenAI's
+    layout. Only a hub id uses the network.
 
     heads, activation: for OpenAI's layout, where the file does not tell them (see `clip_openai`).
 
@@ -48,18 +50,32 @@ def load_tower(
     if found.layout == "weights":
         stored = weights.load(path, kind=("clip_text", "clip"))
         files = weights.tokenizer_directory(path)
-        if isinstance(stored.config, ClipConfig):
-            params = stored.params["text"]
-            sha256 = weights.params_sha256(params)
-            return Tower(stored.config.text, params, files, stored.source, sha256)
-        return Tower(stored.tower, stored.params, files, stored.source, stored.sha256)
-    if found.layout not in formats.TOWERS:
+        return _text_side(
+            stored.config, stored.params, files, stored.source, stored.tokenizer, path
+        )
+    if found.layout not in (*formats.TOWERS, "run"):
         raise UserError(
-            f"{path} holds no CLIP text tower: expected the layout {', '.join(formats.TOWERS)} or "
-            f"our weights, got {found.layout}"
+            f"{path} holds no CLIP text tower: expected the layout {', '.join(formats.TOWERS)}, a "
+            f"contrastive run or our weights, got {found.layout}"
         )
     model = formats.load(found, heads=heads, activation=activation)
-    if not isinstance(model.config, TowerConfig):
-        raise TypeError(f"{found.layout} gave a {type(model.config).__name__}")
-    sha256 = weights.params_sha256(model.params)
-    return Tower(model.config, model.params, model.tokenizer_directory, str(name), sha256)
+    source = model.source if found.layout == "run" else str(name)
+    return _text_side(
+        model.config, model.params, model.tokenizer_directory, source, model.tokenizer, path
+    )
+
+
+def _text_side(
+    config: weights.Spec,
+    params: dict[str, Any],
+    files: Path | None,
+    source: str,
+    tokenizer: dict[str, str] | None,
+    path: Path,
+) -> Tower:
+    """The text tower that was read, alone or as the side of a CLIP."""
+    if isinstance(config, ClipConfig):
+        config, params = config.text, params["text"]
+    if not isinstance(config, TowerConfig):
+        raise UserError(f"{path} is a {weights.kind_of(config)}, expected a CLIP or its text tower")
+    return Tower(config, params, files, source, weights.params_sha256(params), tokenizer)

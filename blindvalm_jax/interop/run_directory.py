@@ -1,4 +1,4 @@
-"""A run of ours as the source of a model: the decoder in its newest checkpoint.
+"""A run of ours as the source of a model: the decoder, or the CLIP, in its newest checkpoint.
 
 `config.json` gives the settings, `run.json` the tokenizer and the width of the grounding. Only the
 parameters are read, onto the host, whatever devices they were trained on.
@@ -16,16 +16,18 @@ import orbax.checkpoint as ocp
 from blindvalm_jax import config, files, trees
 from blindvalm_jax.errors import UserError, first_line
 from blindvalm_jax.interop import weights
+from blindvalm_jax.models.contrastive import ClipConfig
 
 
 class Trained(NamedTuple):
-    """A trained decoder.
+    """A trained model.
 
-    step: updates done; tokenizer: its kind and fingerprint; tokenizer_directory: where its files
-    lie, or None; eos_id: the language model's id that ends a document.
+    config: a `DecoderSpec`, or a `ClipConfig` of a contrastive run. step: updates done; tokenizer:
+    its kind and fingerprint; tokenizer_directory: where its files lie, or None; eos_id: the id that
+    ends a document.
     """
 
-    config: weights.DecoderSpec
+    config: weights.Spec
     params: dict[str, Any]
     step: int
     tokenizer: dict[str, str]
@@ -39,7 +41,7 @@ def is_run(directory: Path) -> bool:
 
 
 def load(directory: Path) -> Trained:
-    """The decoder of a run.
+    """The decoder or CLIP of a run.
 
     Raises:
       UserError: there is no checkpoint yet, or the run's files lack something or do not agree.
@@ -48,17 +50,7 @@ def load(directory: Path) -> Trained:
     record_path = directory / "run.json"
     record = files.read_object(record_path)
     tokenizer = _table(record, "tokenizer", record_path)
-    fused = config.fusion_layers(settings)
-    width = 0
-    if fused:
-        width = _entry(_table(record, "tower", record_path), "projection", int, record_path)
-    spec = weights.DecoderSpec(
-        decoder=settings.decoder,
-        fusion=settings.fusion,
-        vocab_size=_entry(tokenizer, "vocab_size", int, record_path),
-        fusion_layers=fused,
-        memory_width=width,
-    )
+    spec = _spec(settings, record, record_path)
     step = latest_step(directory)
     path = directory / "checkpoints" / str(step) / "state"
     params = _restore(path, spec)
@@ -76,6 +68,22 @@ def load(directory: Path) -> Trained:
     )
 
 
+def _spec(settings: config.Config, record: dict[str, Any], path: Path) -> weights.Spec:
+    if settings.train.objective == "contrastive":
+        return weights.rebuild(ClipConfig, _table(record, "clip", path), f"{path}: clip")
+    fused = config.fusion_layers(settings)
+    width = 0
+    if fused:
+        width = _entry(_table(record, "tower", path), "projection", int, path)
+    return weights.DecoderSpec(
+        decoder=settings.decoder,
+        fusion=settings.fusion,
+        vocab_size=_entry(_table(record, "tokenizer", path), "vocab_size", int, path),
+        fusion_layers=fused,
+        memory_width=width,
+    )
+
+
 def latest_step(directory: Path) -> int:
     """Updates done in the newest checkpoint of a run; only whole ones have a plain number.
 
@@ -89,7 +97,7 @@ def latest_step(directory: Path) -> int:
     return max(steps)
 
 
-def _restore(path: Path, spec: weights.DecoderSpec) -> dict[str, Any]:
+def _restore(path: Path, spec: weights.Spec) -> dict[str, Any]:
     item = {"params": trees.unflatten(weights.abstract_params(spec))}
     arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
     try:
@@ -100,7 +108,8 @@ def _restore(path: Path, spec: weights.DecoderSpec) -> dict[str, Any]:
             )
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         reason = first_line(error)
-        raise UserError(f"{path} cannot be restored as the decoder: {reason}") from error
+        kind = weights.kind_of(spec)
+        raise UserError(f"{path} cannot be restored as the {kind}: {reason}") from error
     return restored["params"]
 
 

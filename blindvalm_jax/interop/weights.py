@@ -188,7 +188,7 @@ def load(directory: str | Path, *, kind: str | tuple[str, ...] | None = None) ->
     expected = (kind,) if isinstance(kind, str) else kind or tuple(_KINDS)
     if content["kind"] not in expected:
         raise UserError(f"{path}: expected kind {' or '.join(expected)}, got {content['kind']!r}")
-    config = _rebuild(_KINDS[content["kind"]], content["config"], f"{path}: config")
+    config = rebuild(_KINDS[content["kind"]], content["config"], f"{path}: config")
     params_path = directory / PARAMS_FILE
     params = trees.unflatten(tensor_files.read_safetensors(params_path))
     check(params, config, str(params_path))
@@ -265,7 +265,7 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
             shutil.copyfile(source / name, directory / name)
 
 
-def _rebuild(cls: type, values: Any, path: str) -> Any:
+def rebuild(cls: type, values: Any, path: str) -> Any:
     """A dataclass from its JSON form, with every field present and of its own type."""
     fields = typing.get_type_hints(cls)
     if not isinstance(values, dict) or values.keys() != fields.keys():
@@ -274,7 +274,7 @@ def _rebuild(cls: type, values: Any, path: str) -> Any:
     for name, expected in fields.items():
         value = values[name]
         if dataclasses.is_dataclass(expected):
-            built[name] = _rebuild(typing.cast(type, expected), value, f"{path}.{name}")
+            built[name] = rebuild(typing.cast(type, expected), value, f"{path}.{name}")
             continue
         if typing.get_origin(expected) is tuple and isinstance(value, list):
             item = typing.get_args(expected)[0]

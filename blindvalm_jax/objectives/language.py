@@ -16,6 +16,7 @@ from blindvalm_jax import config, flops, partitioning, runs, system
 from blindvalm_jax.console import say
 from blindvalm_jax.data import pipeline, prepared
 from blindvalm_jax.data.windows import Windows
+from blindvalm_jax.grounding.images import Images
 from blindvalm_jax.grounding.text import TowerInput
 from blindvalm_jax.models.clip import TextTower, TowerConfig
 from blindvalm_jax.objectives.language_model import Batch, Model, Sums
@@ -40,6 +41,7 @@ class Language:
             workdir,
             tower_context=system.tower_context(settings, tower),
             stored_tower=workdir / "tower" if resuming else None,
+            shared=tower is not None and tower.reads_learned_tokens,
         )
         self._windows = Windows(directory, "train")
         self._held_out = Windows(directory, "eval") if settings.eval.every_steps else None
@@ -49,11 +51,15 @@ class Language:
         )
         shape = None if self._tower is None else self._tower.config
         partitioning.check_divisible(settings, mesh, shape)
+        self._images = None
+        if settings.grounding.source == "images" and self._tower is not None:
+            self._images = Images(settings.grounding, mesh, text_sha256=self._tower.sha256)
         self.model: Model = system.build(
             settings,
             vocab_size=self._vocabulary.vocab_size,
             tower=self._tower,
             platform=jax.devices()[0].platform,
+            search=None if self._images is None else self._images.search,
         )
         self.units_per_row = settings.data.sequence_length
         self._evaluate = jax.jit(self.model.loss)
@@ -66,24 +72,33 @@ class Language:
             say(f"note: so few windows are repeated within a batch of {rows} rows")
         if self._tower is not None:
             say(f"tower: {self._tower.source}, {_describe_grounding(settings)}")
+        if self._images is not None:
+            about = self._images.describe()
+            say(
+                f"images: the {about['neighbours']} nearest of {about['vectors']:,} "
+                f"({settings.grounding.index}), search: {about['search']}"
+            )
 
     def abstract_frozen(self) -> dict[str, Any]:
-        """Shapes and shardings of the tower; its matrices are kept in the dtype they compute in."""
-        if self._tower is None:
-            return {}
-        return {"tower": abstract_tower(self._tower.config, self._settings, self._mesh)}
+        """Shapes and shardings of tower and index; matrices are in the dtype they compute in."""
+        frozen = {}
+        if self._tower is not None and self.model.tower is not None:
+            frozen["tower"] = abstract_tower(self._tower.config, self._settings, self._mesh)
+        return frozen | ({} if self._images is None else self._images.abstract_keys())
 
     def place_frozen(self, like: Mapping[str, Any], *, resuming: bool) -> dict[str, Any]:
-        """The tower on the devices, as `like` describes it; a new run stores it."""
+        """Tower and index on the devices, as `like` describes them; a new run stores the tower."""
         if self._tower is None:
             return {}
-        placed = place_tower(self._tower, like["tower"])
+        placed = {} if self._images is None else self._images.place_keys()
+        if "tower" in like:
+            placed["tower"] = place_tower(self._tower, like["tower"])
         if not resuming:
             aligned = self._windows.manifest.aligned
             own = self._windows.directory / "tower_tokenizer" if aligned else None
             system.store_tower(self._tower, self._workdir, tokenizer=own)
         self._tower = dataclasses.replace(self._tower, params=None)  # one copy is enough
-        return {"tower": placed}
+        return placed
 
     def read_start(self, shapes: Any) -> system.Start | None:
         """Weights that the decoder starts from, if settings name some."""
@@ -99,7 +114,8 @@ class Language:
 
     def abstract_batch(self) -> Batch:
         """Shapes and shardings of a batch."""
-        rows = next(iter(pipeline.eval_batches(self._windows, **self._reading(1), limit=1)))
+        windows = self._with_images(self._windows, "train")
+        rows = next(iter(pipeline.eval_batches(windows, **self._reading(1), limit=1)))
         size = self._settings.train.batch_size
         sharding = partitioning.batch_sharding(self._mesh)
         shapes = {
@@ -112,7 +128,7 @@ class Language:
         """Shuffled windows from a step on."""
         settings = self._settings
         return pipeline.batches(
-            self._windows,
+            self._with_images(self._windows, "train"),
             **self._reading(settings.train.batch_size, processes=True),
             seed=settings.seed,
             start_step=start_step,
@@ -128,7 +144,7 @@ class Language:
             raise ValueError("evaluation without held-out windows")
         train = self._settings.train
         rows = pipeline.eval_batches(
-            self._held_out,
+            self._with_images(self._held_out, "eval"),
             **self._reading(train.batch_size // train.microbatches, processes=True),
             limit=self._settings.eval.windows,
         )
@@ -148,6 +164,7 @@ class Language:
             vocab_size=manifest.tokenizer.vocab_size,
             tower=None if tower is None else tower.config,
             tower_length=0 if batch.tower is None else batch.tower.tokens_BS.shape[1],
+            vectors=0 if self._images is None else self._images.compared,
         )
         grounding = None
         if tower is not None:
@@ -163,6 +180,7 @@ class Language:
                 "train_windows": len(self._windows),
             },
             "tower": grounding,
+            "images": None if self._images is None else self._images.describe(),
         }
 
     def resolved(self) -> config.Config:
@@ -170,6 +188,10 @@ class Language:
         return config.resolve(
             self._settings, vocab_size=self._vocabulary.vocab_size, mesh=self._mesh.shape
         )
+
+    def _with_images(self, windows: Windows, split: str) -> pipeline.WindowSource:
+        """The windows, with features where those were found ahead of time."""
+        return windows if self._images is None else self._images.windows(windows, split)
 
     def _reading(self, batch_size: int, *, processes: bool = False) -> dict[str, Any]:
         """What every reading of windows shares."""

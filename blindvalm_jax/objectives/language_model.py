@@ -70,13 +70,14 @@ class Model:
     def features(self, frozen: Mapping[str, Any], batch: Batch) -> Array | None:
         """Grounding features z [B, T, K, E], or None for a plain decoder.
 
-        frozen: "tower", the text tower's parameters; with a search also "keys", the index.
+        frozen: "tower", the text tower's parameters; with a search on the devices also
+        "index", the image embeddings.
         """
         z_BTKE = batch.z_BTKE
         if z_BTKE is None and self.tower is not None and batch.tower is not None:
             z_BTKE = text.features(self.tower, frozen["tower"], batch.tower, readout=self.readout)
             if self.search is not None:
-                z_BTKE = self.search(z_BTKE[:, :, 0], frozen.get("keys"))
+                z_BTKE = self.search(z_BTKE[:, :, 0], frozen.get("index"))
         if z_BTKE is not None and self.shuffled:
             z_BTKE = text.shuffled(z_BTKE)
         return z_BTKE

@@ -36,7 +36,12 @@ def clip(world: WorldConfig) -> ConfigDict:
     config.clip.temperature_cap = 50.0
     text, image = config.clip.text, config.clip.image
     text.layers, text.width, text.heads, text.projection, text.context = 2, 64, 2, 64, 16
-    image.kind, image.size, image.width, image.channels = "conv", world.image_size, 128, (16, 32, 64)
+    image.kind, image.size, image.width, image.channels = (
+        "conv",
+        world.image_size,
+        128,
+        (16, 32, 64),
+    )
     config.train.steps = 1000
     config.train.batch_size = 128
     config.optimizer.learning_rate = 3e-3
