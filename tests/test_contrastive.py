@@ -102,7 +102,7 @@ def test_parameters_are_those_of_the_towers_and_the_scale(config: ClipConfig) ->
         assert shapes == {path: x.value.shape for path, x in trees.flatten(own["params"]).items()}
 
 
-@pytest.mark.parametrize("context", [18, 16, 77])
+@pytest.mark.parametrize("context", [18, 16])
 def test_the_end_token_says_what_the_tower_says_if_the_text_ended_there(context: int) -> None:
     """Against the readout over all prefixes, of the texts packed into one row, to 1e-5 in fp32.
 
