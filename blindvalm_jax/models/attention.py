@@ -63,11 +63,13 @@ def joint_attention(
     mask_BTS: Array,
     scale: float,
     memory: Memory | None = None,
+    memory_mask_BT: Array | None = None,
     dropout: Dropout | None = None,
 ) -> Attended:
     """softmax(scale * q [k ; memory.k]^T) [v ; memory.v], one softmax in fp32 (VALM, eq. 5).
 
     mask_BTS: True where a query sees a key (each must see one); its leading axis may be 1.
+    memory_mask_BT: True where a query sees its memory; None: everywhere.
     """
     scores_BNTS = einsum_fp32("btnh,bsnh->bnts", q_BTNH, k_BSNH)
     lowest = jnp.finfo(jnp.float32).min
@@ -82,6 +84,8 @@ def joint_attention(
     scores_BNTK = scale * einsum_fp32("btnh,btknh->bntk", q_BTNH, memory.k_BTKNH)
     if memory.bias_N is not None:
         scores_BNTK = scores_BNTK + memory.bias_N[None, :, None, None]
+    if memory_mask_BT is not None:
+        scores_BNTK = jnp.where(memory_mask_BT[:, None, :, None], scores_BNTK, lowest)
     weights = jax.nn.softmax(jnp.concatenate([scores_BNTS, scores_BNTK], axis=-1))
     length = k_BSNH.shape[1]
     share_BT = jnp.mean(jnp.sum(weights[..., length:], axis=-1), axis=1)
@@ -98,11 +102,13 @@ class Causal:
     """Each position sees itself and what came before, except, without a memory, invalid positions.
 
     valid_BT: True at real tokens, or None when all are (or when pads only end a row, where the
-    causal mask hides them already). kernel: "xla", or "cudnn" for plain attention, which then takes
-    neither a mask nor dropout; a memory always goes through XLA.
+    causal mask hides them already). grounded_BT: True where a position sees its memory, None:
+    everywhere. kernel: "xla", or "cudnn" for plain attention, which then takes neither a mask nor
+    dropout; a memory always goes through XLA.
     """
 
     valid_BT: Array | None = None
+    grounded_BT: Array | None = None
     kernel: str = struct.field(pytree_node=False, default="xla")
 
     def attend(
@@ -129,7 +135,14 @@ class Causal:
         if self.valid_BT is not None and memory is None:
             mask_BTS = mask_BTS & self.valid_BT[:, None, :]
         return joint_attention(
-            q_BTNH, k_BTNH, v_BTNH, mask_BTS=mask_BTS, scale=scale, memory=memory, dropout=dropout
+            q_BTNH,
+            k_BTNH,
+            v_BTNH,
+            mask_BTS=mask_BTS,
+            scale=scale,
+            memory=memory,
+            memory_mask_BT=self.grounded_BT,
+            dropout=dropout,
         )
 
 

@@ -102,15 +102,20 @@ class Decoder(nn.Module):
         return self.logits(self.hidden(tokens_BT, z_BTKE, valid_BT).hidden_BTD)
 
     def hidden(
-        self, tokens_BT: Array, z_BTKE: Array | None = None, valid_BT: Array | None = None
+        self,
+        tokens_BT: Array,
+        z_BTKE: Array | None = None,
+        valid_BT: Array | None = None,
+        grounded_BT: Array | None = None,
     ) -> Hidden:
         """States before the output projection.
 
         z_BTKE: K grounding vectors of each position, needed iff there are fusion layers.
         valid_BT: False at pads. Pads take no position and are no keys of plain blocks; fusion
         blocks do see them, as in the reference. None: all valid.
+        grounded_BT: False where a position is to do without its grounding vectors. None: nowhere.
         """
-        return self.transform(self.embed(tokens_BT, valid_BT), z_BTKE, valid_BT)
+        return self.transform(self.embed(tokens_BT, valid_BT), z_BTKE, valid_BT, grounded_BT)
 
     def embed(self, tokens_BT: Array, valid_BT: Array | None = None) -> Array:
         """Token plus position embedding [B, T, D]."""
@@ -128,7 +133,11 @@ class Decoder(nn.Module):
         return nn.with_logical_constraint(self.drop(x_BTD), ("batch", "length", "activation"))
 
     def transform(
-        self, x_BTD: Array, z_BTKE: Array | None = None, valid_BT: Array | None = None
+        self,
+        x_BTD: Array,
+        z_BTKE: Array | None = None,
+        valid_BT: Array | None = None,
+        grounded_BT: Array | None = None,
     ) -> Hidden:
         """Blocks and final norm over embedded tokens."""
         if (z_BTKE is None) != (not self.fusion_layers):
@@ -136,7 +145,7 @@ class Decoder(nn.Module):
                 f"grounding features must be given iff there are fusion layers: got "
                 f"{None if z_BTKE is None else z_BTKE.shape} for layers {self.fusion_layers}"
             )
-        pattern = attention.Causal(valid_BT, self.kernel)
+        pattern = attention.Causal(valid_BT, grounded_BT, self.kernel)
         z_BTKE = None if z_BTKE is None else z_BTKE.astype(self.dtype)
         x_BTD, share_LBT = self.h(x_BTD, pattern, z_BTKE)
         return Hidden(self.ln_f(x_BTD), share_LBT)
