@@ -181,6 +181,21 @@ def test_scores_never_exist_whole() -> None:
     assert temporary_bytes(plain, queries_QE, jnp.ones((keys, WIDTH))) >= 4 * whole
 
 
+def test_no_device_receives_the_keys_of_another() -> None:
+    """In the compiled program of a device the keys occur in its own rows only."""
+    queries_QE, keys_ME = whole_numbers(8, 4096)
+    mesh = mesh_of((2, 2, 2))
+    placed_ME = retrieval.place_keys(keys_ME, mesh)
+
+    def step(queries_QE: jax.Array, placed_ME: jax.Array) -> retrieval.Retrieved:
+        return retrieval.search(queries_QE, placed_ME, count=4096, neighbours=4, mesh=mesh)
+
+    program = jax.jit(step).lower(queries_QE, placed_ME).compile().as_text()
+    assert program is not None
+    assert "f32[512,8]" in program
+    assert "f32[4096,8]" not in program
+
+
 def test_half_precision_on_both_sides_is_summed_in_fp32() -> None:
     """2049 is no bf16 number, and as a sum in bf16 it would be 2048."""
     queries_QE, keys_ME = np.ones((1, 2049), np.float32), np.ones((3, 2049), np.float32)
