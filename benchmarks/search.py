@@ -20,10 +20,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import flags
+
+if TYPE_CHECKING:
+    from blindvalm_jax.grounding.retrieval import Engine
 
 _SIZES = flags.DEFINE_list("sizes", ["1000", "10000", "100000", "1000000"], "Index sizes M.")
 _FAISS_LARGEST = flags.DEFINE_integer(
@@ -129,7 +132,7 @@ def _measured(size: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _timed(engine: Any, queries: np.ndarray) -> tuple[float, np.ndarray]:
+def _timed(engine: Engine, queries: np.ndarray) -> tuple[float, np.ndarray]:
     """Queries per second, and the neighbours found."""
     found = engine.search(queries, vectors=False).index_QK
     seconds = []

@@ -248,8 +248,9 @@ def test_wrong_images_and_vectors_are_named(tmp_path: Path) -> None:
             name, image = super().__getitem__(place)
             return name, image[:3] if place == 20 else image
 
-    with pytest.raises(UserError, match=r"image picture-20 is uint8 \(3, 4, 3\), expected uint8"):
-        small_index.build(tmp_path / "a", images=Mixed(50))
+    for batch_size in (8, 1):
+        with pytest.raises(UserError, match=r"picture-20 is uint8 \(3, 4, 3\), .*\(4, 4\)"):
+            small_index.build(tmp_path / "a", images=Mixed(50), batch_size=batch_size)
 
     def large(images: np.ndarray) -> np.ndarray:
         return np.where(np.arange(len(images))[:, None] == 1, 1e5, small_index.encode(images))

@@ -96,13 +96,13 @@ def locked(out: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(out: Path) -> Iterator[Path]:
-    """Holds a claimed directory and gives its work directory; a full disk is one line."""
+    """Holds a claimed directory, gives its work directory; files that fail are one line."""
     try:
         with locked(out):
             yield out / "work"
     except OSError as error:
         raise UserError(
-            f"cannot write {out}: {error}; run the same again when that is mended, it goes on "
+            f"cannot finish {out}: {error}; run the same again when that is mended, it goes on "
             "where it stopped"
         ) from error
 

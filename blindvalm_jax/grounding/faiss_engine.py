@@ -1,4 +1,4 @@
-"""Approximate search with FAISS: IVF-PQ by inner product, as VALM used (arXiv 2205.10178, 4.1).
+"""Approximate search with FAISS: IVF-PQ by inner product, as VALM used (arXiv 2205.10178).
 
 Vectors fall into lists around centroids and are kept as short codes of the residual; a query
 visits the `nprobe` lists nearest to it. Scores are those of the codes, unless a short list of

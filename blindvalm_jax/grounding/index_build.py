@@ -80,7 +80,8 @@ def build(
             return _finished(out, plan)
         output.keep_plan(work, plan)
         with Progress("embed images", total=len(images), unit="img") as progress:
-            job = _Job(images, encode, batch_size, np.dtype(dtype), caption, progress)
+            shape = np.shape(images[0][1])
+            job = _Job(images, shape, encode, batch_size, np.dtype(dtype), caption, progress)
             shards = tuple(_write_shards(out, work, job, shard_size))
         done = IndexManifest(
             **plan,
@@ -98,6 +99,7 @@ def build(
 @dataclasses.dataclass(frozen=True)
 class _Job:
     images: Images
+    shape: tuple[int, ...]
     encode: Encode
     batch_size: int
     dtype: np.dtype[Any]
@@ -182,22 +184,17 @@ def _batches(job: _Job, first: int, last: int) -> Iterator[tuple[list[str], np.n
 
 def _read(job: _Job, first: int, last: int) -> tuple[list[str], np.ndarray]:
     ids: list[str] = []
-    batch: np.ndarray | None = None
+    batch = np.zeros((job.batch_size, *job.shape), np.uint8)
     for place in range(first, min(first + job.batch_size, last)):
         name, image = job.images[place]
         image = np.asarray(image)
-        if batch is None:
-            batch = np.zeros((job.batch_size, *image.shape), np.uint8)
-        one_size = image.shape == batch.shape[1:]
-        if image.dtype != np.uint8 or not one_size or image.shape[2:] != (3,):
+        if image.dtype != np.uint8 or image.shape != job.shape or image.shape[2:] != (3,):
             raise UserError(
                 f"image {name} is {image.dtype} {image.shape}, expected uint8 [H, W, 3] and the "
-                f"size of the images before it, {batch.shape[1:3]}"
+                f"size of the first image, {job.shape[:2]}"
             )
         ids.append(name)
         batch[len(ids) - 1] = image
-    if batch is None:
-        raise ValueError(f"no images from {first} to {last}")
     return ids, batch
 
 

@@ -8,6 +8,7 @@ A run that reads them searches nothing; the ids lead to vectors in the image ind
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,7 @@ FORMAT = 1
 FILE_NAME = "manifest.json"
 KIND = output.Kind(marker=".blindvalm_neighbours", maker="neighbours.write", content="neighbours")
 WINDOWS_PER_SHARD = 4096  # 32 MiB of 512 tokens and 4 neighbours
+_MOST_OPEN = 256  # shards mapped at once: each takes a descriptor
 Features = Callable[[pipeline.Batch], np.ndarray]
 
 
@@ -120,7 +122,7 @@ class Neighbours:
     def __init__(self, directory: Path, manifest: NeighboursManifest) -> None:
         """Use `open`, which checks."""
         self.directory, self.manifest = directory, manifest
-        self._maps: dict[int, np.ndarray] = {}
+        self._maps: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
 
     @classmethod
     def open(cls, directory: str | Path) -> Neighbours:
@@ -171,13 +173,15 @@ class Neighbours:
         if not 0 <= window < len(self):
             raise IndexError(f"window {window} of {len(self)}")
         number, place = divmod(window, self.manifest.windows_per_shard)
-        if number not in self._maps:
-            self._maps[number] = self._map(number)
-        return np.asarray(self._maps[number][place])
+        found = self._maps.pop(number, None)
+        found = self._maps[number] = self._map(number) if found is None else found
+        if len(self._maps) > _MOST_OPEN:
+            self._maps.popitem(last=False)
+        return np.asarray(found[place])
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but memory maps, which would be copied whole to another process."""
-        return {**self.__dict__, "_maps": {}}
+        return {**self.__dict__, "_maps": collections.OrderedDict()}
 
     def _map(self, number: int) -> np.ndarray:
         about = self.manifest

@@ -69,7 +69,7 @@ class Rows(Protocol):
 def exact_search(
     queries_BTE: Array, keys_ME: Array, *, neighbours: int, block_size: int | None = None
 ) -> tuple[Array, Array]:
-    """Search on one device: scores [B, T, K], best first, and indices into the M keys.
+    """Search on one device: scores [B, T, K], best first, and indices into the M keys; no gradient.
 
     block_size: keys visited at once, None: as many as make a block of scores 128 MiB.
 
@@ -79,7 +79,11 @@ def exact_search(
     _check(len(keys_ME), neighbours)
     queries_QE = queries_BTE.reshape(-1, queries_BTE.shape[-1])
     scores_QK, index_QK = _nearest(
-        queries_QE, keys_ME, len(keys_ME), neighbours=neighbours, block_size=block_size
+        jax.lax.stop_gradient(queries_QE),
+        jax.lax.stop_gradient(keys_ME),
+        len(keys_ME),
+        neighbours=neighbours,
+        block_size=block_size,
     )
     shape = (*queries_BTE.shape[:-1], neighbours)
     return scores_QK.reshape(shape), index_QK.reshape(shape)
