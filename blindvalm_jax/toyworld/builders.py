@@ -49,7 +49,10 @@ class _ToyworldBuilder(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict(self._features())
-        return tfds.core.DatasetInfo(builder=self, features=features, description=self.ABOUT)
+        # In the order they are made, so that an example's number tells its object.
+        return tfds.core.DatasetInfo(
+            builder=self, features=features, description=self.ABOUT, disable_shuffling=True
+        )
 
     @abc.abstractmethod
     def _features(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from blindvalm_jax import config as schema
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.toyworld import builders
+from blindvalm_jax.toyworld.world import ATTRIBUTES as ATTRIBUTES
 from blindvalm_jax.toyworld.world import WorldConfig
 
 # Filled in by `supply`: the tokenizer, CLIP and index of the world that the data names.
