@@ -73,36 +73,29 @@ def run(
     """
     begin = time.perf_counter()
     parts = {world.seed: Parts(root / f"seed_{world.seed}") for world in worlds}
-    clips = {}
-    with _workers(jobs) as pool:
-        made = [(f"seed {w.seed}, world and CLIP", _make_world, parts[w.seed], w) for w in worlds]
-        for world, seconds in zip(worlds, _all(pool, made), strict=True):
-            clips[world.seed] = seconds
-        between = time.perf_counter()
-        todo = [Job(parts[w.seed], w, variant) for w in worlds for variant in variants]
-        biased = [
-            Job(parts[w.seed], dataclasses.replace(w, stated_heldout=share), variant)
-            for w in worlds
-            for share in stated
-            for variant in BIAS_VARIANTS
-        ]
-        measured = dict(
-            zip(
-                [*todo, *biased],
-                _all(pool, [(job.label, _train_and_measure, job) for job in [*todo, *biased]]),
-                strict=True,
-            )
-        )
-        shown: list[dict[str, Any]] = []
-        if "blind_valm_eos" in variants:
-            job = Job(parts[worlds[0].seed], worlds[0], "blind_valm_eos")
-            shown = next(iter(_all(pool, [("nearest images", _neighbours, job)])))
+    clips = _all(
+        [(f"seed {w.seed}, world and CLIP", _make_world, parts[w.seed], w) for w in worlds], jobs
+    )
+    between = time.perf_counter()
+    todo = [Job(parts[w.seed], w, variant) for w in worlds for variant in variants]
+    todo += [
+        Job(parts[w.seed], dataclasses.replace(w, stated_heldout=share), variant)
+        for w in worlds
+        for share in stated
+        for variant in BIAS_VARIANTS
+    ]
+    found = _all([(job.label, _train_and_measure, job) for job in todo], jobs)
+    measured = dict(zip(todo, found, strict=True))
+    shown: list[dict[str, Any]] = []
+    if "blind_valm_eos" in variants:
+        job = Job(parts[worlds[0].seed], worlds[0], "blind_valm_eos")
+        [shown] = _all([("nearest images", _neighbours, job)], jobs)
     results = {
         "seeds": [world.seed for world in worlds],
         "world": dataclasses.asdict(worlds[0]),
         "chance": {name: 1 / len(values) for name, values in recipes.ATTRIBUTES.items()},
         **_gathered(worlds, variants, parts, measured),
-        "clip": _listed([clips[world.seed] for world in worlds]),
+        "clip": _listed(clips),
         "neighbours": shown,
         "seconds": {
             "world_and_clip": between - begin,
@@ -123,14 +116,13 @@ def _make_world(parts: Parts, world: WorldConfig) -> dict[str, float]:
     import json
 
     from blindvalm_jax import train
-    from blindvalm_jax.toyworld import builders, supply
+    from blindvalm_jax.toyworld import supply
 
     begin = time.perf_counter()
-    with _logged(parts.root / "log.txt"):
-        builders.build(world, parts.datasets)
-        supply.make_tokenizer(world, parts)
-        supply.make_clip(world, parts, train=train.train)
-        supply.make_index(parts)
+    supply.make_datasets(world, parts)
+    supply.make_tokenizer(world, parts)
+    supply.make_clip(world, parts, train=train.train)
+    supply.make_index(parts)
     lines = [json.loads(x) for x in (parts.clip / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "eval/loss" in line][-1]
     found = {k.removeprefix("eval/"): v for k, v in last.items() if k.startswith("eval/")}
@@ -138,36 +130,31 @@ def _make_world(parts: Parts, world: WorldConfig) -> dict[str, float]:
 
 
 def _train_and_measure(job: Job) -> dict[str, Any]:
-    """Trains a variant and measures it, or reads what was measured before."""
-    from blindvalm_jax import config, train
-    from blindvalm_jax.toyworld import builders, measure, supply
+    """Trains a variant and measures it, or reads what was measured before.
 
+    A run that is there with other settings, or of another world, is refused by `train`.
+    """
+    from blindvalm_jax import config, train
+    from blindvalm_jax.toyworld import measure, supply
+
+    supply.make_datasets(job.world, job.parts)
+    values = recipes.language(job.world, job.variant)
+    values.data.cache = str(job.parts.root / "cache")
+    settings = supply.placed(config.parse(values), job.parts)
+    code = train.train(settings, job.workdir)
+    if code:
+        raise UserError(f"{job.label} ended with exit code {code}: see {job.workdir}/log.txt")
     stored = job.workdir / "measured.json"
-    wanted = {"world": dataclasses.asdict(job.world), "variant": job.variant}
-    if stored.exists():
-        before = files.read_object(stored)
-        if before["of"] != wanted:
-            raise UserError(f"{job.workdir} was made in another world: choose another --workdir")
-        return before["measured"]
-    job.workdir.mkdir(parents=True, exist_ok=True)
-    with _logged(job.workdir / "log.txt"):
-        builders.build(job.world, job.parts.datasets)
-        values = recipes.language(job.world, job.variant)
-        values.data.cache = str(job.parts.root / "cache")
-        settings = supply.placed(config.parse(values), job.parts)
-        code = train.train(settings, job.workdir)
-        if code:
-            raise UserError(f"{job.label} ended with exit code {code}: see {job.workdir}/log.txt")
+    if not stored.exists():
         measured = measure.measure(job.workdir, job.world, index=job.parts.index)
-    files.write_json(stored, {"of": wanted, "measured": measured})
-    return measured
+        files.write_json(stored, measured)
+    return files.read_object(stored)
 
 
 def _neighbours(job: Job) -> list[dict[str, Any]]:
     from blindvalm_jax.toyworld import measure
 
-    with _logged(job.workdir / "log.txt"):
-        return measure.neighbours(job.workdir, job.world, job.parts.index)
+    return measure.neighbours(job.workdir, job.world, job.parts.index)
 
 
 def _gathered(
@@ -258,24 +245,48 @@ def _take_cores(numbers: Any, jobs: int) -> None:
         os.sched_setaffinity(0, own or cores)
 
 
-def _all(pool: concurrent.futures.Executor, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Runs (label, function, *arguments) in the pool, says when each is done; results in order."""
+def _all(calls: Sequence[tuple[Any, ...]], jobs: int) -> list[Any]:
+    """Runs (label, function, *arguments), `jobs` at a time, says when each is done; in order.
+
+    One process prints what its runs print; several write that to log.txt of their directories.
+    """
     begin = time.perf_counter()
-    futures = {pool.submit(call[1], *call[2:]): call[0] for call in calls}
-    for count, future in enumerate(concurrent.futures.as_completed(futures), start=1):
-        try:
-            future.result()
-        except UserError:
-            pool.shutdown(cancel_futures=True)
-            raise
+
+    def say_done(count: int, label: str) -> None:
         spent = time.perf_counter() - begin
         left = spent / count * (len(calls) - count)
         print(
-            f"[{count}/{len(calls)}] {futures[future]}: done; {spent:,.0f} s so far, about "
-            f"{left:,.0f} s left",
+            f"[{count}/{len(calls)}] {label}: done; {spent:,.0f} s so far, about {left:,.0f} s "
+            "left",
             flush=True,
         )
-    return [future.result() for future in futures]
+
+    workers = min(jobs, len(calls))
+    if workers == 1:
+        found = []
+        for count, (label, function, *arguments) in enumerate(calls, start=1):
+            print(f"[{count}/{len(calls)}] {label}", flush=True)
+            found.append(function(*arguments))
+            say_done(count, label)
+        return found
+    with _workers(workers) as pool:
+        futures = {pool.submit(_quiet, *call[1:]): call[0] for call in calls}
+        for count, future in enumerate(concurrent.futures.as_completed(futures), start=1):
+            try:
+                future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            say_done(count, futures[future])
+        by_label = {label: future.result() for future, label in futures.items()}
+        return [by_label[call[0]] for call in calls]
+
+
+def _quiet(function: Any, subject: Any, *rest: Any) -> Any:
+    """Calls a function in a worker; what it prints goes to the log of its directory."""
+    directory = subject.workdir if isinstance(subject, Job) else subject.root
+    with _logged(directory / "log.txt"):
+        return function(subject, *rest)
 
 
 @contextlib.contextmanager

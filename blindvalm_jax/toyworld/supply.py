@@ -82,7 +82,7 @@ def complete(settings: Config, workdir: Path, *, train: Train) -> Config:
         )
     world = parse_dataset_name(name or "default", kind)
     parts = Parts(Path(settings.data.cache or workdir / "data"))
-    builders.build(world, parts.datasets)
+    make_datasets(world, parts)
     make_tokenizer(world, parts)
     if settings.grounding.tower == OWN:
         make_clip(world, parts, train=train)
@@ -104,6 +104,12 @@ def placed(settings: Config, parts: Parts) -> Config:
             index=str(parts.index) if grounding.index == OWN else grounding.index,
         ),
     )
+
+
+def make_datasets(world: WorldConfig, parts: Parts) -> None:
+    """Images, sentences and probes; other processes wait for the one that makes them."""
+    with output.locked(parts.root):
+        builders.build(world, parts.datasets)
 
 
 def make_tokenizer(world: WorldConfig, parts: Parts) -> None:
