@@ -14,7 +14,6 @@ from blindvalm_jax.data.images import Captioned, ImageSource
 from blindvalm_jax.data.pipeline import Batch, Batches, block_iterator, eval_order
 from blindvalm_jax.data.tokenizers import Tokenizer
 
-
 KEPT_BYTES = 1 << 30
 
 

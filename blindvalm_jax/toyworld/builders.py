@@ -27,6 +27,7 @@ from blindvalm_jax.toyworld.world import (
     objects,
     parse_dataset_name,
     stream,
+    tfds_name,
 )
 
 _FORMAT = "array_record"
@@ -163,9 +164,7 @@ _BUILDERS = (ToyworldImages, ToyworldSentences, ToyworldProbes)
 
 def names(config: WorldConfig) -> tuple[str, str, str]:
     """TFDS names, as dataset/config, of the images, sentences and probes of a world."""
-    images, sentences, probes = (
-        f"{builder.name}/{dataset_name(config, builder.DATASET)}" for builder in _BUILDERS
-    )
+    images, sentences, probes = (tfds_name(config, builder.DATASET) for builder in _BUILDERS)
     return images, sentences, probes
 
 

@@ -24,7 +24,7 @@ from blindvalm_jax import files
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.toyworld import recipes
 from blindvalm_jax.toyworld.supply import Parts
-from blindvalm_jax.toyworld.world import WorldConfig
+from blindvalm_jax.toyworld.world import ATTRIBUTES, WorldConfig
 
 # What the bias sweep compares, with the share of statements about held-out objects in the name.
 BIAS_VARIANTS = ("gpt2", "blind_valm_eos")
@@ -93,7 +93,7 @@ def run(
     results = {
         "seeds": [world.seed for world in worlds],
         "world": dataclasses.asdict(worlds[0]),
-        "chance": {name: 1 / len(values) for name, values in recipes.ATTRIBUTES.items()},
+        "chance": {name: 1 / len(values) for name, values in ATTRIBUTES.items()},
         **_gathered(worlds, variants, parts, measured),
         "clip": _listed(clips),
         "neighbours": shown,
@@ -208,7 +208,7 @@ def _bias(
         **{
             variant: {
                 attribute: [column(variant, share, attribute) for share in shares]
-                for attribute in recipes.ATTRIBUTES
+                for attribute in ATTRIBUTES
             }
             for variant in BIAS_VARIANTS
         },

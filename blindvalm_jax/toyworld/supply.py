@@ -23,7 +23,7 @@ from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import index, index_build
 from blindvalm_jax.interop import clip_model
 from blindvalm_jax.models.vision import VisionTower
-from blindvalm_jax.toyworld import builders, language, recipes
+from blindvalm_jax.toyworld import language, recipes
 from blindvalm_jax.toyworld.recipes import OWN
 from blindvalm_jax.toyworld.world import WorldConfig, objects, parse_dataset_name
 
@@ -108,6 +108,9 @@ def placed(settings: Config, parts: Parts) -> Config:
 
 def make_datasets(world: WorldConfig, parts: Parts) -> None:
     """Images, sentences and probes; other processes wait for the one that makes them."""
+    # Imported here: TFDS takes seconds, and most runs are of no toy world.
+    from blindvalm_jax.toyworld import builders
+
     with output.locked(parts.root):
         builders.build(world, parts.datasets)
 
