@@ -18,36 +18,29 @@ from matplotlib.patches import Patch
 
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.toyworld.render import render
-from blindvalm_jax.toyworld.world import ATTRIBUTES, Object, WorldConfig, objects, stream
+from blindvalm_jax.toyworld.world import ATTRIBUTES, WorldConfig, objects, stream
 
 COMMAND = "python -m blindvalm_jax.toyworld --workdir=DIR"
 WORDINGS = ("seen", "new")
 WORDS = {"color": "colour", "shape": "shape", "size": "size"}
-LABELS = {
-    "gpt2": "GPT-2",
-    "blind_valm": "BLIND-VALM",
-    "blind_valm_eos": "BLIND-VALM eos",
-    "valm": "VALM",
-    "valm_eos": "VALM eos",
-    "random_tower": "random tower",
-    "shuffled": "shuffled",
-}
 CHANGED = {
-    "last": "seen at the last position only",
-    "not_last": "seen at all others only",
-    "nowhere": "seen nowhere",
-    "removed": "fusion made a plain block",
+    "last": "last position only",
+    "not_last": "all other positions",
+    "nowhere": "nowhere",
+    "removed": "fusion removed",
 }
-# Okabe and Ito's colours, which the colour-blind can tell apart: text warm, images blue.
-COLOR_OF = {
-    "gpt2": "#222222",
-    "blind_valm": "#E69F00",
-    "blind_valm_eos": "#D55E00",
-    "valm": "#56B4E9",
-    "valm_eos": "#0072B2",
-    "random_tower": "#CC79A7",
-    "shuffled": "#009E73",
+# In Okabe and Ito's colours, which the colour-blind can tell apart: text warm, images blue.
+_STYLES = {
+    "gpt2": ("GPT-2", "#666666"),
+    "blind_valm": ("BLIND-VALM", "#E69F00"),
+    "blind_valm_eos": ("BLIND-VALM eos", "#D55E00"),
+    "valm": ("VALM", "#56B4E9"),
+    "valm_eos": ("VALM eos", "#0072B2"),
+    "random_tower": ("random tower", "#CC79A7"),
+    "shuffled": ("shuffled", "#009E73"),
 }
+LABELS = {name: label for name, (label, _) in _STYLES.items()}
+_COLOR_OF = {name: color for name, (_, color) in _STYLES.items()}
 _RIGHT, _WRONG, _INK = "#0072B2", "#D55E00", "0.15"
 _DPI, _WIDTH = 100, 8.6  # inches
 _GRID: dict[str, Any] = {"color": "0.88", "linewidth": 0.7}
@@ -63,20 +56,30 @@ def check(results: Mapping[str, Any]) -> WorldConfig:
     Raises:
       UserError: something is missing, or is not a number per seed.
     """
-    seeds = _at(results, "seeds")
-    if not seeds or not _at(results, "variants"):
-        raise UserError("results: seeds and variants must name at least one each")
+    seeds, variants = _at(results, "seeds"), _at(results, "variants")
+    if not seeds or not variants or not set(variants) <= set(LABELS):
+        known = ", ".join(LABELS)
+        raise UserError(f"results: variant must be one of {known}, with seeds; got {[*variants]}")
     for path in _per_seed(results):
         values = _at(results, *path)
         if not isinstance(values, list) or len(values) != len(seeds) or not _finite(values):
             raise UserError(f"results: {'.'.join(path)} must be {len(seeds)} numbers, one per seed")
-    for name, variant in results["variants"].items():
+    single = [("chance", attribute) for attribute in ATTRIBUTES]
+    of_variant = itertools.product(("variants",), variants, ("parameters", "flops_per_token"))
+    for path in (*single, *of_variant):
+        if not _finite([_at(results, *path)]):
+            raise UserError(f"results: {'.'.join(path)} must be a number")
+    for name in variants:
         if len(_at(results, "variants", name, "curves")) != len(seeds):
             raise UserError(f"results: variants.{name}.curves must be {len(seeds)}, one per seed")
-        if not _finite(_at(variant, key) for key in ("parameters", "flops_per_token")):
-            raise UserError(f"results: variants.{name} must have its parameters and FLOPs")
-    if not _finite(_at(results, "chance", attribute) for attribute in ATTRIBUTES):
-        raise UserError("results: chance must be a number for each attribute")
+    for place, row in enumerate(results["neighbours"] if "neighbours" in results else ()):
+        for key in ("object", *ATTRIBUTES, "prompt", "images"):
+            _at({"neighbours": {str(place): row}}, "neighbours", str(place), key)
+    if "bias" in results:
+        swept = itertools.product([name for name in results["bias"] if name in LABELS], ATTRIBUTES)
+        knob = _at(results, "bias", "stated_heldout")
+        if any(len(_at(results, "bias", *where)) != len(knob) for where in swept):
+            raise UserError(f"results: bias must have {len(knob)} entries, one per stated_heldout")
     try:
         return WorldConfig(**{**_at(results, "world"), "seed": seeds[0]})
     except TypeError as error:
@@ -85,25 +88,23 @@ def check(results: Mapping[str, Any]) -> WorldConfig:
 
 def _per_seed(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """Paths of all that must be one number per seed."""
-    where: tuple[str, ...]
     for name, variant in results["variants"].items():
-        if name not in LABELS:
-            raise UserError(f"results: variant must be one of {', '.join(LABELS)}, got {name!r}")
         optional = {"attention"} & set(variant)
         for key in (*ATTRIBUTES, "perplexity", "steps", "step_seconds", *optional):
             yield "variants", name, key
         for where in itertools.product(("train", "heldout"), WORDINGS, ATTRIBUTES):
             yield "variants", name, "objects", *where
-    of_given = [*itertools.product(("one_image", "mean_image"), ATTRIBUTES)]
-    of_attribution = [*itertools.product(CHANGED, ATTRIBUTES)]
     swapped = itertools.product(("swapped",), ATTRIBUTES, ("own", "donor"))
-    wanted = {"given": of_given, "attribution": [*of_attribution, *swapped]}
-    for part in [part for part in wanted if part in results]:
-        for name, where in itertools.product(results[part], wanted[part]):
-            yield "variants", name, "color"
-            yield part, name, *where
-    for name in results["clip"] if "clip" in results else ():
-        yield "clip", name
+    wanted: dict[str, list[tuple[str, ...]]] = {
+        "given": [*itertools.product(("one_image", "mean_image"), ATTRIBUTES)],
+        "attribution": [*swapped, *itertools.product(CHANGED, ATTRIBUTES)],
+    }
+    for part in sorted(set(wanted) & set(results)):
+        for name, below in itertools.product(results[part], wanted[part]):
+            yield "variants", name, "color"  # to compare with
+            yield part, name, *below
+    if "clip" in results:
+        yield from (("clip", name) for name in results["clip"])
 
 
 def half_width(values: Sequence[float]) -> float | None:
@@ -214,12 +215,13 @@ def accuracy(results: Mapping[str, Any]) -> Figure:
         for place, (name, variant) in enumerate(variants.items()):
             for offset, wording, alpha in ((-0.2, "seen", 1.0), (0.2, "new", 0.45)):
                 values = variant["objects"]["heldout"][wording][attribute]
-                x, color = place + offset, COLOR_OF[name]
+                x, color = place + offset, _COLOR_OF[name]
                 panel.bar(x, np.mean(values), 0.38, color=color, alpha=alpha, zorder=2)
                 _spread(panel, x, values, color=_INK, vertical=True, beside=0.09)
         panel.axhline(results["chance"][attribute], zorder=3, **_CHANCE)
         panel.set(ylim=(0, 1.04), ylabel="share right", title=WORDS[attribute])
         panel.grid(axis="y", zorder=0, **_GRID)
+    panels[-1].set_xlim(-0.6, max(4, len(variants)) - 0.4)  # no broader bars where they are few
     panels[-1].set_xticks(range(len(variants)), [LABELS[name] for name in variants])
     handles: list[Any] = [Patch(color="0.3", label="wordings seen in sentences")]
     handles.append(Patch(color="0.3", alpha=0.45, label="new wordings"))
@@ -239,7 +241,7 @@ def conditions(results: Mapping[str, Any], rows: Conditions) -> Figure:
             for name, of_attribute in row.items():
                 values = of_attribute[attribute]
                 at = place + step * (names.index(name) - (len(names) - 1) / 2)
-                _spread(panel, at, values, color=COLOR_OF[name], vertical=False, beside=step / 2)
+                _spread(panel, at, values, color=_COLOR_OF[name], vertical=False, beside=step / 2)
         for edge in range(1, len(rows)):
             panel.axhline(edge - 0.5, **_GRID)
         panel.axvline(results["chance"][attribute], zorder=1, **_CHANCE)
@@ -254,26 +256,18 @@ def conditions(results: Mapping[str, Any], rows: Conditions) -> Figure:
 def losses(results: Mapping[str, Any]) -> Figure:
     """Training loss: all updates, and the second half of them on a scale of its own."""
     figure = Figure((_WIDTH, 3.8), layout="constrained")
-    whole, late = figure.subplots(1, 2)
-    last, seen = 0.0, []
-    for name, variant in results["variants"].items():
-        curves = [(curve["step"], curve["loss"]) for curve in variant["curves"]]
-        steps = sorted(set.intersection(*(set(step) for step, _ in curves)))
-        mean = np.mean([np.interp(steps, *curve) for curve in curves], axis=0)
-        last = max(last, *steps)
-        seen.append((np.array(steps), mean))
-        for panel in (whole, late):
-            for curve in curves:
-                panel.plot(*curve, color=COLOR_OF[name], linewidth=0.6, alpha=0.3)
-            panel.plot(steps, mean, color=COLOR_OF[name], linewidth=1.6)
-    for panel in (whole, late):
-        panel.set(xlabel="updates", ylabel="training loss (nats per token)")
+    panels = figure.subplots(1, 2)
+    last = max(v["curves"][0]["step"][-1] for v in results["variants"].values())
+    halves = {"all updates": 0, "second half": last / 2}
+    for panel, (title, start) in zip(panels, halves.items(), strict=True):
+        for name, variant in results["variants"].items():
+            curves = [dict(zip(c["step"], c["loss"], strict=True)) for c in variant["curves"]]
+            steps = [x for x in curves[0] if x >= start and all(x in curve for curve in curves)]
+            values = np.array([[curve[x] for x in steps] for curve in curves], float)
+            panel.plot(steps, values.T, color=_COLOR_OF[name], linewidth=0.6, alpha=0.3)
+            panel.plot(steps, values.mean(axis=0), color=_COLOR_OF[name], linewidth=1.6)
+        panel.set(xlabel="updates", ylabel="training loss (nats per token)", title=title)
         panel.grid(**_GRID)
-    tail = np.concatenate([mean[steps >= last / 2] for steps, mean in seen])
-    margin = 0.02 + 0.25 * np.ptp(tail)
-    late.set(xlim=(last / 2, last), ylim=(tail.min() - margin, tail.max() + margin))
-    whole.set(xlim=(0, last), title="all updates")
-    late.set(title="second half")
     _legend(figure, _names(results["variants"]), chance=False, seeds=None)
     return figure
 
@@ -312,7 +306,7 @@ def neighbours(gallery: Gallery, rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Prompts, and the pictures that were found for them, each with what it shows."""
     width = max(len(row["images"]) for row in rows)
     figure = Figure((_WIDTH, 1.55 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), width + 1, squeeze=False, width_ratios=[2.2, *[1] * width])
+    grid = figure.subplots(len(rows), width + 1, squeeze=False, width_ratios=[1.9, *[1] * width])
     for axes, row in zip(grid, rows, strict=True):
         for panel in axes:
             panel.set_axis_off()
@@ -345,17 +339,17 @@ def bias(results: Mapping[str, Any]) -> Figure:
     for panel, attribute in zip(panels, ATTRIBUTES, strict=True):
         for name in names:
             means = [np.mean(values) for values in found[name][attribute]]
-            panel.plot(places, means, "-", color=COLOR_OF[name], linewidth=1.4)
+            panel.plot(places, means, "-", color=_COLOR_OF[name], linewidth=1.4)
             for place, values in zip(places, found[name][attribute], strict=True):
                 _spread(
-                    panel, float(place), values, color=COLOR_OF[name], vertical=True, beside=0.12
+                    panel, float(place), values, color=_COLOR_OF[name], vertical=True, beside=0.12
                 )
         panel.axhline(results["chance"][attribute], **_CHANCE)
         panel.set_xticks(places, [f"{100 * share:g}" for share in shares])
         panel.set(title=WORDS[attribute], ylim=(0, 1.04))
         panel.grid(**_GRID)
     panels[0].set_ylabel("share right")
-    figure.supxlabel("sentences about a held-out object that state an attribute (%)", fontsize=10)
+    panels[1].set_xlabel("sentences about a held-out object that state an attribute (%)")
     seeds = min(len(values) for values in found[names[0]]["color"])
     _legend(figure, _names(names, marker="o", ls=""), chance=True, seeds=seeds)
     return figure
@@ -366,7 +360,7 @@ def _bars(values: Mapping[str, Sequence[float]]) -> tuple[Figure, Axes]:
     figure = Figure((_WIDTH * 0.8, 1.3 + 0.36 * len(values)), layout="constrained")
     panel = figure.subplots()
     for place, (name, numbers) in enumerate(values.items()):
-        panel.barh(place, np.mean(numbers), 0.7, color=COLOR_OF[name], alpha=0.85, zorder=2)
+        panel.barh(place, np.mean(numbers), 0.7, color=_COLOR_OF[name], alpha=0.85, zorder=2)
         _spread(panel, place, numbers, color=_INK, vertical=False, beside=0.18)
     panel.set_yticks(range(len(values)), [LABELS[name] for name in values])
     panel.invert_yaxis()
@@ -401,7 +395,7 @@ def _picture(panel: Axes, image: np.ndarray) -> None:
 
 
 def _names(names: Iterable[str], **style: Any) -> list[Any]:
-    return [Line2D([], [], color=COLOR_OF[k], label=LABELS[k], **style) for k in names]
+    return [Line2D([], [], color=_COLOR_OF[k], label=LABELS[k], **style) for k in names]
 
 
 def _legend(figure: Figure, handles: list[Any], *, chance: bool, seeds: int | None) -> None:

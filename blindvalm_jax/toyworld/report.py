@@ -59,7 +59,7 @@ def write(results: Mapping[str, Any], out: Path) -> Path:
         if part in results and (body := section(page)):
             lines += [f"## {title}", "", *body, ""]
     path = out / "report.md"
-    files.write_bytes(path, "\n".join(lines).encode())
+    files.write_bytes(path, re.sub("\n{3,}", "\n\n", "\n".join(lines)).encode())
     return path
 
 
@@ -99,6 +99,10 @@ class _Page:
     def seeds(self) -> int:
         return len(self.results["seeds"])
 
+    def title(self, attribute: str) -> str:
+        """The head of a column of accuracies."""
+        return f"{WORDS[attribute]} (chance {self.results['chance'][attribute]:.3f})"
+
     def figure(self, name: str, figure: Figure, caption: str) -> list[str]:
         """Draws a figure; the lines that show it."""
         figures.save(figure, self.out / "figures" / f"{name}.png")
@@ -109,10 +113,7 @@ class _Page:
         lines = self.figure(name, figures.conditions(self.results, rows), caption)
         names = list(next(iter(rows.values())))
         for a in ATTRIBUTES:
-            head = [
-                f"{WORDS[a]} (chance {self.results['chance'][a]:.3f})",
-                *(LABELS[k] for k in names),
-            ]
+            head = [self.title(a), *(LABELS[k] for k in names)]
             body = [[title, *(_mean(row[k][a]) for k in names)] for title, row in rows.items()]
             lines += _table(head, body)
         return lines
@@ -155,102 +156,79 @@ def _world(page: _Page) -> list[str]:
 
 def _compared(page: _Page) -> list[str]:
     rows = [
-        [LABELS[name], f"`{name}`", _SEES[name], f"{v['parameters']:,}", _each(v["steps"], "{:,}")]
+        [
+            LABELS[name],
+            f"`{name}`",
+            _SEES[name],
+            f"{v['parameters']:,}",
+            _each(sorted(set(v["steps"])), "{:,}"),
+        ]
         for name, v in page.variants.items()
     ]
     return [
-        "All models have the same decoder and the same sentences. They differ in what one fusion "
-        "layer may attend to beside the text.",
+        "All models learn from the same sentences, with the same decoder but for one fusion layer: "
+        "they differ in what that may attend to beside the text.",
         *_table(["model", "name", "what the fusion layer sees", "parameters", "updates"], rows),
     ]
 
 
 def _result(page: _Page) -> list[str]:
-    chance, variants = page.results["chance"], page.variants
+    variants = page.variants
+    seen, new = ({k: v["objects"]["heldout"][w] for k, v in variants.items()} for w in WORDINGS)
+    color, *others = (page.title(a) for a in ATTRIBUTES)
+    head = ["model", color, "colour, seen wordings", "colour, new wordings", *others, "perplexity"]
     columns = {
-        f"{WORDS[a]} (chance {chance[a]:.3f})": {k: v[a] for k, v in variants.items()}
-        for a in ATTRIBUTES
+        k: [v["color"], seen[k]["color"], new[k]["color"], v["shape"], v["size"], v["perplexity"]]
+        for k, v in variants.items()
     }
-    seen, new = (
-        {k: v["objects"]["heldout"][wording] for k, v in variants.items()} for wording in WORDINGS
-    )
-    first, *others = columns.items()
-    columns = dict(
-        [
-            first,
-            *(
-                (f"colour, {w} wordings", {k: v["color"] for k, v in found.items()})
-                for w, found in (("seen", seen), ("new", new))
-            ),
-            *others,
-            ("perplexity", {k: v["perplexity"] for k, v in variants.items()}),
-        ]
-    )
-    spread = (
-        "mean ± standard deviation over seeds"
-        if page.seeds > 1
-        else "one seed, so no interval is known and no difference can be told from luck"
-    )
-    tables = [
-        _table(
-            ["model", *columns],
-            [[LABELS[k], *(show(column[k]) for column in columns.values())] for k in variants],
-        )
+    means, each = (
+        _table(head, [[LABELS[k], *map(show, row)] for k, row in columns.items()])
         for show in (_mean, _each)
-    ]
+    )
     caption = "Accuracy on held-out objects by attribute and wording."
-    against = {
-        a: {k: Gap([x - chance[a] for x in v[a]]) for k, v in variants.items()} for a in ATTRIBUTES
-    }
-    return [
+    lines = [
         "Accuracy on held-out objects, over all prompts unless the column says otherwise, and "
-        f"perplexity of held-out sentences: {spread}.",
-        *tables[0],
-        "Every seed:",
-        *tables[1],
+        "perplexity of held-out sentences: "
+        f"{'mean ± standard deviation over seeds' if page.seeds > 1 else 'one seed'}.",
+        *(*means, "Every seed:", *each),
         *page.figure("accuracy", figures.accuracy(page.results), caption),
-        *(f"- {WORDS[a].capitalize()} against chance: {_grouped(against[a])}." for a in ATTRIBUTES),
-        f"- Colour, seen wordings against new ones: {_against(seen, new)}.",
+        "" if page.seeds > 1 else "One seed gives no interval: a difference may be luck.\n",
     ]
+    for a, chance in page.results["chance"].items():
+        gaps = {k: Gap([value - chance for value in v[a]]) for k, v in variants.items()}
+        lines.append(f"- {WORDS[a].capitalize()} against chance: {_grouped(gaps)}.")
+    return [*lines, f"- Colour, seen wordings against new ones: {_against(seen, new)}."]
 
 
 def _differences(page: _Page) -> list[str]:
-    keys = [*ATTRIBUTES, "perplexity"]
-    gaps = {
-        (mine, base): {k: Gap.between(page.variants[mine][k], page.variants[base][k]) for k in keys}
-        for mine, base in _PAIRS
-        if {mine, base} <= set(page.variants)
-    }
-    if not gaps:
-        return []
-    how = (
-        "In brackets: the 95 % t interval of the mean over seeds, bold where it leaves out zero. "
-        f"There are {len(gaps) * len(keys)} of them, and one in twenty is expected to miss."
-        if page.seeds > 1
-        else "One seed gives no interval."
-    )
-    rows, lines, fooled = [], [], []
-    for (mine, base), found in gaps.items():
-        rows.append(
-            [
-                f"{LABELS[mine]} − {LABELS[base]}",
-                *(f"**{g}**" if g.clear else f"{g}" for g in found.values()),
-            ]
-        )
-        gap = found["color"]
-        wins = sum(value > 0 for value in gap.values)
-        lines.append(
-            f"- Colour, {LABELS[mine]} against {LABELS[base]}: {gap.word}; above it in {wins} of {page.seeds}."
-        )
-        if base == "gpt2" and found["perplexity"].word == "lower" and not gap.clear:
+    keys, variants = [*ATTRIBUTES, "perplexity"], page.variants
+    rows: list[list[str]] = []
+    lines, fooled = [], []
+    for mine, base in _PAIRS:
+        if not {mine, base} <= set(variants):
+            continue
+        gaps = {key: Gap.between(variants[mine][key], variants[base][key]) for key in keys}
+        cells = [f"**{gap}**" if gap.clear else f"{gap}" for gap in gaps.values()]
+        rows.append([f"{LABELS[mine]} − {LABELS[base]}", *cells])
+        above = sum(value > 0 for value in gaps["color"].values)
+        word = gaps["color"].word + f"; above in {above} of {page.seeds} seeds" * (page.seeds > 1)
+        lines.append(f"- Colour, {LABELS[mine]} against {LABELS[base]}: {word}.")
+        if base == "gpt2" and gaps["perplexity"].word == "lower" and not gaps["color"].clear:
             fooled.append(LABELS[mine])
     if fooled:
         lines.append(
-            "- Clearly lower perplexity than GPT-2's, but colour not clearly different from its: "
+            "- Perplexity clearly lower than GPT-2's, but colour not clearly different from its: "
             f"{', '.join(fooled)}."
         )
+    how = (
+        "In brackets: the 95 % t interval of the mean over seeds, bold where it leaves out zero. "
+        f"There are {len(rows) * len(keys)} of them, and one in twenty is expected to miss."
+    )
+    if not rows:
+        return []
     return [
-        f"A seed decides world, CLIP and language model, so differences are taken by seed. {how}",
+        "A seed decides world, CLIP and language model, so differences are taken by seed. "
+        f"{how if page.seeds > 1 else ''}",
         *_table(["difference", *(WORDS.get(key, key) for key in keys)], rows),
         *lines,
     ]
@@ -300,7 +278,7 @@ def _attribution(page: _Page) -> list[str]:
     )
     trained = {name: page.variants[name] for name in found}
     changed = {text: {k: v[key] for k, v in found.items()} for key, text in CHANGED.items()}
-    rows = {"as trained": trained, "swapped: own": own, "swapped: donor's": donor, **changed}
+    rows = {"as trained": trained, "swapped: own value": own, "swapped: donor's": donor, **changed}
     caption = "Held-out objects, all prompts, while the grounding is changed after training."
     return [
         "Where do the answers come from? *Swapped*: the tower reads the prompt of another object "
@@ -348,7 +326,7 @@ def _nearest(page: _Page) -> list[str]:
             f"Of the {len(pairs)} pictures nearest to prompts about held-out objects ({len(rows)} "
             f"prompts, seed {gallery.config.seed}), a share of {own:.3f} show the object itself; "
             f"shares with {', '.join(same)}.",
-            *page.figure("neighbours", figures.neighbours(gallery, distinct[:6]), caption),
+            *page.figure("neighbours", figures.neighbours(gallery, distinct[:5]), caption),
         ]
     return lines
 
@@ -381,8 +359,8 @@ def _cost(page: _Page) -> list[str]:
         for name, variant in page.variants.items()
     }
     lines = [
-        "In models this small much of an update is no matrix product, so time and FLOPs need not "
-        "agree. FLOPs are counted from shapes, with the frozen tower's and an exact search's.",
+        "FLOPs are those of matrix products, counted from shapes, with the frozen tower's and an "
+        "exact search's. An update spends time on more than that, so the two need not agree.",
     ]
     if "gpt2" in rows:
         caption = "Median seconds of an update, and FLOPs, relative to GPT-2 of the same seed."
