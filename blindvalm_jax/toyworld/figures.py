@@ -72,9 +72,10 @@ def check(results: Mapping[str, Any]) -> WorldConfig:
     for name in variants:
         if len(_at(results, "variants", name, "curves")) != len(seeds):
             raise UserError(f"results: variants.{name}.curves must be {len(seeds)}, one per seed")
-    for place, row in enumerate(results["neighbours"] if "neighbours" in results else ()):
-        for key in ("object", *ATTRIBUTES, "prompt", "images"):
-            _at({"neighbours": {str(place): row}}, "neighbours", str(place), key)
+    if "neighbours" in results:
+        rows = {str(place): row for place, row in enumerate(results["neighbours"])}
+        for where in itertools.product(rows, ("object", *ATTRIBUTES, "prompt", "images")):
+            _at({"neighbours": rows}, "neighbours", *where)
     if "bias" in results:
         swept = itertools.product([name for name in results["bias"] if name in LABELS], ATTRIBUTES)
         knob = _at(results, "bias", "stated_heldout")
