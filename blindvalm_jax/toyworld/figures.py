@@ -64,9 +64,8 @@ def check(results: Mapping[str, Any]) -> WorldConfig:
         values = _at(results, *path)
         if not isinstance(values, list) or len(values) != len(seeds) or not _finite(values):
             raise UserError(f"results: {'.'.join(path)} must be {len(seeds)} numbers, one per seed")
-    single = [("chance", attribute) for attribute in ATTRIBUTES]
     of_variant = itertools.product(("variants",), variants, ("parameters", "flops_per_token"))
-    for path in (*single, *of_variant):
+    for path in (*(("chance", attribute) for attribute in ATTRIBUTES), *of_variant):
         if not _finite([_at(results, *path)]):
             raise UserError(f"results: {'.'.join(path)} must be a number")
     for name in variants:
@@ -222,7 +221,8 @@ def accuracy(results: Mapping[str, Any]) -> Figure:
         panel.axhline(results["chance"][attribute], zorder=3, **_CHANCE)
         panel.set(ylim=(0, 1.04), ylabel="share right", title=WORDS[attribute])
         panel.grid(axis="y", zorder=0, **_GRID)
-    panels[-1].set_xlim(-0.6, max(4, len(variants)) - 0.4)  # no broader bars where they are few
+    margin = 0.6 + max(0, 4 - len(variants)) / 2  # few bars are not broader ones
+    panels[-1].set_xlim(-margin, len(variants) - 1 + margin)
     panels[-1].set_xticks(range(len(variants)), [LABELS[name] for name in variants])
     handles: list[Any] = [Patch(color="0.3", label="wordings seen in sentences")]
     handles.append(Patch(color="0.3", alpha=0.45, label="new wordings"))
@@ -273,34 +273,27 @@ def losses(results: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def attention(results: Mapping[str, Any]) -> Figure:
-    """Share of attention on the grounding, per variant."""
-    shares = {k: v["attention"] for k, v in results["variants"].items() if "attention" in v}
-    figure, panel = _bars(shares)
-    panel.set(xlim=(0, 1), xlabel="share of attention on the grounding (0 to 1)")
-    _legend(figure, [], chance=False, seeds=len(results["seeds"]))
+def bars(
+    values: Mapping[str, Sequence[float]], label: str, *, flops: Sequence[float] = ()
+) -> Figure:
+    """A bar per variant, with the spread over seeds; `flops` are marked beside."""
+    figure = Figure((_WIDTH * 0.8, 1.3 + 0.36 * len(values)), layout="constrained")
+    panel = figure.subplots()
+    for place, (name, numbers) in enumerate(values.items()):
+        panel.barh(place, np.mean(numbers), 0.7, color=_COLOR_OF[name], alpha=0.85, zorder=2)
+        _spread(panel, place, numbers, color=_INK, vertical=False, beside=0.18)
+    panel.set_yticks(range(len(values)), [LABELS[name] for name in values])
+    panel.invert_yaxis()
+    panel.grid(axis="x", zorder=0, **_GRID)
+    panel.set_xlabel(label)
+    handles: list[Any] = []
+    if flops:
+        style: dict[str, Any] = {"marker": "D", "color": "white", "markeredgecolor": "black"}
+        panel.plot(flops, range(len(flops)), ls="", zorder=5, **style)
+        panel.axvline(1, color="0.35", linewidth=1.0)
+        handles = [Patch(color="0.3", label="time"), Line2D([], [], ls="", label="FLOPs", **style)]
+    _legend(figure, handles, chance=False, seeds=len(next(iter(values.values()))))
     return figure
-
-
-def cost(results: Mapping[str, Any]) -> Figure:
-    """Seconds of an update over GPT-2's of the same seed, and FLOPs over GPT-2's."""
-    variants = results["variants"]
-    base = variants["gpt2"]
-    figure, panel = _bars({k: time_ratios(results, k) for k in variants})
-    flops = [v["flops_per_token"] / base["flops_per_token"] for v in variants.values()]
-    panel.plot(flops, range(len(flops)), "D", color="white", markeredgecolor="black", zorder=5)
-    panel.axvline(1, color="0.35", linewidth=1.0)
-    panel.set(xlabel="relative to GPT-2 (GPT-2 = 1)")
-    handles = [Patch(color="0.3", label="seconds per update")]
-    diamond = Line2D([], [], marker="D", color="white", markeredgecolor="black", label="FLOPs")
-    _legend(figure, [*handles, diamond], chance=False, seeds=len(results["seeds"]))
-    return figure
-
-
-def time_ratios(results: Mapping[str, Any], name: str) -> list[float]:
-    """Seconds of an update of a variant over GPT-2's, seed by seed."""
-    seconds = (results["variants"][key]["step_seconds"] for key in (name, "gpt2"))
-    return [mine / base for mine, base in zip(*seconds, strict=True)]
 
 
 def neighbours(gallery: Gallery, rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -354,19 +347,6 @@ def bias(results: Mapping[str, Any]) -> Figure:
     seeds = min(len(values) for values in found[names[0]]["color"])
     _legend(figure, _names(names, marker="o", ls=""), chance=True, seeds=seeds)
     return figure
-
-
-def _bars(values: Mapping[str, Sequence[float]]) -> tuple[Figure, Axes]:
-    """A horizontal bar per variant, with the spread over seeds."""
-    figure = Figure((_WIDTH * 0.8, 1.3 + 0.36 * len(values)), layout="constrained")
-    panel = figure.subplots()
-    for place, (name, numbers) in enumerate(values.items()):
-        panel.barh(place, np.mean(numbers), 0.7, color=_COLOR_OF[name], alpha=0.85, zorder=2)
-        _spread(panel, place, numbers, color=_INK, vertical=False, beside=0.18)
-    panel.set_yticks(range(len(values)), [LABELS[name] for name in values])
-    panel.invert_yaxis()
-    panel.grid(axis="x", zorder=0, **_GRID)
-    return figure, panel
 
 
 def _spread(

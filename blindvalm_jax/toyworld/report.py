@@ -258,15 +258,17 @@ def _stated(page: _Page) -> list[str]:
 
 
 def _attention(page: _Page) -> list[str]:
-    shares = {LABELS[k]: v["attention"] for k, v in page.variants.items() if "attention" in v}
+    shares = {k: v["attention"] for k, v in page.variants.items() if "attention" in v}
     if not shares:
         return []
     caption = "Attention on the grounding where the answer is given."
     return [
         "The share of the fusion layer's attention that goes to the grounding, not to the text, at "
         "the last position of held-out probes. It does not tell what the grounding is used for.",
-        *page.figure("attention", figures.attention(page.results), caption),
-        *_table(["model", "share"], [[name, _mean(values)] for name, values in shares.items()]),
+        *page.figure(
+            "attention", figures.bars(shares, "share of attention on the grounding"), caption
+        ),
+        *_table(["model", "share"], [[LABELS[k], _mean(values)] for k, values in shares.items()]),
     ]
 
 
@@ -283,8 +285,9 @@ def _attribution(page: _Page) -> list[str]:
     return [
         "Where do the answers come from? *Swapped*: the tower reads the prompt of another object "
         "with another value (the donor), the decoder its own; shown is how often the answer is the "
-        "own value and how often the donor's. Then the grounding is hidden at some positions, and "
-        "last the fusion block is turned into a plain one.",
+        "own value and how often the donor's. *Last position only*, *all other positions* and "
+        "*nowhere* say where the grounding can be seen. *Fusion removed*: its block is turned into "
+        "a plain one.",
         *page.conditions("attribution", rows, caption),
         f"- Colour when swapped, the donor's value against the own: {_against(donor, own)}.",
         *(f"- Colour, {k}, against as trained: {_against(changed[k], trained)}." for k in changed),
@@ -350,26 +353,25 @@ def _bias(page: _Page) -> list[str]:
 
 def _cost(page: _Page) -> list[str]:
     head = ["model", "ms per update", "MFLOPs per token"]
-    rows = {
-        name: [
-            LABELS[name],
-            _mean([1000 * seconds for seconds in variant["step_seconds"]], 1),
-            f"{variant['flops_per_token'] / 1e6:.2f}",
-        ]
-        for name, variant in page.variants.items()
-    }
+    rows, ratios, flops = {}, {}, {}
+    for name, variant in page.variants.items():
+        seconds, counted = variant["step_seconds"], variant["flops_per_token"]
+        row = [_mean([1000 * each for each in seconds], 1), f"{counted / 1e6:.2f}"]
+        rows[name] = [LABELS[name], *row]
+        if "gpt2" in page.variants:
+            base = page.variants["gpt2"]
+            ratios[name] = [a / b for a, b in zip(seconds, base["step_seconds"], strict=True)]
+            flops[name] = counted / base["flops_per_token"]
+            rows[name] += [_mean(ratios[name], 2), f"{flops[name]:.2f}"]
     lines = [
         "FLOPs are those of matrix products, counted from shapes, with the frozen tower's and an "
         "exact search's. An update spends time on more than that, so the two need not agree.",
     ]
-    if "gpt2" in rows:
-        caption = "Median seconds of an update, and FLOPs, relative to GPT-2 of the same seed."
-        lines += page.figure("cost", figures.cost(page.results), caption)
+    if ratios:
         head += ["time / GPT-2's", "FLOPs / GPT-2's"]
-        base = page.variants["gpt2"]["flops_per_token"]
-        for name, row in rows.items():
-            ratio = page.variants[name]["flops_per_token"] / base
-            row += [_mean(figures.time_ratios(page.results, name), 2), f"{ratio:.2f}"]
+        caption = "Median seconds of an update, and FLOPs, relative to GPT-2 of the same seed."
+        label = "relative to GPT-2 (GPT-2 = 1)"
+        lines += page.figure("cost", figures.bars(ratios, label, flops=[*flops.values()]), caption)
     return [*lines, *_table(head, rows.values())]
 
 
