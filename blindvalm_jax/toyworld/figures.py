@@ -224,8 +224,8 @@ def accuracy(results: Mapping[str, Any]) -> Figure:
     margin = 0.6 + max(0, 4 - len(variants)) / 2  # few bars are not broader ones
     panels[-1].set_xlim(-margin, len(variants) - 1 + margin)
     panels[-1].set_xticks(range(len(variants)), [LABELS[name] for name in variants])
-    handles: list[Any] = [Patch(color="0.3", label="wordings seen in sentences")]
-    handles.append(Patch(color="0.3", alpha=0.45, label="new wordings"))
+    seen_and_new = (("wordings seen in sentences", 1.0), ("new wordings", 0.45))
+    handles = [Patch(color="0.3", alpha=alpha, label=label) for label, alpha in seen_and_new]
     _legend(figure, handles, chance=True, seeds=len(results["seeds"]))
     return figure
 
@@ -328,8 +328,7 @@ def bias(results: Mapping[str, Any]) -> Figure:
     names = [name for name in found if name in LABELS]
     figure = Figure((_WIDTH, 3.6), layout="constrained")
     panels = figure.subplots(1, len(ATTRIBUTES), sharey=True)
-    # Equal distances: the shares of interest are close to none.
-    places = np.arange(len(shares))
+    places = np.arange(len(shares))  # equal distances: the shares of interest are close to none
     for panel, attribute in zip(panels, ATTRIBUTES, strict=True):
         for name in names:
             means = [np.mean(values) for values in found[name][attribute]]

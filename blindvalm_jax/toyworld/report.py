@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from blindvalm_jax import files
 from blindvalm_jax.toyworld import figures, language
 from blindvalm_jax.toyworld.figures import CHANGED, LABELS, WORDINGS, WORDS, Gap
-from blindvalm_jax.toyworld.world import ATTRIBUTES, SPLITS, WorldConfig, attribute_of
+from blindvalm_jax.toyworld.world import ATTRIBUTES, SPLITS, attribute_of
 
 _QUESTION = """\
 Text seldom says what things look like: nobody writes that a banana is yellow, because everybody
@@ -131,12 +131,12 @@ def _world(page: _Page) -> list[str]:
     rows = []
     for index in (shown[0], shown[-1]):
         thing = things[index]
-        captions = dict.fromkeys(text for image in every[index] for text in image)
-        said = [text for text in texts if re.search(rf"\b{thing.name}\b", text)]
+        named = (text for image in every[index] for text in image)
+        said = (text for text in texts if thing.name in re.findall(r"\w+", text))
         who = f"{thing.name}, {thing.size} {thing.color} {thing.shape} ({thing.split})"
-        rows.append([who, "<br>".join(list(captions)[:5]), "<br>".join([*dict.fromkeys(said)][:6])])
-    probes = [p for p in language.probes([things[shown[-1]]]) if p.attribute == "color"]
-    asked = [next(p for p in probes if p.wording == wording) for wording in WORDINGS]
+        rows.append([who, *("<br>".join([*dict.fromkeys(found)][:6]) for found in (named, said))])
+    probes = {p.wording: p for p in language.probes([thing]) if p.attribute == "color"}
+    seen, new = (probes[wording] for wording in WORDINGS)
     counts = ", ".join(f"{len(found)} {split}" for split, found in first.items())
     caption = "Objects of the first seed, four pictures each. All objects have pictures and names."
     return [
@@ -149,8 +149,8 @@ def _world(page: _Page) -> list[str]:
         *_table(["object", "captions", "sentences"], rows),
         "A probe is such a text, cut off before the attribute. The model's answer is the candidate "
         f"that it finds likeliest to come next. In a wording that sentences have: "
-        f"“{asked[0].prompt} …”; in one that they never have: “{asked[1].prompt} …”. The right "
-        f"answer to both is “{asked[0].answer}”, one of {', '.join(asked[0].candidates)}.",
+        f"“{seen.prompt} …”; in one that they never have: “{new.prompt} …”. The right "
+        f"answer to both is “{seen.answer}”, one of {', '.join(seen.candidates)}.",
     ]
 
 
@@ -236,12 +236,10 @@ def _differences(page: _Page) -> list[str]:
 
 def _training(page: _Page) -> list[str]:
     caption = "Training loss. Thick: mean over seeds; thin: one seed."
-    ends = {name: [c["loss"][-1] for c in v["curves"]] for name, v in page.variants.items()}
-    last = ", ".join(f"{LABELS[name]} {_mean(values)}" for name, values in ends.items())
-    return [
-        f"Training loss at the last record, nats per token: {last}.",
-        *page.figure("loss", figures.losses(page.results), caption),
-    ]
+    ends = {k: _mean([c["loss"][-1] for c in v["curves"]]) for k, v in page.variants.items()}
+    last = ", ".join(f"{LABELS[name]} {end}" for name, end in ends.items())
+    drawn = page.figure("loss", figures.losses(page.results), caption)
+    return [f"Training loss at the last record, nats per token: {last}.", *drawn]
 
 
 def _stated(page: _Page) -> list[str]:
@@ -312,9 +310,9 @@ def _given(page: _Page) -> list[str]:
 def _nearest(page: _Page) -> list[str]:
     lines = []
     if "clip" in page.results:
-        found = {k: v for k, v in page.results["clip"].items() if k != "seconds"}
-        named = [f"{key.replace('_', ' ')} {_mean(values)}" for key, values in found.items()]
-        lines = [f"CLIP on validation images: {'; '.join(named)}.", ""]
+        found = [(k, v) for k, v in page.results["clip"].items() if k != "seconds"]
+        named = "; ".join(f"{key.replace('_', ' ')} {_mean(values)}" for key, values in found)
+        lines = [f"CLIP on validation images: {named}.", ""]
     if "neighbours" in page.results:
         rows, gallery = page.results["neighbours"], page.gallery
         pairs = [(row, gallery.things[gallery.find(i)[0]]) for row in rows for i in row["images"]]
@@ -381,13 +379,14 @@ def _made(page: _Page) -> list[str]:
     lines += [f"- {key}: {results[key]}" for key in ("machine", "commit") if key in results]
     for key, form in (("versions", "{}"), ("seconds", "{:,.0f}")):
         if key in results:
-            pairs = ", ".join(f"{k} {form.format(value)}" for k, value in results[key].items())
-            lines.append(f"- {key}: {pairs}")
-    knobs = [
-        [f"`{knob.name}`", str(getattr(page.gallery.config, knob.name)), knob.metadata["meaning"]]
-        for knob in dataclasses.fields(WorldConfig)
+            pairs = [f"{name} {form.format(value)}" for name, value in results[key].items()]
+            lines.append(f"- {key}: {', '.join(pairs)}")
+    config = page.gallery.config
+    rows = [
+        [f"`{knob.name}`", str(getattr(config, knob.name)), knob.metadata["meaning"]]
+        for knob in dataclasses.fields(config)
     ]
-    return [*lines, "", "The knobs of the world:", *_table(["knob", "value", "meaning"], knobs)]
+    return [*lines, "", "The knobs of the world:", *_table(["knob", "value", "meaning"], rows)]
 
 
 def _against(mine: figures.Condition, base: figures.Condition) -> str:
