@@ -55,7 +55,6 @@ def made_up(names: list[str], seeds: list[int]) -> dict[str, Any]:
     grounded = [name for name in names if name != "gpt2"]
     gallery = Gallery(WorldConfig(**KNOBS, seed=seeds[0]))
     thing = gallery.things[-1]
-    sweep = {attribute: [draw(), draw()] for attribute in ATTRIBUTES}
     return {
         "seeds": seeds,
         "world": {**KNOBS, "seed": seeds[0]},
@@ -76,7 +75,10 @@ def made_up(names: list[str], seeds: list[int]) -> dict[str, Any]:
                 **{"prompt": f"the color of a {thing.name} is", "images": ["train:0", "train:38"]},
             }
         ],
-        "bias": {"stated_heldout": [0.0, 0.1], "gpt2": sweep, "blind_valm_eos": sweep},
+        "bias": {
+            "stated_heldout": [0.0, 0.1],
+            **{n: {a: [draw(), draw()] for a in ATTRIBUTES} for n in ("gpt2", "blind_valm_eos")},
+        },
         **{"seconds": {"total": 12.3}, "machine": "two cores", "versions": {"jax": "0.10.2"}},
         "commit": "abc",
     }
@@ -258,7 +260,11 @@ def test_anything_but_a_number_per_seed_is_refused(wrong: Any, tmp_path: Path) -
 
 def test_unknown_variants_knobs_and_images_are_refused(tmp_path: Path) -> None:
     for path, value, message in (
-        (("variants", "bert"), ALL["variants"]["gpt2"], "variant must be one of .*'bert'"),
+        (
+            ("variants", "bert"),
+            ALL["variants"]["gpt2"],
+            "need seeds and variants of .*, got .*'bert'",
+        ),
         (("world", "flavour"), 3, "knobs of a world alone.*flavour"),
     ):
         results = copy.deepcopy(ALL)

@@ -42,7 +42,7 @@ _STYLES = {
 LABELS = {name: label for name, (label, _) in _STYLES.items()}
 _COLOR_OF = {name: color for name, (_, color) in _STYLES.items()}
 _RIGHT, _WRONG, _INK = "#0072B2", "#D55E00", "0.15"
-_DPI, _WIDTH = 100, 8.6  # inches
+_WIDTH = 8.6  # inches
 _GRID: dict[str, Any] = {"color": "0.88", "linewidth": 0.7}
 _CHANCE: dict[str, Any] = {"color": "0.35", "linestyle": "--", "linewidth": 1.0}
 # Variant -> attribute -> one accuracy per seed, under some condition; by the condition's name.
@@ -58,8 +58,7 @@ def check(results: Mapping[str, Any]) -> WorldConfig:
     """
     seeds, variants = _at(results, "seeds"), _at(results, "variants")
     if not seeds or not variants or not set(variants) <= set(LABELS):
-        known = ", ".join(LABELS)
-        raise UserError(f"results: variant must be one of {known}, with seeds; got {[*variants]}")
+        raise UserError(f"results: need seeds and variants of {[*LABELS]}, got {[*variants]}")
     for path in _per_seed(results):
         values = _at(results, *path)
         if not isinstance(values, list) or len(values) != len(seeds) or not _finite(values):
@@ -76,7 +75,7 @@ def check(results: Mapping[str, Any]) -> WorldConfig:
         for where in itertools.product(rows, ("object", *ATTRIBUTES, "prompt", "images")):
             _at({"neighbours": rows}, "neighbours", *where)
     if "bias" in results:
-        swept = itertools.product([name for name in results["bias"] if name in LABELS], ATTRIBUTES)
+        swept = itertools.product(sorted({"gpt2", *results["bias"]} & set(LABELS)), ATTRIBUTES)
         knob = _at(results, "bias", "stated_heldout")
         if any(len(_at(results, "bias", *where)) != len(knob) for where in swept):
             raise UserError(f"results: bias must have {len(knob)} entries, one per stated_heldout")
@@ -188,7 +187,7 @@ class Gallery:
 
 def save(figure: Figure, path: Path) -> None:
     """Writes a PNG; the same figure gives the same bytes."""
-    figure.savefig(path, dpi=_DPI, metadata={"Software": None})
+    figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
 def sample(gallery: Gallery, indices: Sequence[int]) -> Figure:
@@ -259,8 +258,7 @@ def losses(results: Mapping[str, Any]) -> Figure:
     figure = Figure((_WIDTH, 3.8), layout="constrained")
     panels = figure.subplots(1, 2)
     last = max(v["curves"][0]["step"][-1] for v in results["variants"].values())
-    halves = {"all updates": 0, "second half": last / 2}
-    for panel, (title, start) in zip(panels, halves.items(), strict=True):
+    for panel, (title, start) in zip(panels, (("all", 0), ("second half", last / 2)), strict=True):
         for name, variant in results["variants"].items():
             curves = [dict(zip(c["step"], c["loss"], strict=True)) for c in variant["curves"]]
             steps = [x for x in curves[0] if x >= start and all(x in curve for curve in curves)]
@@ -324,7 +322,7 @@ def neighbours(gallery: Gallery, rows: Sequence[Mapping[str, Any]]) -> Figure:
 def bias(results: Mapping[str, Any]) -> Figure:
     """Accuracy against the share of held-out sentences that state an attribute."""
     found = results["bias"]
-    shares = np.array(found["stated_heldout"])
+    shares = found["stated_heldout"]
     names = [name for name in found if name in LABELS]
     figure = Figure((_WIDTH, 3.6), layout="constrained")
     panels = figure.subplots(1, len(ATTRIBUTES), sharey=True)
@@ -370,8 +368,7 @@ def _spread(
 
 def _picture(panel: Axes, image: np.ndarray) -> None:
     panel.imshow(image, interpolation="nearest")
-    panel.set_xticks([])
-    panel.set_yticks([])
+    panel.set(xticks=[], yticks=[])
 
 
 def _names(names: Iterable[str], **style: Any) -> list[Any]:
