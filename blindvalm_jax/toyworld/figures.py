@@ -1,0 +1,400 @@
+"""The figures of the toy-world report, and what they and its text need of results.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.toyworld.render import render
+from blindvalm_jax.toyworld.world import ATTRIBUTES, WorldConfig, objects, stream
+
+COMMAND = "python -m blindvalm_jax.toyworld --workdir=DIR"
+WORDINGS = ("seen", "new")
+WORDS = {"color": "colour", "shape": "shape", "size": "size"}
+CHANGED = {
+    "last": "last position only",
+    "not_last": "all other positions",
+    "nowhere": "nowhere",
+    "removed": "fusion removed",
+}
+# In Okabe and Ito's colours, which the colour-blind can tell apart: text warm, images blue.
+_STYLES = {
+    "gpt2": ("GPT-2", "#666666"),
+    "blind_valm": ("BLIND-VALM", "#E69F00"),
+    "blind_valm_eos": ("BLIND-VALM eos", "#D55E00"),
+    "valm": ("VALM", "#56B4E9"),
+    "valm_eos": ("VALM eos", "#0072B2"),
+    "random_tower": ("random tower", "#CC79A7"),
+    "shuffled": ("shuffled", "#009E73"),
+}
+LABELS = {name: label for name, (label, _) in _STYLES.items()}
+_COLOR_OF = {name: color for name, (_, color) in _STYLES.items()}
+_RIGHT, _WRONG, _INK = "#0072B2", "#D55E00", "0.15"
+_WIDTH = 8.6  # inches
+_GRID: dict[str, Any] = {"color": "0.88", "linewidth": 0.7}
+_CHANCE: dict[str, Any] = {"color": "0.35", "linestyle": "--", "linewidth": 1.0}
+# Variant -> attribute -> one accuracy per seed, under some condition; by the condition's name.
+Condition = Mapping[str, Mapping[str, Sequence[float]]]
+Conditions = Mapping[str, Condition]
+
+
+def check(results: Mapping[str, Any]) -> WorldConfig:
+    """The world of the first seed, if all that the report reads of the results is there.
+
+    Raises:
+      UserError: something is missing, or is not a number per seed.
+    """
+    seeds, variants = _at(results, "seeds"), _at(results, "variants")
+    if not seeds or not variants or not set(variants) <= set(LABELS):
+        raise UserError(f"results: need seeds and variants of {[*LABELS]}, got {[*variants]}")
+    for path in _per_seed(results):
+        values = _at(results, *path)
+        if not isinstance(values, list) or len(values) != len(seeds) or not _finite(values):
+            raise UserError(f"results: {'.'.join(path)} must be {len(seeds)} numbers, one per seed")
+    of_variant = itertools.product(("variants",), variants, ("parameters", "flops_per_token"))
+    for path in (*(("chance", attribute) for attribute in ATTRIBUTES), *of_variant):
+        if not _finite([_at(results, *path)]):
+            raise UserError(f"results: {'.'.join(path)} must be a number")
+    for name in variants:
+        if len(_at(results, "variants", name, "curves")) != len(seeds):
+            raise UserError(f"results: variants.{name}.curves must be {len(seeds)}, one per seed")
+    if "neighbours" in results:
+        rows = {str(place): row for place, row in enumerate(results["neighbours"])}
+        for where in itertools.product(rows, ("object", *ATTRIBUTES, "prompt", "images")):
+            _at({"neighbours": rows}, "neighbours", *where)
+    if "bias" in results:
+        swept = itertools.product(sorted({"gpt2", *results["bias"]} & set(LABELS)), ATTRIBUTES)
+        knob = _at(results, "bias", "stated_heldout")
+        if any(len(_at(results, "bias", *where)) != len(knob) for where in swept):
+            raise UserError(f"results: bias must have {len(knob)} entries, one per stated_heldout")
+    try:
+        return WorldConfig(**{**_at(results, "world"), "seed": seeds[0]})
+    except TypeError as error:
+        raise UserError(f"results: world must hold the knobs of a world alone: {error}") from error
+
+
+def _per_seed(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Paths of all that must be one number per seed."""
+    for name, variant in results["variants"].items():
+        optional = {"attention"} & set(variant)
+        for key in (*ATTRIBUTES, "perplexity", "steps", "step_seconds", *optional):
+            yield "variants", name, key
+        for where in itertools.product(("train", "heldout"), WORDINGS, ATTRIBUTES):
+            yield "variants", name, "objects", *where
+    swapped = itertools.product(("swapped",), ATTRIBUTES, ("own", "donor"))
+    wanted: dict[str, list[tuple[str, ...]]] = {
+        "given": [*itertools.product(("one_image", "mean_image"), ATTRIBUTES)],
+        "attribution": [*swapped, *itertools.product(CHANGED, ATTRIBUTES)],
+    }
+    for part in sorted(set(wanted) & set(results)):
+        for name, below in itertools.product(results[part], wanted[part]):
+            yield "variants", name, "color"  # to compare with
+            yield part, name, *below
+    if "clip" in results:
+        yield from (("clip", name) for name in results["clip"])
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """Half of the mean's 95 % t interval; None for a single value, which says nothing of spread."""
+    freedom = len(values) - 1
+    if freedom == 0:
+        return None
+    # With t = sqrt(freedom) tan(angle), Student's density is cos(angle) ** (freedom - 1).
+    edges = np.linspace(0, np.pi / 2, 50_001)
+    mass = np.cumsum(np.cos((edges[1:] + edges[:-1]) / 2) ** (freedom - 1))
+    quantile = np.sqrt(freedom) * np.tan(np.interp(0.95 * mass[-1], mass, edges[1:]))
+    return float(quantile * np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Gap:
+    """Differences, one per seed: of two variants, two conditions, or to chance."""
+
+    values: list[float]
+
+    @classmethod
+    def between(cls, mine: Sequence[float], base: Sequence[float]) -> Gap:
+        """Pairs the seeds."""
+        return cls([a - b for a, b in zip(mine, base, strict=True)])
+
+    @property
+    def clear(self) -> bool:
+        """Whether the 95 % interval leaves out zero; never of a single seed."""
+        half = half_width(self.values)
+        return half is not None and abs(float(np.mean(self.values))) > half
+
+    @property
+    def word(self) -> str:
+        """Higher or lower where that is clear; of a single seed, what it shows."""
+        mean = float(np.mean(self.values))
+        if len(self.values) == 1:
+            return f"{'above' if mean > 0 else 'below' if mean else 'equal'} in the one seed"
+        return ("higher" if mean > 0 else "lower") if self.clear else "not clearly different"
+
+    def __str__(self) -> str:
+        """Mean and interval."""
+        mean, half = float(np.mean(self.values)), half_width(self.values)
+        return (
+            f"{mean:+.3f}"
+            if half is None
+            else f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+        )
+
+
+class Gallery:
+    """The objects of a world, and its training images."""
+
+    def __init__(self, config: WorldConfig) -> None:
+        """Draws the objects; pictures are drawn when asked for."""
+        self.config, self.things = config, objects(config)
+
+    def pictures(self, index: int) -> np.ndarray:
+        """uint8[images_per_object, image_size, image_size, 3] of the object of an index."""
+        return render(
+            self.things[index],
+            stream(self.config, "images", 0, index),
+            count=self.config.images_per_object,
+            image_size=self.config.image_size,
+        )
+
+    def find(self, image: str) -> tuple[int, int]:
+        """Indices of the object and of its picture, of an image id such as train:123.
+
+        Raises:
+          UserError: there is no such image.
+        """
+        split, _, number = image.partition(":")
+        count = self.config.images_per_object
+        if split != "train" or not number.isdecimal() or int(number) >= count * len(self.things):
+            raise UserError(
+                f"neighbours: image {image!r} is none of this world; expected train:0 to "
+                f"train:{count * len(self.things) - 1}"
+            )
+        return divmod(int(number), count)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG; the same figure gives the same bytes."""
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+
+
+def sample(gallery: Gallery, indices: Sequence[int]) -> Figure:
+    """Some objects in columns, four pictures of each."""
+    rows = min(4, gallery.config.images_per_object)
+    figure = Figure((_WIDTH, 0.7 + 1.05 * rows), layout="constrained")
+    grid = figure.subplots(rows, len(indices), squeeze=False)
+    for column, index in enumerate(indices):
+        thing, pictures = gallery.things[index], gallery.pictures(index)
+        title = f"{thing.name}\n{thing.size} {thing.color}\n{thing.shape}"
+        grid[0, column].set_title(title, fontsize=10)
+        grid[-1, column].set_xlabel("train" if thing.split == "train" else "held out", fontsize=9)
+        for row in range(rows):
+            _picture(grid[row, column], pictures[row])
+    return figure
+
+
+def accuracy(results: Mapping[str, Any]) -> Figure:
+    """Held-out accuracy: one panel per attribute, two wordings beside each other per variant."""
+    variants = results["variants"]
+    figure = Figure((_WIDTH, 7.2), layout="constrained")
+    panels = figure.subplots(len(ATTRIBUTES), 1, sharex=True)
+    for panel, attribute in zip(panels, ATTRIBUTES, strict=True):
+        for place, (name, variant) in enumerate(variants.items()):
+            for offset, wording, alpha in ((-0.2, "seen", 1.0), (0.2, "new", 0.45)):
+                values = variant["objects"]["heldout"][wording][attribute]
+                x, color = place + offset, _COLOR_OF[name]
+                panel.bar(x, np.mean(values), 0.38, color=color, alpha=alpha, zorder=2)
+                _spread(panel, x, values, color=_INK, vertical=True, beside=0.09)
+        panel.axhline(results["chance"][attribute], zorder=3, **_CHANCE)
+        panel.set(ylim=(0, 1.04), ylabel="share right", title=WORDS[attribute])
+        panel.grid(axis="y", zorder=0, **_GRID)
+    margin = 0.6 + max(0, 4 - len(variants)) / 2  # few bars are not broader ones
+    panels[-1].set_xlim(-margin, len(variants) - 1 + margin)
+    panels[-1].set_xticks(range(len(variants)), [LABELS[name] for name in variants])
+    seen_and_new = (("wordings seen in sentences", 1.0), ("new wordings", 0.45))
+    handles = [Patch(color="0.3", alpha=alpha, label=label) for label, alpha in seen_and_new]
+    _legend(figure, handles, chance=True, seeds=len(results["seeds"]))
+    return figure
+
+
+def conditions(results: Mapping[str, Any], rows: Conditions) -> Figure:
+    """Accuracy by condition: one panel per attribute, variants beside each other in a row."""
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    height = 1.2 + len(rows) * (0.25 + 0.13 * len(names))
+    figure = Figure((_WIDTH, height), layout="constrained")
+    panels = figure.subplots(1, len(ATTRIBUTES), sharey=True)
+    step = 0.8 / len(names)
+    for panel, attribute in zip(panels, ATTRIBUTES, strict=True):
+        for place, row in enumerate(rows.values()):
+            for name, of_attribute in row.items():
+                values = of_attribute[attribute]
+                at = place + step * (names.index(name) - (len(names) - 1) / 2)
+                _spread(panel, at, values, color=_COLOR_OF[name], vertical=False, beside=step / 2)
+        for edge in range(1, len(rows)):
+            panel.axhline(edge - 0.5, **_GRID)
+        panel.axvline(results["chance"][attribute], zorder=1, **_CHANCE)
+        panel.set(xlim=(-0.04, 1.04), xlabel="share", title=WORDS[attribute])
+        panel.grid(axis="x", **_GRID)
+    panels[0].set_yticks(range(len(rows)), list(rows))
+    panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    _legend(figure, _names(names, marker="o", ls=""), chance=True, seeds=len(results["seeds"]))
+    return figure
+
+
+def losses(results: Mapping[str, Any]) -> Figure:
+    """Training loss: all updates, and the second half of them on a scale of its own."""
+    figure = Figure((_WIDTH, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2)
+    last = max(v["curves"][0]["step"][-1] for v in results["variants"].values())
+    for panel, (title, start) in zip(panels, (("all", 0), ("second half", last / 2)), strict=True):
+        for name, variant in results["variants"].items():
+            curves = [dict(zip(c["step"], c["loss"], strict=True)) for c in variant["curves"]]
+            steps = [x for x in curves[0] if x >= start and all(x in curve for curve in curves)]
+            values = np.array([[curve[x] for x in steps] for curve in curves], float)
+            panel.plot(steps, values.T, color=_COLOR_OF[name], linewidth=0.6, alpha=0.3)
+            panel.plot(steps, values.mean(axis=0), color=_COLOR_OF[name], linewidth=1.6)
+        panel.set(xlabel="updates", ylabel="training loss (nats per token)", title=title)
+        panel.grid(**_GRID)
+    _legend(figure, _names(results["variants"]), chance=False, seeds=None)
+    return figure
+
+
+def bars(
+    values: Mapping[str, Sequence[float]], label: str, *, flops: Sequence[float] = ()
+) -> Figure:
+    """A bar per variant, with the spread over seeds; `flops` are marked beside."""
+    figure = Figure((_WIDTH * 0.8, 1.3 + 0.36 * len(values)), layout="constrained")
+    panel = figure.subplots()
+    for place, (name, numbers) in enumerate(values.items()):
+        panel.barh(place, np.mean(numbers), 0.7, color=_COLOR_OF[name], alpha=0.85, zorder=2)
+        _spread(panel, place, numbers, color=_INK, vertical=False, beside=0.18)
+    panel.set_yticks(range(len(values)), [LABELS[name] for name in values])
+    panel.invert_yaxis()
+    panel.grid(axis="x", zorder=0, **_GRID)
+    panel.set_xlabel(label)
+    handles: list[Any] = []
+    if flops:
+        style: dict[str, Any] = {"marker": "D", "color": "white", "markeredgecolor": "black"}
+        panel.plot(flops, range(len(flops)), ls="", zorder=5, **style)
+        panel.axvline(1, color="0.35", linewidth=1.0)
+        handles = [Patch(color="0.3", label="time"), Line2D([], [], ls="", label="FLOPs", **style)]
+    _legend(figure, handles, chance=False, seeds=len(next(iter(values.values()))))
+    return figure
+
+
+def neighbours(gallery: Gallery, rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Prompts, and the pictures that were found for them, each with what it shows."""
+    width = max(len(row["images"]) for row in rows)
+    figure = Figure((_WIDTH, 1.55 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), width + 1, squeeze=False, width_ratios=[1.9, *[1] * width])
+    for axes, row in zip(grid, rows, strict=True):
+        for panel in axes:
+            panel.set_axis_off()
+        prompt = textwrap.fill(f"“{row['prompt']} …”", 34)
+        text = f"{prompt}\n\n{row['object']}: {row['size']} {row['color']} {row['shape']}"
+        axes[0].text(0, 0.5, text, va="center", fontsize=9)
+        for panel, image in zip(axes[1:], row["images"], strict=False):
+            index, number = gallery.find(image)
+            thing = gallery.things[index]
+            right = thing.name == row["object"]
+            panel.set_axis_on()
+            _picture(panel, gallery.pictures(index)[number])
+            color = _RIGHT if right else _WRONG
+            panel.set_title(f"{'✓' if right else '✗'} {thing.name}", fontsize=9, color=color)
+            panel.set_xlabel(f"{thing.size} {thing.color}\n{thing.shape}", fontsize=8)
+            for spine in panel.spines.values():
+                spine.set(edgecolor=color, linewidth=2)
+    return figure
+
+
+def bias(results: Mapping[str, Any]) -> Figure:
+    """Accuracy against the share of held-out sentences that state an attribute."""
+    found = results["bias"]
+    shares = found["stated_heldout"]
+    names = [name for name in found if name in LABELS]
+    figure = Figure((_WIDTH, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(ATTRIBUTES), sharey=True)
+    places = np.arange(len(shares))  # equal distances: the shares of interest are close to none
+    for panel, attribute in zip(panels, ATTRIBUTES, strict=True):
+        for name in names:
+            means = [np.mean(values) for values in found[name][attribute]]
+            panel.plot(places, means, "-", color=_COLOR_OF[name], linewidth=1.4)
+            for place, values in zip(places, found[name][attribute], strict=True):
+                _spread(
+                    panel, float(place), values, color=_COLOR_OF[name], vertical=True, beside=0.12
+                )
+        panel.axhline(results["chance"][attribute], **_CHANCE)
+        panel.set_xticks(places, [f"{100 * share:g}" for share in shares])
+        panel.set(title=WORDS[attribute], ylim=(0, 1.04))
+        panel.grid(**_GRID)
+    panels[0].set_ylabel("share right")
+    panels[1].set_xlabel("sentences about a held-out object that state an attribute (%)")
+    seeds = min(len(values) for values in found[names[0]]["color"])
+    _legend(figure, _names(names, marker="o", ls=""), chance=True, seeds=seeds)
+    return figure
+
+
+def _spread(
+    panel: Axes, place: float, values: Sequence[float], *, color: str, vertical: bool, beside: float
+) -> None:
+    """The mean's interval, and `beside` it every seed as a dot; the mean too if in color."""
+    half, mean = half_width(values), float(np.mean(values))
+    dots = [(place + beside, value) for value in values]
+    ends = [(place, mean - half), (place, mean + half)] if half is not None else []
+    for points, style in (
+        (dots, {"ls": "", "marker": "o", "ms": 2.6, "mew": 0, "alpha": 0.65}),
+        (ends, {"linewidth": 1.4}),
+        ([(place, mean)] if color != _INK else [], {"marker": "o", "ms": 5.5}),
+    ):
+        x, y = (
+            zip(*(points if vertical else [p[::-1] for p in points]), strict=True)
+            if points
+            else ((), ())
+        )
+        panel.plot(x, y, color=color, zorder=4, **style)
+
+
+def _picture(panel: Axes, image: np.ndarray) -> None:
+    panel.imshow(image, interpolation="nearest")
+    panel.set(xticks=[], yticks=[])
+
+
+def _names(names: Iterable[str], **style: Any) -> list[Any]:
+    return [Line2D([], [], color=_COLOR_OF[k], label=LABELS[k], **style) for k in names]
+
+
+def _legend(figure: Figure, handles: list[Any], *, chance: bool, seeds: int | None) -> None:
+    """A legend under the panels; `seeds` None: no dots and intervals to explain."""
+    handles = [*handles, *([Line2D([], [], label="chance", **_CHANCE)] if chance else [])]
+    if seeds is not None:
+        handles.append(Line2D([], [], marker=".", ls="", color="0.3", label="one seed"))
+    if seeds is not None and seeds > 1:
+        handles.append(Line2D([], [], color="black", label="95 % interval"))
+    columns = min(5, len(handles))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def _at(node: Any, *path: str) -> Any:
+    """What is at a path of the results."""
+    for depth, key in enumerate(path):
+        if not isinstance(node, Mapping) or key not in node:
+            missing = ".".join(path[: depth + 1])
+            raise UserError(f"results: {missing} is missing; write them again: {COMMAND}")
+        node = node[key]
+    return node
+
+
+def _finite(values: Iterable[Any]) -> bool:
+    return all(type(value) in (int, float) and math.isfinite(value) for value in values)

@@ -1,0 +1,278 @@
+"""The report of a comparison says what its results hold, no more and no less."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.toyworld import report
+from blindvalm_jax.toyworld.figures import CHANGED, LABELS, Gallery, Gap, half_width
+from blindvalm_jax.toyworld.world import ATTRIBUTES, SPLITS, WorldConfig
+
+KNOBS = {
+    **{"train_objects": 6, "dev_objects": 3, "heldout_objects": 4, "image_size": 16},
+    **{"images_per_object": 3, "validation_images_per_object": 1, "sentences": 60},
+}
+# 97.5 % quantiles of Student's t by degrees of freedom, from printed tables.
+T_975 = {1: 12.7062, 2: 4.30265, 4: 2.77645, 9: 2.26216, 30: 2.04227}
+# Optional part of the results -> title of its section.
+OPTIONAL = {
+    "attribution": "What the answers rest on",
+    "given": "Images instead of text",
+    "neighbours": "What CLIP finds",
+    "bias": "How often text would have to say it",
+}
+
+
+def made_up(names: list[str], seeds: list[int]) -> dict[str, Any]:
+    """Results with every part, of random numbers."""
+    rng = np.random.default_rng(len(seeds))
+
+    def draw() -> list[float]:
+        return [float(value) for value in rng.random(len(seeds))]
+
+    def accuracies() -> dict[str, list[float]]:
+        return {attribute: draw() for attribute in ATTRIBUTES}
+
+    def variant(name: str) -> dict[str, Any]:
+        curves = [{"step": [50, 100, 150], "loss": list(rng.random(3))} for _ in seeds]
+        return {
+            **accuracies(),
+            "objects": {s: {w: accuracies() for w in ("seen", "new")} for s in SPLITS},
+            **{"perplexity": draw(), "steps": [150] * len(seeds), "step_seconds": draw()},
+            **{"parameters": 1000, "flops_per_token": 2e6, "curves": curves},
+            **({} if name == "gpt2" else {"attention": draw()}),
+        }
+
+    grounded = [name for name in names if name != "gpt2"]
+    gallery = Gallery(WorldConfig(**KNOBS, seed=seeds[0]))
+    thing = gallery.things[-1]
+    return {
+        "seeds": seeds,
+        "world": {**KNOBS, "seed": seeds[0]},
+        "chance": {"color": 0.125, "shape": 0.2, "size": 1 / 3},
+        "variants": {name: variant(name) for name in names},
+        "attribution": {
+            name: {
+                "swapped": {a: {"own": draw(), "donor": draw()} for a in ATTRIBUTES},
+                **{where: accuracies() for where in CHANGED},
+            }
+            for name in grounded
+        },
+        "given": {name: {"one_image": accuracies(), "mean_image": accuracies()} for name in names},
+        "clip": {"loss": draw(), "image_to_text_recall_at_1": draw(), "seconds": draw()},
+        "neighbours": [
+            {
+                **{"object": thing.name, **{a: thing.value(a) for a in ATTRIBUTES}},
+                **{"prompt": f"the color of a {thing.name} is", "images": ["train:0", "train:38"]},
+            }
+        ],
+        "bias": {
+            "stated_heldout": [0.0, 0.1],
+            **{n: {a: [draw(), draw()] for a in ATTRIBUTES} for n in ("gpt2", "blind_valm_eos")},
+        },
+        **{"seconds": {"total": 12.3}, "machine": "two cores", "versions": {"jax": "0.10.2"}},
+        "commit": "abc",
+    }
+
+
+ALL = made_up(list(LABELS), [0, 1, 2])
+
+
+def tables(page: str) -> list[list[list[str]]]:
+    """Rows of cells of every table."""
+    found = re.findall(r"(?:^\|.*\|\n)+", f"{page}\n", re.MULTILINE)
+    return [[line[2:-2].split(" | ") for line in table.splitlines()] for table in found]
+
+
+def titles(page: str) -> list[str]:
+    return re.findall(r"^## (.*)$", page, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    out = tmp_path_factory.mktemp("report")
+    path = report.write(ALL, out)
+    assert path == out / "report.md"
+    return path.read_text(encoding="utf-8"), out
+
+
+def test_main_tables_hold_the_means_and_every_seed(page: tuple[str, Path]) -> None:
+    means, each = (t for t in tables(page[0]) if t[0][1:3] == means_head())
+    for rows, (name, variant) in itertools.product((means, each), ALL["variants"].items()):
+        row = next(row for row in rows if row[0] == LABELS[name])
+        held = variant["objects"]["heldout"]
+        wanted = [variant["color"], held["seen"]["color"], held["new"]["color"]]
+        wanted += [variant["shape"], variant["size"], variant["perplexity"]]
+        for cell, values in zip(row[1:], wanted, strict=True):
+            deviation = np.std(values, ddof=1)
+            expected = (
+                f"{np.mean(values):.3f} ± {deviation:.3f}"
+                if rows is means
+                else ", ".join(f"{value:.3f}" for value in values)
+            )
+            assert cell == expected
+
+
+def means_head() -> list[str]:
+    return ["colour (chance 0.125)", "colour, seen wordings"]
+
+
+def test_differences_are_paired_by_seed(page: tuple[str, Path]) -> None:
+    rows = next(table for table in tables(page[0]) if table[0][0] == "difference")
+    row = next(row for row in rows if row[0] == "VALM − BLIND-VALM")
+    pairs = (ALL["variants"][name]["color"] for name in ("valm", "blind_valm"))
+    differences = np.subtract(*pairs)
+    mean, half = differences.mean(), T_975[2] * differences.std(ddof=1) / np.sqrt(3)
+    assert row[1].strip("*") == f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+    assert row[1].startswith("**") == (abs(mean) > half)
+
+
+def test_figures_named_exist_and_none_besides(page: tuple[str, Path]) -> None:
+    text, out = page
+    named = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert {out / name for name in named} == set((out / "figures").iterdir())
+    assert len(named) == len(set(named)) == 10
+    for name in named:
+        with Image.open(out / name) as image:
+            image.verify()
+            assert image.format == "PNG"
+    assert sum((out / name).stat().st_size for name in named) < 1_000_000
+
+
+def test_tables_are_rectangular(page: tuple[str, Path]) -> None:
+    for table in tables(page[0]):
+        assert len({len(row) for row in table}) == 1
+
+
+def test_a_section_is_there_if_its_data_are(page: tuple[str, Path], tmp_path: Path) -> None:
+    assert set(OPTIONAL.values()) <= set(titles(page[0]))
+    assert len(titles(page[0])) == 14
+    results = made_up(["gpt2", "valm"], [0, 1])
+    for part in ("attribution", "given", "neighbours"):
+        del results[part]
+    text = report.write(results, tmp_path).read_text(encoding="utf-8")
+    gone = {OPTIONAL[part] for part in ("attribution", "given")}
+    assert titles(text) == [name for name in titles(page[0]) if name not in gone]
+    assert "recall at 1" in text
+    assert "neighbours.png" not in text
+
+
+@pytest.mark.parametrize("names", [["gpt2", "blind_valm_eos"], ["valm"]])
+def test_one_seed_and_few_variants_without_intervals(names: list[str], tmp_path: Path) -> None:
+    results = made_up(names, [7])
+    for part in (*OPTIONAL, "clip", "seconds", "machine", "versions", "commit"):
+        del results[part]
+    text = report.write(results, tmp_path).read_text(encoding="utf-8")
+    assert "seed 7" in text
+    assert not re.search(r"±|95 %|\[[+-]\d|not clearly|higher|\bnan\b", text)
+    assert ("cost.png" in text) == ("gpt2" in names)
+    assert not set(titles(text)) & set(OPTIONAL.values())
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    report.write(results, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
+def test_no_attention_without_grounding(tmp_path: Path) -> None:
+    results = made_up(["gpt2"], [0])
+    for part in OPTIONAL:
+        del results[part]
+    text = report.write(results, tmp_path).read_text(encoding="utf-8")
+    assert "Attention on the grounding" not in titles(text)
+    assert "Differences" not in titles(text)
+
+
+def test_words_follow_the_data() -> None:
+    def gap(values: list[float]) -> Gap:
+        return Gap(values)
+
+    assert [gap(v).word for v in ([0.5, 0.6, 0.55], [-0.5, -0.6, -0.55])] == ["higher", "lower"]
+    assert gap([0.5, -0.6, 0.1]).word == "not clearly different"
+    assert gap([0.0, 0.0]).word == "not clearly different"
+    assert "one seed" in gap([0.5]).word
+    assert not gap([0.5]).clear
+
+
+@pytest.mark.parametrize("freedom", T_975)
+def test_interval_is_students(freedom: int) -> None:
+    values = np.random.default_rng(freedom).normal(size=freedom + 1)
+    wanted = T_975[freedom] * np.std(values, ddof=1) / np.sqrt(len(values))
+    assert half_width(list(values)) == pytest.approx(wanted, rel=5e-6)  # the table has six digits
+
+
+def test_summary_is_a_table_of_means() -> None:
+    lines = report.summary_table(ALL).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [*ALL["variants"], "chance"]
+    assert len({len(line) for line in lines[:-1]}) == 1
+    for line, (name, variant) in zip(lines[1:], ALL["variants"].items(), strict=False):
+        held = variant["objects"]["heldout"]
+        found = [held[wording][a] for a in ATTRIBUTES for wording in ("seen", "new")]
+        wanted = [f"{np.mean(values):.3f}" for values in (*found, variant["perplexity"])]
+        assert line.split() == [name, *wanted]
+    assert lines[-1].split()[1:] == ["0.125", "0.125", "0.200", "0.200", "0.333", "0.333"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("seeds",),
+        ("world",),
+        ("chance", "size"),
+        ("variants",),
+        ("variants", "valm", "perplexity"),
+        ("variants", "gpt2", "objects", "heldout", "new", "shape"),
+        ("variants", "gpt2", "curves"),
+        ("variants", "gpt2", "flops_per_token"),
+        ("attribution", "valm", "swapped", "size", "donor"),
+        ("attribution", "valm", "removed"),
+        ("given", "valm", "mean_image", "color"),
+        ("neighbours", "0", "prompt"),
+        ("bias", "stated_heldout"),
+        ("bias", "gpt2", "shape"),
+    ],
+)
+def test_what_is_missing_is_named(path: tuple[str, ...], tmp_path: Path) -> None:
+    results = copy.deepcopy(ALL)
+    node: Any = results
+    for key in path[:-1]:
+        node = node[int(key)] if key.isdecimal() else node[key]
+    del node[path[-1]]
+    with pytest.raises(UserError, match=rf"{re.escape('.'.join(path))} is missing"):
+        report.write(results, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", [[0.5, 0.5], [0.5, 0.5, None], [0.5, 0.5, float("nan")], 0.5])
+def test_anything_but_a_number_per_seed_is_refused(wrong: Any, tmp_path: Path) -> None:
+    results = copy.deepcopy(ALL)
+    results["variants"]["valm"]["size"] = wrong
+    with pytest.raises(UserError, match=r"variants\.valm\.size must be 3 numbers, one per seed"):
+        report.write(results, tmp_path)
+
+
+def test_unknown_variants_knobs_and_images_are_refused(tmp_path: Path) -> None:
+    for path, value, message in (
+        (
+            ("variants", "bert"),
+            ALL["variants"]["gpt2"],
+            "need seeds and variants of .*, got .*'bert'",
+        ),
+        (("world", "flavour"), 3, "knobs of a world alone.*flavour"),
+    ):
+        results = copy.deepcopy(ALL)
+        results[path[0]][path[1]] = value
+        with pytest.raises(UserError, match=message):
+            report.write(results, tmp_path)
+    gallery = Gallery(WorldConfig(**KNOBS))
+    assert gallery.find("train:38") == (12, 2)
+    for image in ("train:39", "validation:0", "train:-1", "7"):
+        with pytest.raises(UserError, match="none of this world; expected train:0 to train:38"):
+            gallery.find(image)
