@@ -91,10 +91,13 @@ def check_data(workdir: Path, about: Mapping[str, Any]) -> None:
     about: as `write_record` gets it.
     """
     before = _record(workdir)
-    for name, key in (("tokenizer", "fingerprint"), ("data", "key")):
+    for name, key, other in (
+        ("tokenizer", "fingerprint", "another tokenizer"),
+        ("data", "key", "other data"),
+    ):
         if before[name][key] != about[name][key]:
             raise UserError(
-                f"{workdir} was trained with another {name}: on {before['data']['directory']}, now "
+                f"{workdir} was trained with {other}: on {before['data']['directory']}, now "
                 f"{about['data']['directory']}. Bring the data back (for text, data.windows may "
                 "name the windows of the run), or take another --workdir"
             )
