@@ -157,11 +157,12 @@ def _check_batch(config: Config) -> None:
 
 def _check_data(config: Config) -> None:
     data = config.data
-    if config.train.objective == "language" and (data.images or data.eval_images):
-        raise UserError(
-            "data.images is for train.objective=contrastive; a language model reads data.files, "
-            "data.tfds or data.windows"
-        )
+    for name in ("images", "eval_images"):
+        if config.train.objective == "language" and getattr(data, name):
+            raise UserError(
+                f"data.{name} is for train.objective=contrastive; a language model reads "
+                "data.files, data.tfds or data.windows"
+            )
     sources = [name for name in ("files", "tfds", "windows", "images") if getattr(data, name)]
     if len(sources) > 1:
         raise UserError(f"give one source of data, got data.{' and data.'.join(sources)}")
