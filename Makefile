@@ -1,4 +1,5 @@
-# make train     trains the small example model
+# make train     trains a BLIND-VALM of the toy world: its CLIP, its language model, the probes
+# make toyworld  trains all variants over five seeds and writes the report (about an hour)
 # make test      format, lint, types, and the tests that do not take long; needs no torch
 # make test-all  the same with torch, the slow tests, and XLA's optimizations left on in all of them
 #
@@ -16,10 +17,13 @@ VENV_VERSION = $(shell $(BIN)/python -c 'import sys; print("%d.%d" % sys.version
 PIP_INSTALL = $(BIN)/python -m pip install $(if $(filter 3.11,$(VENV_VERSION)),-c constraints.txt)
 
 .DEFAULT_GOAL := test
-.PHONY: train test test-all checks install torch
+.PHONY: train toyworld test test-all checks install torch
 
 train: $(VENV)/installed
-	$(BIN)/python -m blindvalm_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
+	$(BIN)/python -m blindvalm_jax.toyworld --workdir=runs/toyworld --seeds=1 --variants=blind_valm_eos
+
+toyworld: $(VENV)/installed
+	$(BIN)/python -m blindvalm_jax.toyworld --workdir=runs/toyworld
 
 test: checks
 	$(BIN)/python -m pytest -m "not slow"

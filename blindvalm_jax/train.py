@@ -37,6 +37,7 @@ from blindvalm_jax.objectives.contrastive import Contrastive
 from blindvalm_jax.objectives.language import Language
 from blindvalm_jax.objectives.objective import Objective
 from blindvalm_jax.reporter import Reporter
+from blindvalm_jax.toyworld import supply
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings of the run.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
@@ -62,8 +63,10 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"there is no config file {file}; configs/ holds some to start from")
     if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
         raise UserError(f"get_config() of {file} must return an ml_collections.ConfigDict")
-    settings = config.parse(_CONFIG.value)
-    return train(settings, Path(_WORKDIR.value), dry_run=_DRY_RUN.value)
+    settings, workdir = config.parse(_CONFIG.value), Path(_WORKDIR.value)
+    if supply.wanted(settings):
+        settings = supply.complete(settings, workdir, train=train)
+    return train(settings, workdir, dry_run=_DRY_RUN.value)
 
 
 def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> int:

@@ -427,14 +427,14 @@ def test_misfits_are_refused_before_compilation(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config=configs/quickstart.py"], "--workdir=DIR are needed"),
+        (["--config=configs/toyworld.py"], "--workdir=DIR are needed"),
         (["--config=configs/nowhere.py", "--workdir=x"], "configs/nowhere.py"),
         (
-            ["--config=configs/quickstart.py", "--workdir=x", "--config.train.stepz=3"],
+            ["--config=configs/toyworld.py", "--workdir=x", "--config.train.stepz=3"],
             "unknown setting --config.train.stepz=3",
         ),
         (
-            ["--config=configs/quickstart.py", "--workdir=x", "--config.train.steps=many"],
+            ["--config=configs/toyworld.py", "--workdir=x", "--config.train.steps=many"],
             "--config.train.steps=many",
         ),
         (["--config=configs/text.py:huge", "--workdir=x"], "takes a size (tiny"),
@@ -472,6 +472,6 @@ def test_every_config_file_parses_with_every_argument(name: str) -> None:
         decoder = parsed.decoder
         assert (decoder.layers, decoder.width, decoder.heads) == presets.SIZES[size]
     assert (parsed.grounding.source == "none") == ("gpt2" in words or stem == "gpt2_small")
-    assert (parsed.grounding.readout == "eos") == ("eos" in words)
+    assert (parsed.grounding.readout == "eos") == ("eos" in words or stem == "toyworld")
     control = {"random_tower", "shuffled"} & set(words)
     assert parsed.grounding.control == (control.pop() if control else "none")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -12,6 +13,8 @@ from blindvalm_jax.data import images
 from blindvalm_jax.data.images import Captioned, ImageSource
 from blindvalm_jax.data.pipeline import Batch, Batches, block_iterator, eval_order
 from blindvalm_jax.data.tokenizers import Tokenizer
+
+KEPT_BYTES = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,41 @@ class Reader:
             "tokens": tokens,
             "length": np.asarray(len(ids), np.int32),
         }
+
+
+class Kept:
+    """A source that decodes each image once: it is kept in memory at a tower's size."""
+
+    def __init__(self, source: ImageSource, size: int) -> None:
+        """size: pixels of a side."""
+        self._source, self._size = source, size
+        self._items: dict[int, Captioned] = {}
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Captioned:
+        """One of them, resized."""
+        item = self._items.get(index)
+        if item is None:
+            read = self._source[index]
+            item = dataclasses.replace(read, image=images.resize(read.image, self._size))
+            self._items[index] = item
+        return item
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of one of them."""
+        return self._source.captions(index)
+
+    def describe(self) -> dict[str, Any]:
+        """The source's."""
+        return self._source.describe()
+
+
+def keep(source: ImageSource, size: int) -> ImageSource:
+    """The source, its images kept in memory if all of them take at most 1 GiB at this size."""
+    return Kept(source, size) if len(source) * size * size * 3 <= KEPT_BYTES else source
 
 
 class _Draw(grain.transforms.RandomMap):

@@ -27,6 +27,7 @@ from blindvalm_jax.toyworld.world import (
     objects,
     parse_dataset_name,
     stream,
+    tfds_name,
 )
 
 _FORMAT = "array_record"
@@ -49,7 +50,10 @@ class _ToyworldBuilder(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict(self._features())
-        return tfds.core.DatasetInfo(builder=self, features=features, description=self.ABOUT)
+        # In the order they are made, so that an example's number tells its object.
+        return tfds.core.DatasetInfo(
+            builder=self, features=features, description=self.ABOUT, disable_shuffling=True
+        )
 
     @abc.abstractmethod
     def _features(self) -> dict[str, Any]:
@@ -160,9 +164,7 @@ _BUILDERS = (ToyworldImages, ToyworldSentences, ToyworldProbes)
 
 def names(config: WorldConfig) -> tuple[str, str, str]:
     """TFDS names, as dataset/config, of the images, sentences and probes of a world."""
-    images, sentences, probes = (
-        f"{builder.name}/{dataset_name(config, builder.DATASET)}" for builder in _BUILDERS
-    )
+    images, sentences, probes = (tfds_name(config, builder.DATASET) for builder in _BUILDERS)
     return images, sentences, probes
 
 

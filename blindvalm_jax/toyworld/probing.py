@@ -51,6 +51,12 @@ def ask(
     Raises:
       UserError: a candidate is not one token, or a text for the tower is of another length.
     """
+    # Shuffled, so that no control that borrows from the row before borrows from the same object.
+    order = np.random.default_rng(0).permutation(len(probes))
+    back = np.argsort(order)
+    probes = [probes[n] for n in order]
+    tower_reads = None if tower_reads is None else [tower_reads[n] for n in order]
+    given = None if given is None else given[order]
     prompts = [probe.prompt for probe in probes]
     words = sorted({word for probe in probes for word in probe.candidates})
     token_of = {word: _token(trained, word) for word in words}
@@ -78,7 +84,7 @@ def ask(
             scores = logits[row, [token_of[word] for word in probe.candidates]]
             said.append(probe.candidates[int(np.argmax(scores))])
             shares.append(share[row])
-    return Answers(np.array(said), np.array(shares))
+    return Answers(np.array(said)[back], np.array(shares)[back])
 
 
 def features(trained: TrainedModel, prompts: Sequence[str]) -> np.ndarray:

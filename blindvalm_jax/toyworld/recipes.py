@@ -9,8 +9,7 @@ from ml_collections import ConfigDict
 
 from blindvalm_jax import config as schema
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.toyworld import builders
-from blindvalm_jax.toyworld.world import WorldConfig
+from blindvalm_jax.toyworld.world import WorldConfig, tfds_name
 
 # Filled in by `supply`: the tokenizer, CLIP and index of the world that the data names.
 OWN = "toyworld"
@@ -30,7 +29,7 @@ def clip(world: WorldConfig) -> ConfigDict:
     """CLIP on the images of a world: 0.3 M parameters."""
     config = _shared(world)
     config.train.objective = "contrastive"
-    config.data.tfds = builders.names(world)[0]
+    config.data.tfds = tfds_name(world, "images")
     config.data.tfds_eval_split = "validation"
     config.clip.temperature_start = 10.0
     config.clip.temperature_cap = 50.0
@@ -63,19 +62,20 @@ def language(world: WorldConfig, variant: str) -> ConfigDict:
     if variant not in VARIANTS:
         raise UserError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     config = _shared(world)
-    config.data.tfds = builders.names(world)[1]
+    config.data.tfds = tfds_name(world, "sentences")
     config.data.tfds_eval_split = "validation"
     config.data.sequence_length = 32
     decoder = config.decoder
     decoder.layers, decoder.width, decoder.heads = 4, 64, 4
     decoder.dropout = decoder.attention_dropout = 0.0
     decoder.fusion_layers = (-2,)
-    config.train.steps = 1000
+    # A GPT-2 has to memorise what the text states about train objects, which takes longer.
+    config.train.steps = 3000 if variant == "gpt2" else 1000
     config.train.batch_size = 32
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 4e-3
     config.optimizer.warmup_steps = 50
     config.optimizer.final_fraction = 0.1
-    config.optimizer.weight_decay = 0.1
+    config.optimizer.weight_decay = 0.01
     config.eval.windows = 0
     config.eval.every_steps = 500
     config.checkpoint.every_steps = 1000

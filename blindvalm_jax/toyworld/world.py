@@ -144,6 +144,11 @@ def dataset_name(config: WorldConfig, dataset: str) -> str:
     return "-".join(parts) or _DEFAULT_NAME
 
 
+def tfds_name(config: WorldConfig, dataset: str) -> str:
+    """The TFDS name, as builder/config, of one dataset of the world."""
+    return f"toyworld_{dataset}/{dataset_name(config, dataset)}"
+
+
 def parse_dataset_name(name: str, dataset: str) -> WorldConfig:
     """The world of a name of one of its datasets; knobs that it does not depend on are defaults.
 

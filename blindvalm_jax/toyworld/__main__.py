@@ -1,0 +1,67 @@
+"""The comparison of the toy world: `python -m blindvalm_jax.toyworld --workdir=runs/toyworld`.
+
+Renders the world, trains CLIP on its images, trains every variant on its sentences, asks all of
+them about objects whose attributes no sentence states, and writes results.json and report.md. The
+same command again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from blindvalm_jax.errors import UserError, run_main
+from blindvalm_jax.toyworld import recipes
+from blindvalm_jax.toyworld.world import WorldConfig
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the comparison")
+_SEEDS = flags.DEFINE_integer("seeds", 5, "worlds, each with models of its own", lower_bound=1)
+_VARIANTS = flags.DEFINE_list("variants", list(recipes.VARIANTS), "what is trained, with commas")
+_STATED = flags.DEFINE_list(
+    "stated_heldout", [], "shares of statements about held-out objects for the bias curve"
+)
+_JOBS = flags.DEFINE_integer("jobs", 0, "processes at a time; 0: one a core, 1 beside a GPU or TPU")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the comparison that the flags say."""
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}: every setting is a --flag (see --help)")
+    if not _WORKDIR.value:
+        raise UserError("--workdir is missing: name the directory of the comparison")
+    unknown = sorted(set(_VARIANTS.value) - set(recipes.VARIANTS))
+    if unknown or not _VARIANTS.value:
+        raise UserError(f"--variants must be among {', '.join(recipes.VARIANTS)}, got {unknown}")
+    try:
+        stated = [float(share) for share in _STATED.value]
+    except ValueError as error:
+        raise UserError(f"--stated_heldout must be numbers, got {_STATED.value}") from error
+    worlds = [WorldConfig(seed=seed) for seed in range(_SEEDS.value)]
+    for share in stated:
+        WorldConfig(stated_heldout=share)  # refuses what is out of range
+
+    from blindvalm_jax.toyworld import comparison, report
+
+    root = Path(_WORKDIR.value)
+    results = comparison.run(
+        root, worlds=worlds, variants=_VARIANTS.value, stated=stated, jobs=_JOBS.value or _cores()
+    )
+    path = report.write(results, root)
+    print(report.summary_table(results))
+    print(f"\n{path}: the whole report")
+
+
+def _cores() -> int:
+    """One process a core on a CPU; an accelerator serves one at a time."""
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    run_main(main)

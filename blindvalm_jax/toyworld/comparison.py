@@ -1,0 +1,309 @@
+"""All variants of the toy world over several seeds: trained, measured, gathered in results.json.
+
+    DIR/seed_0/{datasets,tokenizer,clip,index}    the world of a seed and what is made of it
+    DIR/seed_0/VARIANT/                           a run, its log.txt and measured.json
+    DIR/results.json, DIR/report.md
+
+World, CLIP and language models of a seed all have that seed. What is finished is not done again.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from blindvalm_jax import files
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.toyworld import recipes
+from blindvalm_jax.toyworld.supply import Parts
+from blindvalm_jax.toyworld.world import ATTRIBUTES, WorldConfig
+
+# What the bias sweep compares, with the share of statements about held-out objects in the name.
+BIAS_VARIANTS = ("gpt2", "blind_valm_eos")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A language model to train and measure."""
+
+    parts: Parts
+    world: WorldConfig
+    variant: str
+
+    @property
+    def name(self) -> str:
+        """Name of the run's directory."""
+        stated = self.world.stated_heldout
+        return self.variant if not stated else f"{self.variant}-stated{stated:g}"
+
+    @property
+    def workdir(self) -> Path:
+        """Directory of the run."""
+        return self.parts.root / self.name
+
+    @property
+    def label(self) -> str:
+        """What progress calls it."""
+        return f"seed {self.world.seed}, {self.name}"
+
+
+def run(
+    root: Path,
+    *,
+    worlds: Sequence[WorldConfig],
+    variants: Sequence[str],
+    stated: Sequence[float] = (),
+    jobs: int,
+) -> dict[str, Any]:
+    """Trains and measures all variants in every world; returns what it wrote to results.json.
+
+    worlds: one a seed. stated: shares of statements about held-out objects at which
+    `BIAS_VARIANTS` are trained as well. jobs: processes at a time, each with its share of cores.
+
+    Raises:
+      UserError: a job failed; its log tells why.
+    """
+    begin = time.perf_counter()
+    parts = {world.seed: Parts(root / f"seed_{world.seed}") for world in worlds}
+    clips = _all(
+        [(f"seed {w.seed}, world and CLIP", _make_world, parts[w.seed], w) for w in worlds], jobs
+    )
+    between = time.perf_counter()
+    todo = [Job(parts[w.seed], w, variant) for w in worlds for variant in variants]
+    todo += [
+        Job(parts[w.seed], dataclasses.replace(w, stated_heldout=share), variant)
+        for w in worlds
+        for share in stated
+        for variant in BIAS_VARIANTS
+    ]
+    found = _all([(job.label, _train_and_measure, job) for job in todo], jobs)
+    measured = dict(zip(todo, found, strict=True))
+    shown: list[dict[str, Any]] = []
+    if "blind_valm_eos" in variants:
+        job = Job(parts[worlds[0].seed], worlds[0], "blind_valm_eos")
+        [shown] = _all([("nearest images", _neighbours, job)], jobs)
+    results = {
+        "seeds": [world.seed for world in worlds],
+        "world": dataclasses.asdict(worlds[0]),
+        "chance": {name: 1 / len(values) for name, values in ATTRIBUTES.items()},
+        **_gathered(worlds, variants, parts, measured),
+        "clip": _listed(clips),
+        "neighbours": shown,
+        "seconds": {
+            "world_and_clip": between - begin,
+            "language": time.perf_counter() - between,
+            "total": time.perf_counter() - begin,
+        },
+        "jobs": jobs,
+        **_where(),
+    }
+    if stated:
+        results["bias"] = _bias(worlds, stated, parts, measured)
+    files.write_json(root / "results.json", results)
+    return results
+
+
+def _make_world(parts: Parts, world: WorldConfig) -> dict[str, float]:
+    """Datasets, tokenizer, CLIP and index of a world; what its CLIP ended with."""
+    import json
+
+    from blindvalm_jax import train
+    from blindvalm_jax.toyworld import supply
+
+    begin = time.perf_counter()
+    supply.make_datasets(world, parts)
+    supply.make_tokenizer(world, parts)
+    supply.make_clip(world, parts, train=train.train)
+    supply.make_index(parts)
+    lines = [json.loads(x) for x in (parts.clip / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "eval/loss" in line][-1]
+    found = {k.removeprefix("eval/"): v for k, v in last.items() if k.startswith("eval/")}
+    return {**found, "seconds": time.perf_counter() - begin}
+
+
+def _train_and_measure(job: Job) -> dict[str, Any]:
+    """Trains a variant and measures it, or reads what was measured before.
+
+    A run that is there with other settings, or of another world, is refused by `train`.
+    """
+    from blindvalm_jax import config, train
+    from blindvalm_jax.toyworld import measure, supply
+
+    supply.make_datasets(job.world, job.parts)
+    values = recipes.language(job.world, job.variant)
+    values.data.cache = str(job.parts.root / "cache")
+    settings = supply.placed(config.parse(values), job.parts)
+    code = train.train(settings, job.workdir)
+    if code:
+        raise UserError(f"{job.label} ended with exit code {code}: see {job.workdir}/log.txt")
+    stored = job.workdir / "measured.json"
+    if not stored.exists():
+        measured = measure.measure(job.workdir, job.world, index=job.parts.index)
+        files.write_json(stored, measured)
+    return files.read_object(stored)
+
+
+def _neighbours(job: Job) -> list[dict[str, Any]]:
+    from blindvalm_jax.toyworld import measure
+
+    return measure.neighbours(job.workdir, job.world, job.parts.index)
+
+
+def _gathered(
+    worlds: Sequence[WorldConfig],
+    variants: Sequence[str],
+    parts: dict[int, Parts],
+    measured: dict[Job, dict[str, Any]],
+) -> dict[str, Any]:
+    """Measurements by variant, each leaf a list over seeds; attribution and gifts apart."""
+    of: dict[str, dict[str, Any]] = {"variants": {}, "attribution": {}, "given": {}}
+    for variant in variants:
+        rows = [dict(measured[Job(parts[world.seed], world, variant)]) for world in worlds]
+        for section in ("attribution", "given"):
+            column = [row.pop(section, None) for row in rows]
+            if column[0] is not None:
+                of[section][variant] = _listed(column)
+        curves = [row.pop("curves") for row in rows]
+        constant = {name: [row.pop(name) for row in rows][0] for name in _CONSTANT}
+        of["variants"][variant] = {**_listed(rows), **constant, "curves": curves}
+    return of
+
+
+_CONSTANT = ("parameters", "flops_per_token")
+
+
+def _listed(rows: Sequence[Any]) -> Any:
+    """Equal nested dicts, one a seed, as one nested dict of lists over seeds."""
+    if isinstance(rows[0], dict):
+        return {name: _listed([row[name] for row in rows]) for name in rows[0]}
+    return list(rows)
+
+
+def _bias(
+    worlds: Sequence[WorldConfig],
+    stated: Sequence[float],
+    parts: dict[int, Parts],
+    measured: dict[Job, dict[str, Any]],
+) -> dict[str, Any]:
+    """Accuracy on held-out objects by the share of statements about them."""
+    shares = [0.0, *stated]
+
+    def column(variant: str, share: float, attribute: str) -> list[float]:
+        jobs = [
+            Job(parts[w.seed], dataclasses.replace(w, stated_heldout=share), variant)
+            for w in worlds
+        ]
+        return [measured[job][attribute] for job in jobs]
+
+    return {
+        "stated_heldout": shares,
+        **{
+            variant: {
+                attribute: [column(variant, share, attribute) for share in shares]
+                for attribute in ATTRIBUTES
+            }
+            for variant in BIAS_VARIANTS
+        },
+    }
+
+
+def _where() -> dict[str, Any]:
+    """Machine, versions and commit."""
+    import platform
+
+    from blindvalm_jax import runs
+
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    return {"machine": machine, "versions": runs.versions(), "commit": runs.commit()}
+
+
+@contextlib.contextmanager
+def _workers(jobs: int) -> Iterator[concurrent.futures.Executor]:
+    """Processes with their own share of the cores each: two that share theirs slow both down."""
+    context = multiprocessing.get_context("spawn")
+    numbers = context.Queue()
+    for number in range(jobs):
+        numbers.put(number)
+    with concurrent.futures.ProcessPoolExecutor(
+        jobs, mp_context=context, initializer=_take_cores, initargs=(numbers, jobs)
+    ) as pool:
+        yield pool
+
+
+def _take_cores(numbers: Any, jobs: int) -> None:
+    if hasattr(os, "sched_setaffinity") and jobs > 1:
+        cores = sorted(os.sched_getaffinity(0))
+        own = cores[numbers.get() :: jobs]
+        os.sched_setaffinity(0, own or cores)
+
+
+def _all(calls: Sequence[tuple[Any, ...]], jobs: int) -> list[Any]:
+    """Runs (label, function, *arguments), `jobs` at a time, says when each is done; in order.
+
+    One process prints what its runs print; several write that to log.txt of their directories.
+    """
+    begin = time.perf_counter()
+
+    def say_done(count: int, label: str) -> None:
+        spent = time.perf_counter() - begin
+        left = spent / count * (len(calls) - count)
+        print(
+            f"[{count}/{len(calls)}] {label}: done; {spent:,.0f} s so far, about {left:,.0f} s "
+            "left",
+            flush=True,
+        )
+
+    workers = min(jobs, len(calls))
+    if workers == 1:
+        found = []
+        for count, (label, function, *arguments) in enumerate(calls, start=1):
+            print(f"[{count}/{len(calls)}] {label}", flush=True)
+            found.append(function(*arguments))
+            say_done(count, label)
+        return found
+    with _workers(workers) as pool:
+        futures = {pool.submit(_quiet, *call[1:]): call[0] for call in calls}
+        for count, future in enumerate(concurrent.futures.as_completed(futures), start=1):
+            try:
+                future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            say_done(count, futures[future])
+        by_label = {label: future.result() for future, label in futures.items()}
+        return [by_label[call[0]] for call in calls]
+
+
+def _quiet(function: Any, subject: Any, *rest: Any) -> Any:
+    """Calls a function in a worker; what it prints goes to the log of its directory."""
+    directory = subject.workdir if isinstance(subject, Job) else subject.root
+    with _logged(directory / "log.txt"):
+        return function(subject, *rest)
+
+
+@contextlib.contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Sends what is printed, by libraries too, to the end of a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    with path.open("ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, copy in zip((1, 2), kept, strict=True):
+                os.dup2(copy, number)
+                os.close(copy)

@@ -1,0 +1,195 @@
+"""What is measured of a trained variant: probes, attribution, images in place of text, cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blindvalm_jax import files, system, trained
+from blindvalm_jax.grounding.index import ImageIndex
+from blindvalm_jax.toyworld import language, probing
+from blindvalm_jax.toyworld.language import Probe
+from blindvalm_jax.toyworld.world import ATTRIBUTES, SPLITS, Object, WorldConfig, objects
+from blindvalm_jax.trained import TrainedModel
+
+Accuracies = dict[str, float]
+_WORDINGS = ("seen", "new")
+_SHOWN = 6  # objects whose neighbours are shown
+
+
+def measure(workdir: Path, world: WorldConfig, *, index: Path | None = None) -> dict[str, Any]:
+    """What results.json holds of a variant and seed, each list's entry alone.
+
+    index: of the world's images, for what a model makes of images in the place of text.
+    """
+    model = trained.load(workdir)
+    things = objects(world)
+    probes = list(language.probes(things))
+    heldout = [probe for probe in probes if probe.split == "heldout"]
+    answers = probing.ask(model, probes)
+    right = answers.said == np.array([probe.answer for probe in probes])
+    found: dict[str, Any] = {
+        **_accuracies(heldout, right[[p.split == "heldout" for p in probes]]),
+        "objects": _by_split(probes, right),
+        **_training(workdir),
+    }
+    grounding = model.settings.grounding
+    if grounding.source == "none":
+        return found
+    found["attention"] = float(np.mean(answers.share[[p.split == "heldout" for p in probes]]))
+    if grounding.control == "none":
+        found["attribution"] = _attribution(model, things, heldout)
+        if index is not None and grounding.source == "text":
+            found["given"] = _given(model, ImageIndex.open(index), world, things, heldout)
+    return found
+
+
+def neighbours(workdir: Path, world: WorldConfig, index: Path) -> list[dict[str, Any]]:
+    """For some held-out objects: a prompt, and the images nearest to what the tower says of it."""
+    model, images = trained.load(workdir), ImageIndex.open(index)
+    chosen = [thing for thing in objects(world) if thing.split == "heldout"][:_SHOWN]
+    prompts = [next(p.prompt for p in language.probes([thing])) for thing in chosen]
+    queries = probing.features(model, prompts)
+    scores = queries @ images.vectors[0 : len(images.vectors)].T
+    nearest = np.argsort(-scores, axis=1, kind="stable")[:, :4]
+    return [
+        {
+            **{name: value for name, value in vars(thing).items() if name in ATTRIBUTES},
+            "object": thing.name,
+            "prompt": prompt,
+            "images": [item["id"] for item in images.items(row)],
+        }
+        for thing, prompt, row in zip(chosen, prompts, nearest, strict=True)
+    ]
+
+
+def _accuracies(probes: Sequence[Probe], right: np.ndarray) -> Accuracies:
+    return {
+        attribute: float(np.mean(right[[probe.attribute == attribute for probe in probes]]))
+        for attribute in ATTRIBUTES
+    }
+
+
+def _by_split(probes: Sequence[Probe], right: np.ndarray) -> dict[str, dict[str, Accuracies]]:
+    table: dict[str, dict[str, Accuracies]] = {}
+    for split in SPLITS:
+        table[split] = {}
+        for wording in _WORDINGS:
+            places = [n for n, p in enumerate(probes) if (p.split, p.wording) == (split, wording)]
+            table[split][wording] = _accuracies([probes[n] for n in places], right[places])
+    return table
+
+
+def _attribution(
+    model: TrainedModel, things: Sequence[Object], probes: Sequence[Probe]
+) -> dict[str, Any]:
+    """What the answers owe to the grounding, and at which positions."""
+    answer = np.array([probe.answer for probe in probes])
+    found: dict[str, Any] = {
+        where: _accuracies(probes, probing.ask(model, probes, grounded=where).said == answer)
+        for where in probing.WHERE
+        if where != "everywhere"
+    }
+    donors = _donors(things, probes)
+    texts = [
+        probe.template.format(name=donor.name) for probe, donor in zip(probes, donors, strict=True)
+    ]
+    said = probing.ask(model, probes, tower_reads=texts).said
+    value = np.array([d.value(p.attribute) for p, d in zip(probes, donors, strict=True)])
+    own, donor = _accuracies(probes, said == answer), _accuracies(probes, said == value)
+    found["swapped"] = {name: {"own": own[name], "donor": donor[name]} for name in ATTRIBUTES}
+    plain = probing.ask(without_fusion(model), probes).said
+    found["removed"] = _accuracies(probes, plain == answer)
+    return found
+
+
+def _donors(things: Sequence[Object], probes: Sequence[Probe]) -> list[Object]:
+    """For each probe another object of its split, with another value of what is asked."""
+    rng = np.random.default_rng(0)
+    own = {thing.name: thing for thing in things}
+    found = []
+    for probe in probes:
+        others = [
+            thing
+            for thing in things
+            if thing.split == probe.split
+            and thing.value(probe.attribute) != own[probe.object].value(probe.attribute)
+        ]
+        found.append(others[rng.integers(len(others))])
+    return found
+
+
+def without_fusion(model: TrainedModel) -> TrainedModel:
+    """The model with its fusion blocks turned into plain ones, which have no memory."""
+    decoder = model.model.decoder
+    layers, fused = decoder.config.layers, decoder.fusion_layers
+    flat = system.by_layer(model.params, layers, fused)
+    kept = {name: value for name, value in flat.items() if "/memory/" not in name}
+    plain = dataclasses.replace(
+        model.model, decoder=decoder.clone(fusion_layers=()), tower=None, search=None
+    )
+    return dataclasses.replace(
+        model, model=plain, params=system.stacked(kept, layers, ()), frozen={}, images=None
+    )
+
+
+def _given(
+    model: TrainedModel,
+    index: ImageIndex,
+    world: WorldConfig,
+    things: Sequence[Object],
+    probes: Sequence[Probe],
+) -> dict[str, Accuracies]:
+    """Accuracy when every position has an image's embedding in the place of the text's.
+
+    CLIP keeps images and texts apart in its space. "shifted" moves images by the difference of the
+    two means, taken over train objects.
+    """
+    vectors = index.vectors[0 : len(index.vectors)]
+    of_object = vectors.reshape(len(things), world.images_per_object, -1)
+    known = [thing.split == "train" for thing in things]
+    prompts = [p.prompt for p in language.probes([t for t in things if t.split == "train"])]
+    gap = probing.features(model, prompts).mean(axis=0) - of_object[known].mean(axis=(0, 1))
+    place = {thing.name: number for number, thing in enumerate(things)}
+    rows = np.array([place[probe.object] for probe in probes])
+    drawn = np.random.default_rng(0).integers(world.images_per_object, size=len(probes))
+    answer = np.array([probe.answer for probe in probes])
+    one, mean = of_object[rows, drawn], of_object.mean(axis=1)[rows]
+    given = {
+        "one_image": one,
+        "mean_image": mean,
+        "one_image_shifted": one + gap,
+        "mean_image_shifted": mean + gap,
+    }
+    found = {}
+    for name, chosen in given.items():
+        unit = chosen / np.linalg.norm(chosen, axis=1, keepdims=True)
+        said = probing.ask(model, probes, given=unit[:, None]).said
+        found[name] = _accuracies(probes, said == answer)
+    return found
+
+
+def _training(workdir: Path) -> dict[str, Any]:
+    """Cost and course of the training, from what the run wrote."""
+    record = files.read_object(workdir / "run.json")
+    lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+    updates = [line for line in lines if "train/loss" in line]
+    evaluations = [line["eval/perplexity"] for line in lines if "eval/perplexity" in line]
+    # The first report counts what is slow once.
+    seconds = [line["perf/step_seconds"] for line in updates[1:] or updates]
+    return {
+        "perplexity": evaluations[-1],
+        "steps": updates[-1]["step"],
+        "step_seconds": float(np.median(seconds)),
+        "parameters": record["parameters"]["decoder"],
+        "flops_per_token": record["flops_per_token"]["total"],
+        "curves": {
+            "step": [line["step"] for line in updates],
+            "loss": [line["train/loss"] for line in updates],
+        },
+    }

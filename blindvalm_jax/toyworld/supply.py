@@ -1,0 +1,174 @@
+"""The parts of a toy world that a run asks for by the name `toyworld`, made when missing.
+
+datasets/   images, sentences and probes (TFDS)        tokenizer/   a BPE of whole words
+clip/       the run that trains CLIP on the images     index/       its embeddings of them
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from blindvalm_jax import config as schema
+from blindvalm_jax import files
+from blindvalm_jax.config import Config
+from blindvalm_jax.data import byte_level_bpe, images, output
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.grounding import index, index_build
+from blindvalm_jax.interop import clip_model
+from blindvalm_jax.models.vision import VisionTower
+from blindvalm_jax.toyworld import language, recipes
+from blindvalm_jax.toyworld.recipes import OWN
+from blindvalm_jax.toyworld.world import WorldConfig, objects, parse_dataset_name
+
+Train = Callable[[Config, Path], int]
+_BPE_ENTRIES = 8192  # more than there are words: learning stops by itself
+_BATCH = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Where the parts of one world lie."""
+
+    root: Path
+
+    @property
+    def datasets(self) -> Path:
+        """TFDS's data directory."""
+        return self.root / "datasets"
+
+    @property
+    def tokenizer(self) -> Path:
+        """Directory of the tokenizer."""
+        return self.root / "tokenizer"
+
+    @property
+    def clip(self) -> Path:
+        """The run of CLIP."""
+        return self.root / "clip"
+
+    @property
+    def index(self) -> Path:
+        """The image index."""
+        return self.root / "index"
+
+
+def wanted(settings: Config) -> bool:
+    """Whether settings name a part of a toy world."""
+    grounding = settings.grounding
+    return OWN in (settings.tokenizer.path, grounding.tower, grounding.index)
+
+
+def complete(settings: Config, workdir: Path, *, train: Train) -> Config:
+    """Settings with paths in the place of `toyworld`; the world is the one `data.tfds` names.
+
+    What is missing is made first, in `data.cache` or <workdir>/data. train: trains CLIP.
+
+    Raises:
+      UserError: `data.tfds` names no toy world, or a part cannot be made.
+    """
+    dataset, _, name = settings.data.tfds.partition("/")
+    kind = dataset.removeprefix("toyworld_")
+    if kind == dataset or kind not in ("images", "sentences"):
+        raise UserError(
+            "`toyworld` as tokenizer, tower or index goes with data.tfds=toyworld_sentences/... or "
+            f"toyworld_images/..., got {settings.data.tfds!r}"
+        )
+    world = parse_dataset_name(name or "default", kind)
+    parts = Parts(Path(settings.data.cache or workdir / "data"))
+    make_datasets(world, parts)
+    make_tokenizer(world, parts)
+    if settings.grounding.tower == OWN:
+        make_clip(world, parts, train=train)
+    if settings.grounding.index == OWN:
+        make_index(parts)
+    return placed(settings, parts)
+
+
+def placed(settings: Config, parts: Parts) -> Config:
+    """Settings with the paths of parts in the place of `toyworld`."""
+    grounding = settings.grounding
+    return dataclasses.replace(
+        settings,
+        data=dataclasses.replace(settings.data, tfds_dir=str(parts.datasets)),
+        tokenizer=dataclasses.replace(settings.tokenizer, path=str(parts.tokenizer)),
+        grounding=dataclasses.replace(
+            grounding,
+            tower=str(parts.clip) if grounding.tower == OWN else grounding.tower,
+            index=str(parts.index) if grounding.index == OWN else grounding.index,
+        ),
+    )
+
+
+def make_datasets(world: WorldConfig, parts: Parts) -> None:
+    """Images, sentences and probes; other processes wait for the one that makes them."""
+    # Imported here: TFDS takes seconds, and most runs are of no toy world.
+    from blindvalm_jax.toyworld import builders
+
+    with output.locked(parts.root):
+        builders.build(world, parts.datasets)
+
+
+def make_tokenizer(world: WorldConfig, parts: Parts) -> None:
+    """Learns the BPE in which every word of the world is one token, unless it is there."""
+    with output.locked(parts.root):
+        if not parts.tokenizer.is_dir():
+            texts = language.vocabulary_text(objects(world))
+            partial = parts.tokenizer.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            byte_level_bpe.train(texts, vocab_size=_BPE_ENTRIES).save(partial)
+            os.replace(partial, parts.tokenizer)
+
+
+def make_clip(world: WorldConfig, parts: Parts, *, train: Train) -> None:
+    """Trains CLIP on the images, goes on with that, or finds it done.
+
+    Raises:
+      UserError: the training did not end well.
+    """
+    settings = placed(schema.parse(recipes.clip(world)), parts)
+    code = train(settings, parts.clip)
+    if code:
+        raise UserError(f"training CLIP in {parts.clip} ended with exit code {code}")
+
+
+def make_index(parts: Parts) -> None:
+    """Embeds the training images of the world with its CLIP, unless that is done."""
+    clip = clip_model.load_clip(parts.clip)
+    data = schema.from_dict(files.read_object(parts.clip / "config.json")).data
+    source, _ = images.open_sources(data)
+    tower = VisionTower(clip.config.vision)
+    params = jax.device_put(clip.params["vision"])
+    encode = jax.jit(lambda images_BHWC: tower.apply({"params": params}, images_BHWC))
+    index_build.build(
+        parts.index,
+        _Items(source, clip.config.vision.image_size),
+        lambda batch: np.asarray(encode(batch)),
+        clip=index.Clip(
+            vision_sha256=clip.vision_sha256, text_sha256=clip.text_sha256, source=clip.source
+        ),
+        source=data.tfds,
+        batch_size=_BATCH,
+        dtype="float32",
+    )
+
+
+class _Items:
+    """Images of a source at a tower's size, with their ids."""
+
+    def __init__(self, source: images.ImageSource, size: int) -> None:
+        self._source, self._size = source, size
+        self.fingerprint = f"{images.fingerprint(source)} at {size}"
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, place: int) -> tuple[str, np.ndarray]:
+        item = self._source[place]
+        return item.id, images.resize(item.image, self._size)
