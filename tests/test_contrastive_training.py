@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -29,14 +30,17 @@ from blindvalm_jax import (
     trees,
 )
 from blindvalm_jax.data import tokenizers
+from blindvalm_jax.data.windows import Windows
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import clip_model, clip_text, weights
 from blindvalm_jax.models.clip import TextTower, TowerConfig
 from blindvalm_jax.models.contrastive import Clip, ClipConfig
 from blindvalm_jax.models.vision import VisionConfig
+from blindvalm_jax.objectives import language_model
 from blindvalm_jax.objectives.contrastive import Contrastive
 from blindvalm_jax.objectives.contrastive_model import Batch, Model
-from tests import small_images, small_models, test_train
+from blindvalm_jax.objectives.language import Language
+from tests import small_images, small_models, test_train, tiny_tokenizers
 
 STEPS, ROWS = 60, 32
 
@@ -314,6 +318,38 @@ def test_another_tokenizer_than_the_tower_s_is_refused_before_compilation(
         train.train(config.parse(values), tmp_path)
     assert "\n" not in str(error.value)
     assert "compiled" not in capsys.readouterr().out
+
+
+def test_a_tower_of_another_bpe_than_clip_s_reads_the_language_model_s_tokens(
+    text: Path, tmp_path: Path
+) -> None:
+    """Also where it was trained on GPT-2's: windows hold no tokens of its own."""
+    path = tiny_tokenizers.write_pair(tmp_path / "gpt2", *tiny_tokenizers.gpt2_parts())
+    tokenizer = tokenizers.load("gpt2", str(path))
+    shape = dataclasses.replace(
+        small_models.TOWER,
+        vocab_size=tokenizer.vocab_size + 1,
+        start_id=tokenizer.vocab_size,
+        end_id=tokenizer.eos_id,
+    )
+    weights.save(
+        tmp_path / "tower",
+        small_models.tower_params(shape),
+        config=shape,
+        source="made for a test",
+        tokenizer={"kind": "gpt2", "fingerprint": tokenizer.fingerprint},
+    )
+    changes = {"tokenizer__kind": "gpt2", "tokenizer__path": str(path)}
+    values = config.parse(
+        test_train.settings(text, grounding__tower=str(tmp_path / "tower"), **changes)
+    )
+    mesh = partitioning.make_mesh(values.mesh)
+    about = Language(values, tmp_path / "run", mesh, resuming=False).describe(
+        language_model.Batch(*[jnp.zeros((1, 1))] * 3)
+    )
+    manifest = Windows(about["data"]["directory"], "train").manifest
+    assert not manifest.aligned
+    assert manifest.tower_record.fingerprint == tokenizer.fingerprint
 
 
 def test_a_language_model_is_no_tower_and_a_clip_no_language_model(

@@ -93,7 +93,7 @@ def test_wrong_lines_are_named_by_file_and_number(
 @pytest.mark.parametrize("setting", ["images", "eval_images"])
 def test_a_folder_without_captions_is_named_with_its_setting(tmp_path: Path, setting: str) -> None:
     whole = small_images.write_folder(tmp_path / "whole", small_images.noise(2), ["a", "b"])
-    named = {"images": str(whole), setting: str(tmp_path / "nowhere")}
+    named: dict[str, Any] = {"images": str(whole), setting: str(tmp_path / "nowhere")}
     with pytest.raises(UserError, match=rf"nowhere/captions.jsonl is missing: .*data\.{setting} "):
         images.open_sources(DataConfig(**named))
 
@@ -310,7 +310,7 @@ def tfds_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pictures(tfds_dir: Path, **changes: str) -> images.TfdsImages:
-    given = {"name": "tiny_pictures", "split": "train", "data_dir": str(tfds_dir)}
+    given: dict[str, Any] = {"name": "tiny_pictures", "split": "train", "data_dir": str(tfds_dir)}
     given |= {"image_field": "image", "caption_field": "captions"}
     return images.TfdsImages(**{**given, **changes})
 

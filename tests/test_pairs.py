@@ -155,6 +155,20 @@ def test_a_broken_image_is_one_clear_line(tmp_path: Path) -> None:
         take(images.FolderImages(tmp_path), 1)
 
 
+def test_kept_images_give_the_same_batches_and_are_read_once(
+    source: images.FolderImages,
+) -> None:
+    kept = pairs.keep(source, small_images.SIDE)
+    assert isinstance(kept, pairs.Kept)
+    assert_equal(take(kept, 12), take(source, 12))
+    assert kept[3] is kept[3]
+    assert images.fingerprint(kept) == images.fingerprint(source)
+    assert kept.captions(3) == source.captions(3)
+    small = pairs.keep(source, 8)[3].image
+    np.testing.assert_array_equal(small, images.resize(source[3].image, 8))
+    assert pairs.keep(source, 100_000) is source
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("limit", [0, 3, 8, 100])
 def test_evaluation_sees_each_image_once_with_its_first_caption(

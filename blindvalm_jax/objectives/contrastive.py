@@ -59,6 +59,9 @@ class Contrastive:
         key = packing.hash_of(
             [images.fingerprint(self._source), self._record.fingerprint, text.context]
         )
+        self._rows = pairs.keep(self._source, settings.clip.image.size)
+        if self._held_out is not None:
+            self._held_out = pairs.keep(self._held_out, settings.clip.image.size)
         self._directory = cache / f"pairs-{key[:16]}"
         self._key = key
         prepared.keep_tokenizer(tokenizer, self._directory / "tokenizer")
@@ -103,7 +106,7 @@ class Contrastive:
     def batches(self, start_step: int) -> pipeline.Batches:
         """Shuffled images from a step on, each with one of its captions."""
         return pairs.batches(
-            self._source,
+            self._rows,
             self._read,
             batch_size=self._settings.train.batch_size,
             seed=self._settings.seed,
