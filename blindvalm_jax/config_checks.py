@@ -102,11 +102,12 @@ def _check_grounding(config: Config) -> None:
 
 def _check_contrastive(config: Config) -> None:
     image, train = config.clip.image, config.train
-    if config.data.files or config.data.windows:
-        raise UserError(
-            "train.objective=contrastive learns from images with captions: set data.images or "
-            "data.tfds, and neither data.files nor data.windows"
-        )
+    for name in ("files", "eval_files", "windows"):
+        if getattr(config.data, name):
+            raise UserError(
+                "train.objective=contrastive learns from images with captions: set data.images or "
+                f"data.tfds, and leave data.{name} out"
+            )
     if train.microbatches != 1:
         raise UserError(
             "train.objective=contrastive compares each pair with all others of its batch, which "
@@ -131,8 +132,15 @@ def _check_contrastive(config: Config) -> None:
         raise UserError(f"clip.image.channels must be positive whole numbers, got {image.channels}")
     if image.kind == "conv" and not image.channels:
         raise UserError("clip.image.channels is empty: a conv tower needs a convolution")
-    for name in ("remat", "loss_chunk", "init_from"):
-        if getattr(train, name) not in ("none", 0, ""):
+    if train.attention == "cudnn":
+        raise UserError("train.attention=cudnn is for train.objective=language: set auto or xla")
+    for name, unset in (
+        ("remat", "none"),
+        ("loss_chunk", 0),
+        ("scan_unroll", 1),
+        ("init_from", ""),
+    ):
+        if getattr(train, name) != unset:
             raise UserError(f"train.{name} is for train.objective=language")
 
 
@@ -149,11 +157,12 @@ def _check_batch(config: Config) -> None:
 
 def _check_data(config: Config) -> None:
     data = config.data
-    if config.train.objective == "language" and (data.images or data.eval_images):
-        raise UserError(
-            "data.images is for train.objective=contrastive; a language model reads data.files, "
-            "data.tfds or data.windows"
-        )
+    for name in ("images", "eval_images"):
+        if config.train.objective == "language" and getattr(data, name):
+            raise UserError(
+                f"data.{name} is for train.objective=contrastive; a language model reads "
+                "data.files, data.tfds or data.windows"
+            )
     sources = [name for name in ("files", "tfds", "windows", "images") if getattr(data, name)]
     if len(sources) > 1:
         raise UserError(f"give one source of data, got data.{' and data.'.join(sources)}")

@@ -109,6 +109,9 @@ def check_clip_divisible(config: Config, mesh: Mesh, clip: ClipConfig) -> None:
     ]
     if clip.vision.kind == "vit":
         checks.append((clip.vision.heads, tensor, "clip.image.heads", "mesh.tensor"))
+    for channels in clip.vision.channels:
+        checks.append((channels, fsdp, "a number in clip.image.channels", "mesh.fsdp"))
+        checks.append((channels, tensor, "a number in clip.image.channels", "mesh.tensor"))
     _refuse_remainders(checks)
 
 

@@ -22,11 +22,11 @@ from blindvalm_jax.errors import UserError
 from blindvalm_jax.trees import flatten
 
 # May differ when a run is resumed: none of them changes what is computed, beyond rounding. Paths of
-# text and tokenizer are among them because their contents are compared (`check_data`).
+# data and tokenizer are among them because their contents are compared (`check_data`).
 _FREE = (
     *("log", "eval", "checkpoint", "mesh", "data.workers", "data.cache", "data.files"),
     *("data.eval_files", "data.windows", "data.tfds", "data.tfds_split", "data.tfds_eval_split"),
-    *("data.tfds_dir", "tokenizer.path"),
+    *("data.tfds_dir", "data.images", "data.eval_images", "tokenizer.path"),
     *("grounding.tokenizer", "train.remat", "train.scan_unroll", "train.loss_chunk"),
 )
 MARKER = ".blindvalm_run"
@@ -86,17 +86,20 @@ def _claim(workdir: Path) -> None:
 
 
 def check_data(workdir: Path, about: Mapping[str, Any]) -> None:
-    """Refuses to resume a run on other text or another tokenizer than it was started on.
+    """Refuses to resume a run on other data or another tokenizer than it was started on.
 
     about: as `write_record` gets it.
     """
     before = _record(workdir)
-    for name, key in (("tokenizer", "fingerprint"), ("data", "key")):
+    for name, key, other in (
+        ("tokenizer", "fingerprint", "another tokenizer"),
+        ("data", "key", "other data"),
+    ):
         if before[name][key] != about[name][key]:
             raise UserError(
-                f"{workdir} was trained with another {name}: on {before['data']['directory']}, now "
-                f"{about['data']['directory']}. Bring the text back, set data.windows to the "
-                "windows of the run, or take another --workdir"
+                f"{workdir} was trained with {other}: on {before['data']['directory']}, now "
+                f"{about['data']['directory']}. Bring the data back (for text, data.windows may "
+                "name the windows of the run), or take another --workdir"
             )
 
 

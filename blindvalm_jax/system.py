@@ -44,9 +44,9 @@ class Tower:
     tokenizer: dict[str, str] | None = None
 
     @property
-    def reads_learned_tokens(self) -> bool:
-        """Whether it was trained on a learned BPE, which the language model has to share."""
-        return self.tokenizer is not None and self.tokenizer["kind"] == "train"
+    def shares_tokens(self) -> bool:
+        """Whether it reads another BPE than CLIP's, which the language model has to share."""
+        return self.tokenizer is not None and self.tokenizer["kind"] != "clip"
 
 
 def check_tower_name(config: Config, workdir: Path, *, resuming: bool) -> None:
@@ -114,8 +114,9 @@ def prepare_tower(
     if known is not None and known["fingerprint"] != vocabulary.fingerprint:
         raise UserError(
             f"the tower ({tower.source}) was trained on another {known['kind']} tokenizer than the "
-            f"text was cut with: set tokenizer.kind={known['kind']} and tokenizer.path to the "
-            "tower's (data/*/tokenizer of its run)"
+            f"text was cut with: set tokenizer.kind={known['kind']} and tokenizer.path (or, where "
+            "the tower has its own, grounding.tokenizer) to the tower's (data/*/tokenizer of its "
+            "run)"
         )
     if tower.config.start_id >= tower.config.vocab_size or (
         vocabulary.tower_vocab_size > tower.config.vocab_size

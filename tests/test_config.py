@@ -200,6 +200,32 @@ def test_value_out_of_range(key: str, bound: str) -> None:
             ["grounding.tower is clip", "grounding.source=none"],
             id="tower-of-a-plain-decoder",
         ),
+        pytest.param(
+            {"grounding.source": "images"}, ["needs grounding.index"], id="images-without-index"
+        ),
+        pytest.param(
+            {"grounding.index": "index"},
+            ["for grounding.source=images", "got text"],
+            id="index-without-images",
+        ),
+        pytest.param(
+            {
+                "grounding.source": "images",
+                "grounding.index": "index",
+                "grounding.tower": "random",
+            },
+            ["a random tower knows no images"],
+            id="images-of-a-random-tower",
+        ),
+        pytest.param(
+            {
+                "grounding.source": "images",
+                "grounding.index": "index",
+                "grounding.search": "prepared",
+            },
+            ["grounding.search=prepared and grounding.prepared=DIR go together"],
+            id="prepared-from-nowhere",
+        ),
         pytest.param({"mesh.fsdp": 0}, ["mesh", "positive", "fsdp=0"], id="mesh-zero"),
     ],
 )
@@ -207,6 +233,82 @@ def test_values_that_do_not_fit_together(changes: dict[str, Any], parts: list[st
     message = refusal(**changes)
     for part in parts:
         assert part in message
+
+
+CLIP = {"train.objective": "contrastive", "data.images": "images"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.images": "", "data.files": "a.txt"}, "leave data.files out"),
+        ({"data.eval_files": "a.txt"}, "leave data.eval_files out"),
+        ({"data.images": "", "data.windows": "windows"}, "leave data.windows out"),
+        ({"data.tfds": "coco"}, "give one source of data, got data.tfds and data.images"),
+        ({"data.tfds_eval_split": "test"}, "data.tfds_eval_split goes with data.tfds"),
+        (
+            {
+                "data.images": "",
+                "data.tfds": "coco",
+                "data.tfds_eval_split": "test",
+                "data.eval_images": "held",
+            },
+            "without data.eval_files or data.eval_images",
+        ),
+        ({"train.microbatches": 2}, "train.microbatches must be 1, got 2"),
+        ({"train.batch_size": 1}, "train.batch_size of at least 2"),
+        (
+            {"clip.temperature_start": 20.0, "clip.temperature_cap": 10.0},
+            "clip.temperature_start 20 is above clip.temperature_cap 10",
+        ),
+        (
+            {"clip.image.width": 30, "clip.image.heads": 4},
+            "clip.image.width 30 is not a multiple of clip.image.heads 4",
+        ),
+        (
+            {"clip.image.size": 30, "clip.image.patch": 16},
+            "clip.image.size 30 is not a multiple of clip.image.patch 16",
+        ),
+        (
+            {"clip.image.kind": "conv", "clip.image.channels": ()},
+            "clip.image.channels is empty: a conv tower",
+        ),
+        ({"clip.image.channels": (8, 0)}, "positive whole numbers, got (8, 0)"),
+        ({"clip.image.channels": (8, 1.5)}, "positive whole numbers, got (8, 1.5)"),
+        ({"train.attention": "cudnn"}, "train.attention=cudnn is for train.objective=language"),
+        ({"train.remat": "full"}, "train.remat is for train.objective=language"),
+        ({"train.loss_chunk": 8}, "train.loss_chunk is for train.objective=language"),
+        ({"train.scan_unroll": 2}, "train.scan_unroll is for train.objective=language"),
+        ({"train.init_from": "weights"}, "train.init_from is for train.objective=language"),
+        ({"train.objective": "language"}, "data.images is for train.objective=contrastive"),
+        (
+            {"train.objective": "language", "data.images": "", "data.eval_images": "held"},
+            "data.eval_images is for train.objective=contrastive",
+        ),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_values_that_do_not_fit_a_contrastive_run(changes: dict[str, Any], message: str) -> None:
+    assert message in refusal(**{**CLIP, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"data.images": "", "data.tfds": "coco", "data.tfds_eval_split": "test"},
+        {"data.images": "", "data.tfds": "coco", "data.eval_images": "held"},
+        {"train.attention": "xla", "train.batch_size": 2},
+        {"clip.temperature_start": 10.0, "clip.temperature_cap": 10.0},
+        {"clip.image.kind": "conv", "clip.image.heads": 5, "clip.image.patch": 5},
+        # What only a language model reads is left alone.
+        {"decoder.width": 15, "decoder.heads": 3, "grounding.neighbours": 4},
+    ],
+    ids=lambda value: ",".join(value),
+)
+def test_values_that_fit_a_contrastive_run(changes: dict[str, Any]) -> None:
+    given = edited(**{**CLIP, **changes})
+    assert dataclasses.asdict(config.from_dict(given)) == given
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from blindvalm_jax.models import contrastive
 from blindvalm_jax.models.clip import TextTower
 from blindvalm_jax.models.contrastive import Clip, ClipConfig
 from blindvalm_jax.models.vision import VisionTower
+from blindvalm_jax.objectives.contrastive import recall
 from tests import small_models, test_step, test_vision
 
 CONFIG = ClipConfig(
@@ -252,25 +253,30 @@ def test_training_against_the_cap_does_not_run_away_from_it() -> None:
 
 def test_recall_counts_partners_among_the_nearest() -> None:
     image, text = unit_rows(9, 4, seed=0), unit_rows(9, 4, seed=1)
+    apart = np.arange(9)[:, None]
     cosine = image.astype(np.float64) @ text.astype(np.float64).T
-    for k in (1, 3, 9):
-        rows = [i in np.argsort(-cosine[i])[:k] for i in range(9)]
-        columns = [i in np.argsort(-cosine[:, i])[:k] for i in range(9)]
-        found = contrastive.retrieval_recall(image, text, k)
-        assert found == contrastive.Recall(float(np.mean(rows)), float(np.mean(columns)))
-    assert contrastive.retrieval_recall(image, text, 3) != contrastive.retrieval_recall(
-        text[::-1], text, 3
-    )
-    assert contrastive.retrieval_recall(image, image, 1) == (1.0, 1.0)
+    for rank in (1, 3, 9):
+        rows = [i in np.argsort(-cosine[i])[:rank] for i in range(9)]
+        columns = [i in np.argsort(-cosine[:, i])[:rank] for i in range(9)]
+        found = recall(image, text, apart, rank=rank)
+        assert found == (float(np.mean(rows)), float(np.mean(columns)))
+    assert recall(image, text, apart, rank=3) != recall(text[::-1], text, apart, rank=3)
+    assert recall(image, image, apart, rank=1) == (1.0, 1.0)
 
 
-def test_recall_of_equal_features_is_zero_and_bad_input_is_refused() -> None:
-    equal = np.eye(1, 4).repeat(5, axis=0)
-    assert contrastive.retrieval_recall(equal, equal, 4) == (0.0, 0.0)
-    with pytest.raises(ValueError, match="two arrays of one shape"):
-        contrastive.retrieval_recall(equal, equal[:4], 1)
-    with pytest.raises(ValueError, match="k of at least 1"):
-        contrastive.retrieval_recall(equal, equal, 0)
+def test_recall_takes_equal_captions_for_one_text() -> None:
+    """Two images swapped among pairs of one caption are found, among pairs of two they are not."""
+    text = unit_rows(6, 4, seed=0)
+    image = text[[1, 0, 2, 3, 4, 5]]
+    assert recall(image, text, np.array([[7], [7], [1], [2], [3], [4]]), rank=1) == (1.0, 1.0)
+    apart = recall(image, text, np.array([[7], [8], [1], [2], [3], [4]]), rank=1)
+    assert apart.image_to_text == apart.text_to_image == pytest.approx(4 / 6)
+
+
+@pytest.mark.parametrize("value", [1.0, np.nan])
+def test_recall_of_equal_features_is_zero(value: float) -> None:
+    equal = np.full((5, 4), value)
+    assert recall(equal, equal, np.arange(5)[:, None], rank=4) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(

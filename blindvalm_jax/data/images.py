@@ -1,7 +1,8 @@
 """Images with captions, from a folder or a TFDS dataset, by number.
 
 A folder holds `captions.jsonl`, one object a line: {"image": "a/b.png", "caption": "..."}, or
-"captions" with a list. TFDS datasets are read as ArrayRecord, without TensorFlow.
+"captions" with a list. Images have 8 bits a channel. TFDS datasets are read as ArrayRecord, without
+TensorFlow.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +26,7 @@ from blindvalm_jax.data.file_hashes import file_hashes, readable
 from blindvalm_jax.errors import UserError, first_line
 
 CAPTIONS_FILE = "captions.jsonl"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,9 @@ class ImageSource(Protocol):
     def __getitem__(self, index: int) -> Captioned:
         """One of them, decoded."""
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of one of them."""
+
     def describe(self) -> dict[str, Any]:
         """What it holds, by contents and not by place; equal descriptions mean equal items."""
 
@@ -56,8 +62,10 @@ def fingerprint(source: ImageSource) -> str:
 class FolderImages:
     """Images named by the captions.jsonl of a folder."""
 
-    def __init__(self, folder: str | Path, *, digests: Path | None = None) -> None:
-        """Reads the captions; digests: a file that keeps the hashes of images.
+    def __init__(
+        self, folder: str | Path, *, setting: str = "data.images", digests: Path | None = None
+    ) -> None:
+        """Reads the captions; setting: that names the folder; digests: keeps hashes of images.
 
         Raises:
           UserError: a line is wrong (file and line), or an image is missing.
@@ -66,7 +74,7 @@ class FolderImages:
         self._digests = digests
         path = self._folder / CAPTIONS_FILE
         if not path.is_file():
-            raise UserError(f"{path} is missing: a folder of images needs it (see data.images)")
+            raise UserError(f"{path} is missing: the folder that {setting} names needs it")
         with readable(path):
             lines = path.read_bytes().splitlines()
         numbered = [(n, line) for n, line in enumerate(lines, start=1) if line.strip()]
@@ -92,8 +100,12 @@ class FolderImages:
         try:
             with PIL.Image.open(path) as image:
                 return Captioned(name, _rgb(image), captions)
-        except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
+        except Exception as error:  # a damaged file makes its decoder raise what it likes
             raise UserError(f"{path} cannot be read as an image: {first_line(error)}") from error
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of one of them."""
+        return self._items[index][1]
 
     def describe(self) -> dict[str, Any]:
         """Captions, and size and SHA-256 of every image."""
@@ -134,9 +146,13 @@ class TfdsImages:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> Captioned:
-        """One of them, decoded."""
+        """One of them, decoded.
+
+        Raises:
+          UserError: it is no image with captions.
+        """
         example = self._examples[index]
-        image = self._field(example, self._fields[0], "data.image_field")
+        image = np.asarray(self._field(example, self._fields[0], "data.image_field"))
         if image.ndim != 3 or image.dtype != np.uint8 or image.shape[2] not in (1, 3):
             raise UserError(
                 f"TFDS {self._name}: field {self._fields[0]!r} must be uint8 [H, W, 3] or "
@@ -144,9 +160,11 @@ class TfdsImages:
             )
         if image.shape[2] == 1:
             image = np.repeat(image, 3, axis=2)
-        values = np.atleast_1d(self._field(example, self._fields[1], "data.caption_field"))
-        captions = tuple(x.decode() if isinstance(x, bytes) else str(x) for x in values.tolist())
-        return Captioned(f"{self._split}:{index}", image, captions)
+        return Captioned(f"{self._split}:{index}", image, self._captions(example, index))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of one of them."""
+        return self._captions(self._examples[index], index)
 
     def describe(self) -> dict[str, Any]:
         """Name, split and fields, and size and SHA-256 of the files."""
@@ -164,7 +182,22 @@ class TfdsImages:
             "files": [vars(found) for found in hashes],
         }
 
-    def _field(self, example: Any, path: str, setting: str) -> np.ndarray:
+    def _captions(self, example: Any, index: int) -> tuple[str, ...]:
+        value = self._field(example, self._fields[1], "data.caption_field")
+        values = np.asarray(value, object).reshape(-1).tolist()
+        if not values or not all(isinstance(x, str | bytes) and x.strip() for x in values):
+            raise UserError(
+                f"TFDS {self._name}, {self._split}:{index}: field {self._fields[1]!r} "
+                f"(data.caption_field) must be text or a list of texts, got {values}"
+            )
+        try:
+            return tuple(x.decode() if isinstance(x, bytes) else x for x in values)
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"TFDS {self._name}, {self._split}:{index}: not UTF-8 at byte {error.start}"
+            ) from error
+
+    def _field(self, example: Any, path: str, setting: str) -> Any:
         """What a path of names leads to; a list of structures is a structure of lists."""
         value = example
         for part in path.split("/"):
@@ -177,7 +210,7 @@ class TfdsImages:
                     f"among: {has}"
                 )
             value = value[part]
-        return np.asarray(value)
+        return value
 
 
 class Part:
@@ -194,6 +227,10 @@ class Part:
     def __getitem__(self, index: int) -> Captioned:
         """One of them, decoded."""
         return self._source[int(self._numbers[index])]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of one of them."""
+        return self._source.captions(int(self._numbers[index]))
 
     def describe(self) -> dict[str, Any]:
         """The source, and which of it."""
@@ -227,7 +264,7 @@ def open_sources(
     else:
         raise UserError("there are no images: set data.images or data.tfds")
     if data.eval_images:
-        return source, FolderImages(data.eval_images, digests=digests)
+        return source, FolderImages(data.eval_images, setting="data.eval_images", digests=digests)
     if data.tfds_eval_split:
         return source, tfds(data.tfds_eval_split)
     if not data.eval_fraction:
@@ -253,25 +290,29 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 
 def _rgb(image: PIL.Image.Image) -> np.ndarray:
     """Three channels, a photograph's turn applied, transparency on black as PIL drops it."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"expected 8 bits a channel, got mode {image.mode}")  # PIL would clip it
     return np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def _item(where: str, line: bytes) -> tuple[str, tuple[str, ...]]:
+    """Image and captions that a line names."""
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # also: numbers too long, lists too deep
         raise UserError(f"{where}: not valid JSON: {first_line(error)}") from error
-    captions = None
-    if isinstance(entry, dict):
-        captions = entry.get("captions", entry.get("caption"))
+    fields = entry if isinstance(entry, dict) else {}
+    given = [fields[name] for name in ("caption", "captions") if name in fields]
+    captions = given[0] if len(given) == 1 else None
     captions = [captions] if isinstance(captions, str) else captions
-    if (
-        not isinstance(entry.get("image") if isinstance(entry, dict) else None, str)
-        or not isinstance(captions, list)
-        or not captions
-        or not all(isinstance(caption, str) and caption.strip() for caption in captions)
-    ):
+    named = "image" in fields and isinstance(fields["image"], str)
+    if not named or not isinstance(captions, list) or not captions or not all(map(_text, captions)):
         raise UserError(
             f'{where}: expected {{"image": FILE, "caption": TEXT}} or "captions": [TEXT, ...]'
         )
-    return entry["image"], tuple(captions)
+    return fields["image"], tuple(captions)
+
+
+def _text(value: Any) -> bool:
+    """Whether a value is text: not blank, no half of a surrogate pair."""
+    return isinstance(value, str) and bool(value.strip()) and not _SURROGATE.search(value)

@@ -167,12 +167,24 @@ def load_or_learn(
         return tokenizers.load("train", str(directory))
     with output.locked(cache):
         if not directory.is_dir():
-            learned = byte_level_bpe.train(_sample(texts()), vocab_size=vocab_size)
-            partial = directory.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            learned.save(partial)
-            os.replace(partial, directory)
+            _save(byte_level_bpe.train(_sample(texts()), vocab_size=vocab_size), directory)
     return tokenizers.load("train", str(directory))
+
+
+def keep_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Saves a tokenizer, unless it is there; other processes wait for the one that does.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    if directory.is_dir():  # perhaps read-only
+        return
+    with output.locked(directory.parent):
+        if not directory.is_dir():
+            try:
+                _save(tokenizer, directory)
+            except OSError as error:
+                raise UserError(f"{directory} cannot be written: {error.strerror}") from error
 
 
 def segment_rule(name: str) -> segments.Rule:
@@ -185,6 +197,14 @@ def segment_rule(name: str) -> segments.Rule:
         if rule == name:
             return rule
     raise UserError(f"segment rule must be {' or '.join(get_args(segments.Rule))}, got {name!r}")
+
+
+def _save(tokenizer: Tokenizer, directory: Path) -> None:
+    """Writes a directory that appears only when it is whole."""
+    partial = directory.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer.save(partial)
+    os.replace(partial, directory)
 
 
 def _documents(source: corpora.Source, eval_fraction: float) -> Generator[str, None, None]:

@@ -83,8 +83,8 @@ def load_clip(name: str | Path) -> Clip:
 def load_vision(name: str | Path) -> Vision:
     """Reads an image tower from a path or, where no such path exists, a Hugging Face hub id.
 
-    A path may be a weights directory of ours (of an image tower, or of a whole CLIP, whose image
-    side is taken), a Hugging Face `CLIPModel` or `CLIPVisionModelWithProjection`.
+    A path may be a contrastive run or a weights directory of ours (of an image tower, or of a whole
+    CLIP, whose image side is taken), a Hugging Face `CLIPModel` or `CLIPVisionModelWithProjection`.
 
     Raises:
       UserError: nothing is there, or it holds no image tower that fits ours.
@@ -113,7 +113,7 @@ def _layout(path: Path) -> str:
     layout = formats.open_model(path).layout
     if layout not in ("weights", "hf_clip", "run"):
         raise UserError(
-            f"{path} holds no image tower that is read: expected the layout hf_clip or our "
-            f"weights, got {layout}"
+            f"{path} holds no image tower that is read: expected the layout hf_clip, a "
+            f"contrastive run or our weights, got {layout}"
         )
     return layout

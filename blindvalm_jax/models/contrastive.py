@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax import Array
 
@@ -143,33 +141,3 @@ def contrastive_loss(image_BE: Array, text_BE: Array, scale: Array) -> Array:
     by_image_B = jax.nn.logsumexp(logits_BB, axis=1)
     by_text_B = jax.nn.logsumexp(logits_BB, axis=0)
     return jnp.mean(0.5 * (by_image_B + by_text_B) - right_B)
-
-
-class Recall(NamedTuple):
-    """Share of queries whose own partner is among the k nearest, each way."""
-
-    image_to_text: float
-    text_to_image: float
-
-
-def retrieval_recall(image_NE: np.ndarray, text_NE: np.ndarray, k: int) -> Recall:
-    """Recall at k among N pairs, row i of one side belonging to row i of the other; chance k / N.
-
-    A rival that is exactly as near counts as nearer, so that equal features find nothing.
-
-    Raises:
-      ValueError: the sides differ in shape, or k is not positive.
-    """
-    if image_NE.shape != text_NE.shape or k < 1:
-        raise ValueError(
-            f"expected two arrays of one shape and k of at least 1, got {image_NE.shape}, "
-            f"{text_NE.shape} and k = {k}"
-        )
-    cosine_NN = np.asarray(image_NE, np.float64) @ np.asarray(text_NE, np.float64).T
-    by_image_NN = cosine_NN >= np.diagonal(cosine_NN)[:, None]
-    by_text_NN = cosine_NN >= np.diagonal(cosine_NN)[None, :]
-    # The partner itself is counted among the k.
-    return Recall(
-        float(np.mean(np.sum(by_image_NN, axis=1) <= k)),
-        float(np.mean(np.sum(by_text_NN, axis=0) <= k)),
-    )

@@ -6,9 +6,9 @@ What it leaves is a CLIP: `grounding.tower` and the image index take the run's d
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,7 +18,9 @@ from blindvalm_jax import config, flops, partitioning, runs, system
 from blindvalm_jax.console import say
 from blindvalm_jax.data import images, packing, pairs, pipeline, prepared
 from blindvalm_jax.data.images import ImageSource
+from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.models.clip import TowerConfig
 from blindvalm_jax.models.contrastive import Clip, ClipConfig, contrastive_loss
 from blindvalm_jax.models.vision import VisionConfig
 from blindvalm_jax.objectives.contrastive_model import Batch, Model
@@ -57,15 +59,24 @@ class Contrastive:
         key = packing.hash_of(
             [images.fingerprint(self._source), self._record.fingerprint, text.context]
         )
+        self._rows = pairs.keep(self._source, settings.clip.image.size)
+        if self._held_out is not None:
+            self._held_out = pairs.keep(self._held_out, settings.clip.image.size)
         self._directory = cache / f"pairs-{key[:16]}"
         self._key = key
-        if not (self._directory / "tokenizer").is_dir():
-            tokenizer.save(self._directory / "tokenizer")
-        self._encode = jax.jit(self.model.encode)
+        prepared.keep_tokenizer(tokenizer, self._directory / "tokenizer")
+        # Whole on every process: each compares all pairs.
+        self._encode = jax.jit(
+            lambda params, batch: (self.model.encode(params, batch), batch.tokens_BS),
+            out_shardings=partitioning.replicated(mesh),
+        )
         say(
             f"images: {len(self._source):,} with captions, "
             f"{0 if self._held_out is None else len(self._held_out):,} held out"
         )
+        if len(self._source) < settings.train.batch_size:
+            rows = settings.train.batch_size
+            say(f"note: so few images are repeated within a batch of {rows} pairs")
 
     def abstract_frozen(self) -> dict[str, Any]:
         """Nothing is frozen."""
@@ -95,7 +106,7 @@ class Contrastive:
     def batches(self, start_step: int) -> pipeline.Batches:
         """Shuffled images from a step on, each with one of its captions."""
         return pairs.batches(
-            self._source,
+            self._rows,
             self._read,
             batch_size=self._settings.train.batch_size,
             seed=self._settings.seed,
@@ -109,7 +120,10 @@ class Contrastive:
         return Batch(placed["images"], placed["tokens"], placed["length"])
 
     def evaluate(self, params: Any, frozen: Mapping[str, Any]) -> Scalars:
-        """Loss in batches of the training size, and recall among all held-out pairs."""
+        """Loss in batches of the training size, and recall among all held-out pairs.
+
+        The last batch holds what is left: fewer rivals make its loss smaller.
+        """
         if self._held_out is None:
             raise ValueError("evaluation without held-out images")
         parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -123,19 +137,18 @@ class Contrastive:
         )
         with partitioning.use(self._mesh):
             for host, count in rows:
-                encoded = self._encode(params, self.to_device(host))
+                encoded, tokens_BS = jax.device_get(self._encode(params, self.to_device(host)))
                 image_BE, text_BE = encoded.image_BE[:count], encoded.text_BE[:count]
                 nats = contrastive_loss(image_BE, text_BE, encoded.scale)
                 losses.append((float(nats), count))
-                tokens = host["tokens"][:count]
-                parts.append((np.asarray(image_BE), np.asarray(text_BE), tokens))
+                parts.append((image_BE, text_BE, tokens_BS[:count]))
         image, text, tokens = (np.concatenate(column) for column in zip(*parts, strict=True))
         total = sum(count for _, count in losses)
         found = {"eval/loss": sum(loss * count for loss, count in losses) / total}
         for rank in _RANKS:
-            of_image, of_text = recall(image, text, tokens, rank=rank)
-            found[f"eval/image_to_text_recall_at_{rank}"] = of_image
-            found[f"eval/text_to_image_recall_at_{rank}"] = of_text
+            shares = recall(image, text, tokens, rank=rank)
+            found[f"eval/image_to_text_recall_at_{rank}"] = shares.image_to_text
+            found[f"eval/text_to_image_recall_at_{rank}"] = shares.text_to_image
         return found
 
     def describe(self, batch: Batch) -> dict[str, Any]:
@@ -157,7 +170,7 @@ class Contrastive:
         """The settings with the mesh filled in."""
         return dataclasses.replace(self._settings, mesh=config.MeshConfig(**dict(self._mesh.shape)))
 
-    def _tokenizer(self, cache: Path) -> Any:
+    def _tokenizer(self, cache: Path) -> Tokenizer:
         source, named = self._source, self._settings.tokenizer
         return prepared.load_or_learn(
             named.kind,
@@ -169,29 +182,39 @@ class Contrastive:
         )
 
 
+class Recall(NamedTuple):
+    """Share of queries whose partner is among the nearest, each way."""
+
+    image_to_text: float
+    text_to_image: float
+
+
 def recall(
     image_NE: np.ndarray, text_NE: np.ndarray, tokens_NS: np.ndarray, *, rank: int
-) -> tuple[float, float]:
-    """Share of images with their caption's text among the `rank` nearest captions, and the reverse.
+) -> Recall:
+    """Recall at `rank` among N pairs, row i of one side belonging to row i of the other.
 
-    Captions of equal tokens_NS are one text: it does not matter which image it came with.
+    Captions of equal tokens_NS are one text: it does not matter which image it came with. A rival
+    that is exactly as near counts as nearer, so that equal features find nothing.
     """
     _, label_N = np.unique(tokens_NS, axis=0, return_inverse=True)
     label_N = label_N.reshape(-1)
-    cosine_NN = image_NE @ text_NE.T
+    right_NN = label_N[:, None] == label_N[None, :]
+    cosine_NN = np.asarray(image_NE, np.float64) @ np.asarray(text_NE, np.float64).T
     shares = []
     for scores_NN in (cosine_NN, cosine_NN.T):
-        nearest_NK = np.argsort(-scores_NN, axis=1, kind="stable")[:, :rank]
-        shares.append(float(np.mean(np.any(label_N[nearest_NK] == label_N[:, None], axis=1))))
-    return shares[0], shares[1]
+        best_N1 = np.max(scores_NN, axis=1, where=right_NN, initial=-np.inf, keepdims=True)
+        rivals_N = np.sum(~right_NN & ~(scores_NN < best_N1), axis=1)  # NaN finds nothing either
+        shares.append(float(np.mean(rivals_N < rank)))
+    return Recall(*shares)
 
 
-def _captions(source: ImageSource) -> Any:
+def _captions(source: ImageSource) -> Generator[str, None, None]:
     for index in range(len(source)):
-        yield from source[index].captions
+        yield from source.captions(index)
 
 
-def _shape(settings: config.Config, text: Any) -> ClipConfig:
+def _shape(settings: config.Config, text: TowerConfig) -> ClipConfig:
     image, clip = settings.clip.image, settings.clip
     vit = {
         "patch": image.patch,

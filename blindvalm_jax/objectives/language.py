@@ -41,7 +41,7 @@ class Language:
             workdir,
             tower_context=system.tower_context(settings, tower),
             stored_tower=workdir / "tower" if resuming else None,
-            shared=tower is not None and tower.reads_learned_tokens,
+            shared=tower is not None and tower.shares_tokens,
         )
         self._windows = Windows(directory, "train")
         self._held_out = Windows(directory, "eval") if settings.eval.every_steps else None
