@@ -238,6 +238,19 @@ class Part:
         return {**self._source.describe(), "part": chosen.hexdigest()}
 
 
+def open_source(data: DataConfig, *, digests: Path | None = None) -> ImageSource:
+    """All images that settings name, none held out.
+
+    Raises:
+      UserError: there are none, or they cannot be read.
+    """
+    if data.images:
+        return FolderImages(data.images, digests=digests)
+    if data.tfds:
+        return _open_tfds(data, data.tfds_split, digests)
+    raise UserError("there are no images: set data.images or data.tfds")
+
+
 def open_sources(
     data: DataConfig, *, digests: Path | None = None
 ) -> tuple[ImageSource, ImageSource | None]:
@@ -246,27 +259,11 @@ def open_sources(
     Raises:
       UserError: there are none, or they cannot be read.
     """
-
-    def tfds(split: str) -> TfdsImages:
-        return TfdsImages(
-            data.tfds,
-            split,
-            data.tfds_dir,
-            image_field=data.image_field,
-            caption_field=data.caption_field,
-            digests=digests,
-        )
-
-    if data.images:
-        source: ImageSource = FolderImages(data.images, digests=digests)
-    elif data.tfds:
-        source = tfds(data.tfds_split)
-    else:
-        raise UserError("there are no images: set data.images or data.tfds")
+    source = open_source(data, digests=digests)
     if data.eval_images:
         return source, FolderImages(data.eval_images, setting="data.eval_images", digests=digests)
     if data.tfds_eval_split:
-        return source, tfds(data.tfds_eval_split)
+        return source, _open_tfds(data, data.tfds_eval_split, digests)
     if not data.eval_fraction:
         return source, None
     if len(source) < 2:
@@ -281,11 +278,22 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
     height, width = image.shape[:2]
     if (height, width) == (size, size):
         return image
-    scale = size / min(height, width)
-    new = (max(size, round(width * scale)), max(size, round(height * scale)))
+    short = min(height, width)
+    new = (size * width // short, size * height // short)
     scaled = PIL.Image.fromarray(image).resize(new, PIL.Image.Resampling.BICUBIC)
     left, top = (new[0] - size) // 2, (new[1] - size) // 2
     return np.asarray(scaled.crop((left, top, left + size, top + size)))
+
+
+def _open_tfds(data: DataConfig, split: str, digests: Path | None) -> TfdsImages:
+    return TfdsImages(
+        data.tfds,
+        split,
+        data.tfds_dir,
+        image_field=data.image_field,
+        caption_field=data.caption_field,
+        digests=digests,
+    )
 
 
 def _rgb(image: PIL.Image.Image) -> np.ndarray:

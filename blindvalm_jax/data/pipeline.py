@@ -94,7 +94,7 @@ def batches(
     """
     rows = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
     return block_iterator(
-        rows.map(functools.partial(_row, tower=tower)),
+        rows.map(functools.partial(window_row, tower=tower)),
         batch_size=batch_size,
         start_step=start_step,
         process_index=process_index,
@@ -155,7 +155,7 @@ def eval_batches(
     for first in range(process_index * block, _rounded_up(len(chosen), batch_size), batch_size):
         rows = []
         for place in range(first, first + block):
-            row = _row(windows[int(chosen[place % len(chosen)])], tower=tower)
+            row = window_row(windows[int(chosen[place % len(chosen)])], tower=tower)
             if place >= len(chosen):
                 row["weights"] = np.zeros_like(row["weights"])
             rows.append(row)
@@ -173,7 +173,8 @@ def _rounded_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def _row(window: dict[str, np.ndarray], *, tower: bool) -> Batch:
+def window_row(window: dict[str, np.ndarray], *, tower: bool) -> Batch:
+    """A window as a row of a batch (see `Batches`), with or without what the tower reads."""
     tokens = window["tokens"]
     real = np.arange(1, len(tokens)) < window["count"]
     row = {"tokens": tokens[:-1], "targets": tokens[1:], "weights": real.astype(np.float32)}

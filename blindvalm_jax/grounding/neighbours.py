@@ -39,8 +39,8 @@ class NeighboursManifest:
     """All that is known of a directory of neighbours.
 
     windows_key, split, windows, length: the windows, how many, and T. index_key: of the image
-    index. text_sha256, readout: the tower that made the queries, and how it was read. neighbours:
-    K. engine: settings of the search.
+    index. text_sha256, readout, dtype: the tower that made the queries, how it was read, and what
+    it computed in. neighbours: K. engine: settings of the search.
     """
 
     windows_key: str
@@ -50,6 +50,7 @@ class NeighboursManifest:
     index_key: str
     text_sha256: str
     readout: str
+    dtype: str
     neighbours: int
     engine: dict[str, Any]
     windows_per_shard: int
@@ -66,6 +67,7 @@ def write(
     *,
     text_sha256: str,
     readout: str,
+    dtype: str = "float32",
     batch_size: int = 16,
     windows_per_shard: int = WINDOWS_PER_SHARD,
 ) -> NeighboursManifest:
@@ -73,7 +75,7 @@ def write(
 
     features: rows as `pipeline.eval_batches` yields them, `batch_size` of them in the order of the
     windows -> queries float32 [b, T, E]; the last batch of a shard is filled with its last row.
-    text_sha256, readout: the tower behind `features`, and how it is read.
+    text_sha256, readout, dtype: the tower behind `features`, how it is read, what it computes in.
 
     Raises:
       UserError: the tower is not the index's; the engine searches another index; `out` holds
@@ -94,6 +96,7 @@ def write(
         "index_key": index.manifest.key,
         "text_sha256": text_sha256,
         "readout": readout,
+        "dtype": dtype,
         "neighbours": engine.neighbours,
         "engine": dict(engine.settings),
         "windows_per_shard": windows_per_shard,
@@ -269,7 +272,7 @@ def _search(job: _Job, first: int, last: int) -> Iterator[np.ndarray]:
     length = job.windows.manifest.sequence_length
     for begin in range(first, last, job.batch_size):
         places = np.minimum(np.arange(begin, begin + job.batch_size), last - 1)
-        rows = [pipeline._row(job.windows[int(place)], tower=True) for place in places]
+        rows = [pipeline.window_row(job.windows[int(place)], tower=True) for place in places]
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         queries = np.asarray(job.features(batch), np.float32)
         if queries.ndim != 3 or queries.shape[:2] != (job.batch_size, length):

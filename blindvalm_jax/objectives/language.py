@@ -44,7 +44,7 @@ class Language:
             shared=tower is not None and tower.shares_tokens,
         )
         self._windows = Windows(directory, "train")
-        self._held_out = Windows(directory, "eval") if settings.eval.every_steps else None
+        held_out = Windows(directory, "eval") if settings.eval.every_steps else None
         self._vocabulary = self._windows.manifest.tokenizer
         self._tower = system.prepare_tower(
             settings, tower, vocabulary=self._windows.manifest.tower_record, resuming=resuming
@@ -54,6 +54,8 @@ class Language:
         self._images = None
         if settings.grounding.source == "images" and self._tower is not None:
             self._images = Images(settings.grounding, mesh, text_sha256=self._tower.sha256)
+        self._rows = self._with_images(self._windows, "train")
+        self._held_out_rows = None if held_out is None else self._with_images(held_out, "eval")
         self.model: Model = system.build(
             settings,
             vocab_size=self._vocabulary.vocab_size,
@@ -114,8 +116,7 @@ class Language:
 
     def abstract_batch(self) -> Batch:
         """Shapes and shardings of a batch."""
-        windows = self._with_images(self._windows, "train")
-        rows = next(iter(pipeline.eval_batches(windows, **self._reading(1), limit=1)))
+        rows = next(iter(pipeline.eval_batches(self._rows, **self._reading(1), limit=1)))
         size = self._settings.train.batch_size
         sharding = partitioning.batch_sharding(self._mesh)
         shapes = {
@@ -128,7 +129,7 @@ class Language:
         """Shuffled windows from a step on."""
         settings = self._settings
         return pipeline.batches(
-            self._with_images(self._windows, "train"),
+            self._rows,
             **self._reading(settings.train.batch_size, processes=True),
             seed=settings.seed,
             start_step=start_step,
@@ -140,11 +141,11 @@ class Language:
 
     def evaluate(self, params: Any, frozen: Mapping[str, Any]) -> Scalars:
         """Loss over the held-out windows, without dropout."""
-        if self._held_out is None:
+        if self._held_out_rows is None:
             raise ValueError("evaluation without held-out windows")
         train = self._settings.train
         rows = pipeline.eval_batches(
-            self._with_images(self._held_out, "eval"),
+            self._held_out_rows,
             **self._reading(train.batch_size // train.microbatches, processes=True),
             limit=self._settings.eval.windows,
         )

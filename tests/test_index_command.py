@@ -1,0 +1,195 @@
+"""`python -m blindvalm_jax.index` as a user meets it: what it writes, says and refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from blindvalm_jax.data import images
+from blindvalm_jax.grounding.index import ImageIndex
+from blindvalm_jax.grounding.neighbours import Neighbours
+from blindvalm_jax.interop import clip_model, weights
+from blindvalm_jax.models.vision import VisionTower
+from tests import small_valm
+
+ROOT = Path(__file__).resolve().parents[1]
+K = 3
+
+# Several command lines in one process, as the imports take longer than all else.
+COMMANDS = """
+import contextlib, io, json, sys
+from absl import flags
+from blindvalm_jax import errors, index
+for arguments in json.load(sys.stdin):
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+    sys.argv = ["index", *arguments]
+    out, err, code = io.StringIO(), io.StringIO(), None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            errors.run_main(index.main)
+        except SystemExit as end:
+            code = end.code
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+"""
+
+
+def commands(*lines: list[str]) -> list[Any]:
+    """Exit code, output and errors of each."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS],
+        input=json.dumps(lines),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with clip/, images/ and windows/, and index/ and found/ that the command wrote."""
+    directory = tmp_path_factory.mktemp("command")
+    clip = small_valm.write_clip(directory / "clip")
+    small_valm.write_images(directory / "images")
+    small_valm.write_windows(directory / "windows", clip)
+    lines = (
+        build(directory, "index", "--batch_size=7", "--shard_size=100"),
+        [
+            *("neighbours", f"--clip={clip}", f"--index={directory}/index", f"--neighbours={K}"),
+            *(f"--windows={directory}/windows", f"--out={directory}/found", "--batch_size=8"),
+        ],
+    )
+    (directory / "said.json").write_text(json.dumps(commands(*lines)))
+    return directory
+
+
+def build(inputs: Path, out: str, *more: str) -> list[str]:
+    line = ["build", f"--clip={inputs}/clip", f"--images={inputs}/images", f"--out={inputs}/{out}"]
+    return [*line, *more]
+
+
+def test_vectors_are_those_of_the_tower_image_by_image(inputs: Path) -> None:
+    """fp32 sums of another batch size: 1e-6; float16 keeps 11 bits of values below 1: 5e-4."""
+    clip = clip_model.load_clip(inputs / "clip")
+    source = images.FolderImages(inputs / "images")
+    index = ImageIndex.open(inputs / "index")
+    assert len(index.vectors) == len(source) == small_valm.IMAGES
+    assert index.manifest.text_sha256 == clip.text_sha256
+    assert index.manifest.vision_sha256 == clip.vision_sha256
+    assert index.manifest.dtype == "float16"
+    for place in (0, 99, 100, 299):  # both sides of a shard's end
+        pixels = images.resize(source[place].image, small_valm.SIZE)[None]
+        tower = VisionTower(clip.config.vision)
+        want = np.asarray(tower.apply({"params": clip.params["vision"]}, pixels))
+        np.testing.assert_allclose(index.vectors.rows(np.array([place])), want, rtol=0, atol=5e-4)
+    record = index.items(np.array([100]))
+    assert record == [{"id": "100.png", "caption": "the picture 100"}]
+
+
+def test_neighbours_of_both_splits_are_of_this_index(inputs: Path) -> None:
+    for split in ("train", "eval"):
+        found = Neighbours.open(inputs / "found" / split)
+        assert found[0].shape == (small_valm.LENGTH, K)
+        assert found.manifest.index_key == ImageIndex.open(inputs / "index").manifest.key
+        assert (found.manifest.readout, found.manifest.dtype) == ("token", "float32")
+
+
+def test_both_say_what_was_made(inputs: Path) -> None:
+    (built, found) = json.loads((inputs / "said.json").read_text())
+    assert built[0] == found[0] == 0
+    assert f"{inputs}/index: 300 vectors of width 16 in float16" in built[1]
+    assert "images/s" in built[1]
+    assert f"{inputs}/found/eval: {K} neighbours" in found[1]
+
+
+@pytest.mark.faiss
+def test_recall_is_one_where_every_list_is_visited_and_all_are_ranked_again(
+    inputs: Path, tmp_path: Path
+) -> None:
+    line = ["recall", f"--index={inputs}/index", f"--neighbours={K}", "--queries=40"]
+    everything = [*line, "--nprobe=1000", "--rerank=300", f"--json={tmp_path}/all.json"]
+    for code, out, err in commands(everything, [*line, f"--json={tmp_path}/plain.json"]):
+        assert code == 0, err
+        assert "recall@3" in out.splitlines()[0]
+        assert [text.split()[0] for text in out.splitlines()[1:]] == ["exact", "faiss"]
+    for name, whole in (("all", True), ("plain", False)):
+        exact, faiss = json.loads((tmp_path / f"{name}.json").read_text())["searches"]
+        assert exact["recall"] == 1.0
+        assert 0.3 < faiss["recall"] <= 1.0
+        assert (faiss["recall"] == 1.0) == whole
+        assert faiss["queries_per_second"] > 0
+
+
+def test_misuse_is_one_line_and_writes_nothing(inputs: Path) -> None:
+    weights.save(
+        inputs / "text",
+        clip_model.load_clip(inputs / "clip").params["text"],
+        config=clip_model.load_clip(inputs / "clip").config.text,
+        source="test",
+    )
+    (inputs / "empty").mkdir()
+    (inputs / "empty" / "captions.jsonl").write_text("\n")
+    (inputs / "broken").mkdir()
+    PIL.Image.new("RGB", (3, 3)).save(inputs / "broken" / "a.png")
+    (inputs / "broken" / "captions.jsonl").write_text('{"image": "a.png"}')
+    other = small_valm.write_clip(inputs / "other", seed=1)
+    here, new = f"{inputs}/", ["--out=" + str(inputs / "new")]
+    neighbours = ["neighbours", f"--clip={here}clip", f"--index={here}index", *new]
+    neighbours = [*neighbours, f"--windows={here}windows", "--batch_size=8"]
+    recall = ["recall", f"--index={here}index"]
+    cases = {
+        "name what to do first: build, neighbours, recall; got none": [],
+        "got 'bild'": ["bild"],
+        "unexpected argument 'twice'": ["build", "twice"],
+        "Unknown command line flag 'picture": ["build", "--pictures=x"],
+        "--queries is not for build": build(inputs, "new", "--queries=3"),
+        "build needs --clip": ["build", f"--images={here}images", *new],
+        "as either --images or --tfds": ["build", f"--clip={here}clip", *new],
+        "--tfds_split goes with --tfds": build(inputs, "new", "--tfds_split=a"),
+        "--dtype must be float16 or float32": build(inputs, "new", "--dtype=bfloat16"),
+        "a batch of 0 cannot be split": build(inputs, "new", "--batch_size=0"),
+        "expected kind clip, got 'clip_text'": build(inputs, "new", f"--clip={here}text"),
+        "nowhere does not exist": build(inputs, "new", f"--clip={here}nowhere"),
+        "captions.jsonl is missing": build(inputs, "new", f"--images={here}clip"),
+        "holds no caption": build(inputs, "new", f"--images={here}empty"),
+        "captions.jsonl:1: expected": build(inputs, "new", f"--images={here}broken"),
+        "is not empty and was not made by": build(inputs, "clip"),
+        "was made with dtype 'float16'": build(
+            inputs, "index", "--shard_size=100", "--dtype=float32"
+        ),
+        "--nprobe and --rerank go with": [*neighbours, "--nprobe=3"],
+        "belongs to the text tower": [*neighbours, f"--clip={other}"],
+        "301 neighbours of 300 vectors": [*neighbours, "--neighbours=301"],
+        "holds no finished image index": [*recall, f"--index={here}images"],
+        "at least one query": [*recall, "--queries=0"],
+        "must be a file in a directory that is there": [*recall, f"--json={here}no/a.json"],
+    }
+    for (message, line), said in zip(cases.items(), commands(*cases.values()), strict=True):
+        code, out, err = said
+        assert code == 1, (line, said)
+        assert message in err, (line, said)
+        assert err.startswith("error: "), (line, said)
+        assert len(err.strip().splitlines()) == 1, (line, said)
+        assert out == "", (line, said)
+    assert not (inputs / "new").exists()
+
+
+def test_help_names_the_subcommands() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "blindvalm_jax.index", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    for command in ("build:", "neighbours:", "recall:", "--shard_size"):
+        assert command in done.stdout
