@@ -115,13 +115,13 @@ def _make_world(parts: Parts, world: WorldConfig) -> dict[str, float]:
     """Datasets, tokenizer, CLIP and index of a world; what its CLIP ended with."""
     import json
 
-    from blindvalm_jax import train
+    from blindvalm_jax import trainer
     from blindvalm_jax.toyworld import supply
 
     begin = time.perf_counter()
     supply.make_datasets(world, parts)
     supply.make_tokenizer(world, parts)
-    supply.make_clip(world, parts, train=train.train)
+    supply.make_clip(world, parts, train=trainer.train)
     supply.make_index(parts)
     lines = [json.loads(x) for x in (parts.clip / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "eval/loss" in line][-1]
@@ -134,14 +134,14 @@ def _train_and_measure(job: Job) -> dict[str, Any]:
 
     A run that is there with other settings, or of another world, is refused by `train`.
     """
-    from blindvalm_jax import config, train
+    from blindvalm_jax import config, trainer
     from blindvalm_jax.toyworld import measure, supply
 
     supply.make_datasets(job.world, job.parts)
     values = recipes.language(job.world, job.variant)
     values.data.cache = str(job.parts.root / "cache")
     settings = supply.placed(config.parse(values), job.parts)
-    code = train.train(settings, job.workdir)
+    code = trainer.train(settings, job.workdir)
     if code:
         raise UserError(f"{job.label} ended with exit code {code}: see {job.workdir}/log.txt")
     stored = job.workdir / "measured.json"
