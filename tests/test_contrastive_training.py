@@ -305,9 +305,9 @@ def test_the_tower_of_a_language_model_says_what_its_clip_says(
     length = np.array([len(own) for own in ids], np.int32)
     one_by_one = jax.jit(functools.partial(Clip(clip.config).apply, method="encode_text"))
     expected: Any = one_by_one({"params": clip.params}, tokens, length)
-    row = jnp.asarray(np.concatenate(ids)[None]), jnp.asarray(starts)
+    inputs = jnp.asarray(np.concatenate(ids)[None]), jnp.asarray(starts)
     side_by_side = jax.jit(functools.partial(TextTower(tower.tower).apply, readout="eos"))
-    packed: Any = side_by_side({"params": tower.params}, *row)
+    packed: Any = side_by_side({"params": tower.params}, *inputs)
     np.testing.assert_allclose(packed[0, ends], expected, rtol=0, atol=1e-5)
     assert np.abs(np.asarray(expected[0] - expected[1])).max() > 1e-2
 
