@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 import subprocess
@@ -36,7 +37,6 @@ from blindvalm_jax.interop import clip_model, clip_text, weights
 from blindvalm_jax.models.clip import TextTower, TowerConfig
 from blindvalm_jax.models.contrastive import Clip, ClipConfig
 from blindvalm_jax.models.vision import VisionConfig
-from blindvalm_jax.objectives import language_model
 from blindvalm_jax.objectives.contrastive import Contrastive
 from blindvalm_jax.objectives.contrastive_model import Batch, Model
 from blindvalm_jax.objectives.language import Language
@@ -168,7 +168,7 @@ def test_cache_is_shared_and_a_tokenizer_left_half_written_is_made_whole(
 ) -> None:
     values = config.parse(settings(world, data__cache=str(tmp_path / "cache")))
     mesh = partitioning.make_mesh(values.mesh)
-    first = Contrastive(values, tmp_path / "a", mesh, resuming=False).describe(None)
+    first = described(values, tmp_path / "a", mesh)
     kept = Path(first["data"]["directory"]) / "tokenizer"
     assert kept.is_relative_to(tmp_path / "cache")
     assert not (tmp_path / "a").exists()
@@ -177,11 +177,17 @@ def test_cache_is_shared_and_a_tokenizer_left_half_written_is_made_whole(
     partial = kept.with_suffix(".partial")
     kept.rename(partial)
     next(partial.iterdir()).write_bytes(b"")
-    again = Contrastive(values, tmp_path / "b", mesh, resuming=False).describe(None)
+    again = described(values, tmp_path / "b", mesh)
     assert again == first
     assert "learn the BPE" not in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == whole
     assert not partial.exists()
+
+
+def described(values: config.Config, workdir: Path, mesh: Mesh) -> dict[str, Any]:
+    """What run.json would say of the data and the towers."""
+    objective = Contrastive(values, workdir, mesh, resuming=False)
+    return objective.describe(objective.abstract_batch())
 
 
 MESHES = {
@@ -297,15 +303,11 @@ def test_the_tower_of_a_language_model_says_what_its_clip_says(
     ends = np.cumsum([len(own) for own in ids])
     starts[0, [0, *ends[:-1]]] = True
     length = np.array([len(own) for own in ids], np.int32)
-    expected: Any = Clip(clip.config).apply(
-        {"params": clip.params}, tokens, length, method="encode_text"
-    )
-    packed: Any = TextTower(tower.tower).apply(
-        {"params": tower.params},
-        jnp.asarray(np.concatenate(ids)[None]),
-        jnp.asarray(starts),
-        readout="eos",
-    )
+    one_by_one = jax.jit(functools.partial(Clip(clip.config).apply, method="encode_text"))
+    expected: Any = one_by_one({"params": clip.params}, tokens, length)
+    inputs = jnp.asarray(np.concatenate(ids)[None]), jnp.asarray(starts)
+    side_by_side = jax.jit(functools.partial(TextTower(tower.tower).apply, readout="eos"))
+    packed: Any = side_by_side({"params": tower.params}, *inputs)
     np.testing.assert_allclose(packed[0, ends], expected, rtol=0, atol=1e-5)
     assert np.abs(np.asarray(expected[0] - expected[1])).max() > 1e-2
 
@@ -344,9 +346,8 @@ def test_a_tower_of_another_bpe_than_clip_s_reads_the_language_model_s_tokens(
         test_train.settings(text, grounding__tower=str(tmp_path / "tower"), **changes)
     )
     mesh = partitioning.make_mesh(values.mesh)
-    about = Language(values, tmp_path / "run", mesh, resuming=False).describe(
-        language_model.Batch(*[jnp.zeros((1, 1))] * 3)
-    )
+    objective = Language(values, tmp_path / "run", mesh, resuming=False)
+    about = objective.describe(objective.abstract_batch())
     manifest = Windows(about["data"]["directory"], "train").manifest
     assert not manifest.aligned
     assert manifest.tower_record.fingerprint == tokenizer.fingerprint
@@ -385,7 +386,7 @@ def test_converted_weights_are_the_clip_of_the_run(finished: Path, tmp_path: Pat
     assert clip_model.load_vision(finished).sha256 == run.vision_sha256
 
 
-WIDE = {"width": 1024, "projection": 256}
+WIDE: dict[str, Any] = {"width": 1024, "projection": 256}
 VISION = {
     "vit": VisionConfig(
         kind="vit", image_size=32, patch=8, layers=1, heads=2, mlp_width=4096, **WIDE
@@ -404,13 +405,13 @@ def test_flops_are_those_that_xla_counts(kind: str) -> None:
     shape = ClipConfig(text=text, vision=VISION[kind], temperature_start=1.0, temperature_cap=9.0)
     model, rows, size = Model(Clip(shape)), 8, VISION[kind].image_size
     batch = Batch(
-        jax.ShapeDtypeStruct((rows, size, size, 3), np.uint8),
-        jax.ShapeDtypeStruct((rows, text.context - 1), np.int32),
-        jax.ShapeDtypeStruct((rows,), np.int32),
+        jnp.zeros((rows, size, size, 3), jnp.uint8),
+        jnp.zeros((rows, text.context - 1), jnp.int32),
+        jnp.zeros((rows,), jnp.int32),
     )
     params = trees.unflatten(weights.abstract_params(shape))
-    counted = jax.jit(model.encode).lower(params, batch).compile().cost_analysis()["flops"]
-    assert 3 * counted / rows == pytest.approx(flops.per_pair(shape), rel=0.03)
+    cost: Any = jax.jit(model.encode).lower(params, batch).compile().cost_analysis()
+    assert 3 * cost["flops"] / rows == pytest.approx(flops.per_pair(shape), rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -458,6 +459,6 @@ def test_nothing_need_be_held_out(world: Path, tmp_path: Path) -> None:
     values = config.parse(settings(world, **changes))
     mesh = partitioning.make_mesh(values.mesh)
     objective = Contrastive(values, tmp_path, mesh, resuming=False)
-    assert objective.describe(None)["data"]["train_images"] == 160
+    assert objective.describe(objective.abstract_batch())["data"]["train_images"] == 160
     with pytest.raises(ValueError, match="without held-out images"):
         objective.evaluate({}, {})
