@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from blindvalm_jax import config, presets, runs, system, train
+from blindvalm_jax import config, presets, runs, system, train, trainer
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import formats, weights
 from blindvalm_jax.models.clip import TowerConfig
@@ -388,7 +388,7 @@ def test_divergence_ends_with_its_own_exit_code(text: Path, tmp_path: Path) -> N
     values = settings(text, optimizer__learning_rate=1e30, optimizer__warmup_steps=0)
     values.log.every_steps = 100
     values.eval.every_steps = 0
-    assert train.train(config.parse(values), tmp_path) == train.DIVERGED
+    assert train.train(config.parse(values), tmp_path) == trainer.DIVERGED
     assert not any((tmp_path / "checkpoints").glob("[0-9]*"))
 
 
