@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import flags
 
-from benchmarks import loss_report, search, step_ratio
+from benchmarks import loss_report, search, step_ratio, valm_cost
 from blindvalm_jax.errors import UserError, run_main
 
 _JSON = flags.DEFINE_string("json", None, "Also write the numbers to this file.")
@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
     "loss_report": loss_report.run,
     "search": search.run,
     "step_ratio": step_ratio.run,
+    "valm_cost": valm_cost.run,
 }
 
 
