@@ -34,7 +34,7 @@ class Reporter:
         units_per_row: int,
         flops_per_unit: float,
     ) -> None:
-        """Opens metrics.jsonl; first: updates done before; unit: "tokens", "pairs"."""
+        """Opens metrics.jsonl; first: updates done before; unit: "token" or "pair"."""
         self.timer = StepTimer()
         self._begin, self._updating = time.perf_counter(), 0.0
         self._writer = MetricWriter(
@@ -44,7 +44,7 @@ class Reporter:
             active=jax.process_index() == 0,
         )
         self._last, self._logged, self._waited = settings.train.steps, first, 0.0
-        self._unit, self._units = unit, settings.train.batch_size * units_per_row
+        self._unit, self._units = f"{unit}s", settings.train.batch_size * units_per_row
         self._flops = flops_per_unit
         kind = jax.devices()[0].device_kind
         self._peak = flops.peak_tflops(kind, settings.log.peak_tflops)

@@ -101,6 +101,17 @@ def check_data(workdir: Path, about: Mapping[str, Any]) -> None:
                 f"{about['data']['directory']}. Bring the data back (for text, data.windows may "
                 "name the windows of the run), or take another --workdir"
             )
+    if _index_key(before) != _index_key(about):
+        raise UserError(
+            f"{workdir} was trained on another image index than {about['images']['index']} is now: "
+            "bring that index back, or take another --workdir"
+        )
+
+
+def _index_key(record: Mapping[str, Any]) -> str | None:
+    """Key of the image index of a run, None where it has none; older records say nothing of it."""
+    images = record.get("images")
+    return None if images is None else images["key"]
 
 
 def _record(workdir: Path) -> Any:

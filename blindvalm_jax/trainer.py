@@ -102,7 +102,7 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
                 batches=batches,
                 compiled=compiled,
                 checkpoints=checkpoints,
-                flops_per_unit=about[f"flops_per_{objective.unit[:-1]}"]["total"],
+                flops_per_unit=about[f"flops_per_{objective.unit}"]["total"],
             )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from blindvalm_jax import config, indexing, partitioning, train
+from blindvalm_jax import config, files, indexing, partitioning, runs, train
 from blindvalm_jax.config import MeshConfig
 from blindvalm_jax.data import images
 from blindvalm_jax.errors import UserError
@@ -132,6 +132,18 @@ def test_a_run_that_was_cut_ends_bit_identical(
     assert sorted(whole["train/loss"]) == [1, 2, 3, 4]
     assert len(set(whole["train/loss"].values())) == 4
     assert all(0 < share < 1 for share in whole["train/grounding_attention"].values())
+
+
+def test_a_run_does_not_resume_on_another_index_at_the_same_place(
+    inputs: Path, finished: Path, tmp_path: Path
+) -> None:
+    about = files.read_object(finished / "run.json")
+    runs.check_data(finished, about)
+    small_valm.write_images(tmp_path / "images", count=20)
+    build_index(tmp_path / "index", tmp_path / "images", inputs / "clip")
+    key = ImageIndex.open(tmp_path / "index").manifest.key
+    with pytest.raises(UserError, match="trained on another image index than .*index is now"):
+        runs.check_data(finished, {**about, "images": {**about["images"], "key": key}})
 
 
 def assert_same_losses(workdir: Path, values: ml_collections.ConfigDict, finished: Path) -> None:

@@ -32,7 +32,7 @@ _RANKS = (1, 5)
 class Contrastive:
     """CLIP on images with captions (see `objective.Objective`)."""
 
-    unit, units_per_row, trained = "pairs", 1, "clip"
+    unit, units_per_row, trained = "pair", 1, "clip"
 
     def __init__(
         self, settings: config.Config, workdir: Path, mesh: Mesh, *, resuming: bool

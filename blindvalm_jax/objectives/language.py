@@ -26,7 +26,7 @@ from blindvalm_jax.objectives.objective import Scalars
 class Language:
     """A decoder on windows of text, grounded or not (see `objective.Objective`)."""
 
-    unit, trained = "tokens", "decoder"
+    unit, trained = "token", "decoder"
 
     def __init__(
         self, settings: config.Config, workdir: Path, mesh: Mesh, *, resuming: bool

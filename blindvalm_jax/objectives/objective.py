@@ -22,7 +22,7 @@ class Start(Protocol):
 class Objective(Protocol):
     """The inputs of a run, read and checked, and the model that is trained on them.
 
-    unit: what the speed is counted in ("tokens" or "pairs"); units_per_row: of a batch's row;
+    unit: what the speed is counted in ("token" or "pair"); units_per_row: of a batch's row;
     trained: name of what is trained in tables of parameters; start: what it begins with, if named.
     """
 
@@ -56,7 +56,7 @@ class Objective(Protocol):
         """Metrics on held-out data, "eval/loss" among them."""
 
     def describe(self, batch: Any) -> dict[str, Any]:
-        """What run.json says of data, models and cost; `flops_per_unit` has a "total"."""
+        """What run.json says of data, models and cost; flops_per_<unit> has a "total"."""
 
     def resolved(self) -> Config:
         """The settings with everything filled in that was left to data and devices."""

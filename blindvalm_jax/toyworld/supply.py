@@ -12,17 +12,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
-import numpy as np
-
 from blindvalm_jax import config as schema
-from blindvalm_jax import files
+from blindvalm_jax import files, indexing
 from blindvalm_jax.config import Config
 from blindvalm_jax.data import byte_level_bpe, images, output
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.grounding import index, index_build
 from blindvalm_jax.interop import clip_model
-from blindvalm_jax.models.vision import VisionTower
 from blindvalm_jax.toyworld import language, recipes
 from blindvalm_jax.toyworld.recipes import OWN
 from blindvalm_jax.toyworld.world import WorldConfig, objects, parse_dataset_name
@@ -140,35 +135,7 @@ def make_clip(world: WorldConfig, parts: Parts, *, train: Train) -> None:
 
 def make_index(parts: Parts) -> None:
     """Embeds the training images of the world with its CLIP, unless that is done."""
-    clip = clip_model.load_clip(parts.clip)
     data = schema.from_dict(files.read_object(parts.clip / "config.json")).data
     source, _ = images.open_sources(data)
-    tower = VisionTower(clip.config.vision)
-    params = jax.device_put(clip.params["vision"])
-    encode = jax.jit(lambda images_BHWC: tower.apply({"params": params}, images_BHWC))
-    index_build.build(
-        parts.index,
-        _Items(source, clip.config.vision.image_size),
-        lambda batch: np.asarray(encode(batch)),
-        clip=index.Clip(
-            vision_sha256=clip.vision_sha256, text_sha256=clip.text_sha256, source=clip.source
-        ),
-        source=data.tfds,
-        batch_size=_BATCH,
-        dtype="float32",
-    )
-
-
-class _Items:
-    """Images of a source at a tower's size, with their ids."""
-
-    def __init__(self, source: images.ImageSource, size: int) -> None:
-        self._source, self._size = source, size
-        self.fingerprint = f"{images.fingerprint(source)} at {size}"
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, place: int) -> tuple[str, np.ndarray]:
-        item = self._source[place]
-        return item.id, images.resize(item.image, self._size)
+    clip = clip_model.load_clip(parts.clip)
+    indexing.build(parts.index, source, clip, name=data.tfds, batch_size=_BATCH, dtype="float32")
