@@ -2,7 +2,7 @@
 
 Renders the world, trains CLIP on its images, trains every variant on its sentences, asks all of
 them about objects whose attributes no sentence states, and writes results.json and report.md. The
-same command again goes on where it stopped.
+same command again goes on where it stopped. Every knob of the world is a flag.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from blindvalm_jax.errors import UserError, run_main
-from blindvalm_jax.toyworld import recipes
+from blindvalm_jax.toyworld import knob_flags, recipes
 from blindvalm_jax.toyworld.world import WorldConfig
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the comparison")
@@ -23,6 +23,13 @@ _VARIANTS = flags.DEFINE_list("variants", list(recipes.VARIANTS), "what is train
 _STATED = flags.DEFINE_list(
     "stated_heldout", [], "shares of statements about held-out objects for the bias curve"
 )
+_STEPS = flags.DEFINE_integer(
+    "steps", 0, "updates of every language model; 0: the recipe's", lower_bound=0
+)
+_CLIP_STEPS = flags.DEFINE_integer(
+    "clip_steps", 0, "updates of CLIP; 0: the recipe's", lower_bound=0
+)
+_KNOBS = knob_flags.define(leave_out=("seed", "stated_heldout"))
 _JOBS = flags.DEFINE_integer("jobs", 0, "processes at a time; 0: one a core, 1 beside a GPU or TPU")
 
 
@@ -39,15 +46,22 @@ def main(argv: Sequence[str]) -> None:
         stated = [float(share) for share in _STATED.value]
     except ValueError as error:
         raise UserError(f"--stated_heldout must be numbers, got {_STATED.value}") from error
-    worlds = [WorldConfig(seed=seed) for seed in range(_SEEDS.value)]
+    worlds = [WorldConfig(seed=seed, **_KNOBS()) for seed in range(_SEEDS.value)]
     for share in stated:
         WorldConfig(stated_heldout=share)  # refuses what is out of range
+    if 0 in stated or len(set(stated)) < len(stated):
+        raise UserError(f"--stated_heldout takes shares above 0, each once, got {_STATED.value}")
 
     from blindvalm_jax.toyworld import comparison, report
 
     root = Path(_WORKDIR.value)
     results = comparison.run(
-        root, worlds=worlds, variants=_VARIANTS.value, stated=stated, jobs=_JOBS.value or _cores()
+        root,
+        worlds=worlds,
+        variants=[name for name in recipes.VARIANTS if name in _VARIANTS.value],
+        stated=stated,
+        steps=recipes.Steps(clip=_CLIP_STEPS.value, language=_STEPS.value),
+        jobs=_JOBS.value or _cores(),
     )
     path = report.write(results, root)
     print(report.summary_table(results))

@@ -5,21 +5,16 @@ Every knob of `world.WorldConfig` is a flag. What is there already is left as it
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from absl import flags
 
 from blindvalm_jax.errors import UserError, run_main
+from blindvalm_jax.toyworld import knob_flags
 from blindvalm_jax.toyworld.world import WorldConfig
 
 _OUT = flags.DEFINE_string("out", "", "data directory of TFDS that the datasets go to")
-_DEFINE: dict[type, Any] = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
-_KNOBS = {
-    knob.name: _DEFINE[type(knob.default)](knob.name, knob.default, knob.metadata["meaning"])
-    for knob in dataclasses.fields(WorldConfig)
-}
+_KNOBS = knob_flags.define()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}: every setting is a --flag (see --help)")
     if not _OUT.value:
         raise UserError("--out is missing: name the directory that the datasets go to")
-    config = WorldConfig(**{name: flag.value for name, flag in _KNOBS.items()})
+    config = WorldConfig(**_KNOBS())
     # Imported here: it takes seconds, and wrong flags are told at once.
     from blindvalm_jax.toyworld import builders
 

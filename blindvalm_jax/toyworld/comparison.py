@@ -12,13 +12,16 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import json
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from blindvalm_jax import files
 from blindvalm_jax.errors import UserError
@@ -28,15 +31,17 @@ from blindvalm_jax.toyworld.world import ATTRIBUTES, WorldConfig
 
 # What the bias sweep compares, with the share of statements about held-out objects in the name.
 BIAS_VARIANTS = ("gpt2", "blind_valm_eos")
+_RECIPE = recipes.Steps()
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A language model to train and measure."""
+    """A language model to train and measure; steps: updates, 0 for the recipe's."""
 
     parts: Parts
     world: WorldConfig
     variant: str
+    steps: int = 0
 
     @property
     def name(self) -> str:
@@ -61,6 +66,7 @@ def run(
     worlds: Sequence[WorldConfig],
     variants: Sequence[str],
     stated: Sequence[float] = (),
+    steps: recipes.Steps = _RECIPE,
     jobs: int,
 ) -> dict[str, Any]:
     """Trains and measures all variants in every world; returns what it wrote to results.json.
@@ -73,60 +79,77 @@ def run(
     """
     begin = time.perf_counter()
     parts = {world.seed: Parts(root / f"seed_{world.seed}") for world in worlds}
+    fresh = not any(part.root.exists() for part in parts.values())
     clips = _all(
-        [(f"seed {w.seed}, world and CLIP", _make_world, parts[w.seed], w) for w in worlds], jobs
+        [
+            (f"seed {w.seed}, world and CLIP", _make_world, parts[w.seed], w, steps.clip)
+            for w in worlds
+        ],
+        jobs,
     )
     between = time.perf_counter()
-    todo = [Job(parts[w.seed], w, variant) for w in worlds for variant in variants]
-    todo += [
-        Job(parts[w.seed], dataclasses.replace(w, stated_heldout=share), variant)
-        for w in worlds
-        for share in stated
+
+    def job(world: WorldConfig, variant: str, share: float = 0.0) -> Job:
+        biased = dataclasses.replace(world, stated_heldout=share)
+        return Job(parts[world.seed], biased, variant, steps.language)
+
+    todo = [job(world, variant) for world in worlds for variant in variants]
+    swept = [
+        [[job(world, variant, share) for world in worlds] for share in (0.0, *stated)]
         for variant in BIAS_VARIANTS
+        if stated
     ]
-    found = _all([(job.label, _train_and_measure, job) for job in todo], jobs)
+    todo += [one for shares in swept for row in shares for one in row if one not in todo]
+    found = _all([(one.label, _train_and_measure, one) for one in todo], jobs)
     measured = dict(zip(todo, found, strict=True))
     shown: list[dict[str, Any]] = []
     if "blind_valm_eos" in variants:
-        job = Job(parts[worlds[0].seed], worlds[0], "blind_valm_eos")
-        [shown] = _all([("nearest images", _neighbours, job)], jobs)
-    results = {
+        first = job(worlds[0], "blind_valm_eos")
+        [shown] = _all([("nearest images", _neighbours, first)], jobs)
+    results: dict[str, Any] = {
         "seeds": [world.seed for world in worlds],
         "world": dataclasses.asdict(worlds[0]),
         "chance": {name: 1 / len(values) for name, values in ATTRIBUTES.items()},
-        **_gathered(worlds, variants, parts, measured),
+        **_gathered({v: [measured[job(world, v)] for world in worlds] for v in variants}),
         "clip": _listed(clips),
-        "neighbours": shown,
-        "seconds": {
-            "world_and_clip": between - begin,
-            "language": time.perf_counter() - between,
-            "total": time.perf_counter() - begin,
-        },
+        **({"neighbours": shown} if shown else {}),
         "jobs": jobs,
         **_where(),
     }
+    if fresh:  # else this says only how long the rest took
+        done = time.perf_counter()
+        results["seconds"] = {
+            "world_and_clip": between - begin,
+            "language": done - between,
+            "total": done - begin,
+        }
     if stated:
-        results["bias"] = _bias(worlds, stated, parts, measured)
+        results["bias"] = {"stated_heldout": [0.0, *stated]} | {
+            variant: {
+                name: [[measured[one][name] for one in row] for row in shares]
+                for name in ATTRIBUTES
+            }
+            for variant, shares in zip(BIAS_VARIANTS, swept, strict=True)
+        }
     files.write_json(root / "results.json", results)
     return results
 
 
-def _make_world(parts: Parts, world: WorldConfig) -> dict[str, float]:
+def _make_world(parts: Parts, world: WorldConfig, steps: int) -> dict[str, float]:
     """Datasets, tokenizer, CLIP and index of a world; what its CLIP ended with."""
-    import json
-
     from blindvalm_jax import trainer
     from blindvalm_jax.toyworld import supply
 
-    begin = time.perf_counter()
     supply.make_datasets(world, parts)
     supply.make_tokenizer(world, parts)
-    supply.make_clip(world, parts, train=trainer.train)
+    supply.make_clip(world, parts, train=trainer.train, steps=steps)
     supply.make_index(parts)
     lines = [json.loads(x) for x in (parts.clip / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "eval/loss" in line][-1]
     found = {k.removeprefix("eval/"): v for k, v in last.items() if k.startswith("eval/")}
-    return {**found, "seconds": time.perf_counter() - begin}
+    updates = [line for line in lines if "perf/step_seconds" in line]
+    seconds = float(np.median([line["perf/step_seconds"] for line in updates]))
+    return {**found, "seconds": seconds * updates[-1]["step"]}
 
 
 def _train_and_measure(job: Job) -> dict[str, Any]:
@@ -138,7 +161,7 @@ def _train_and_measure(job: Job) -> dict[str, Any]:
     from blindvalm_jax.toyworld import measure, supply
 
     supply.make_datasets(job.world, job.parts)
-    values = recipes.language(job.world, job.variant)
+    values = recipes.language(job.world, job.variant, steps=job.steps)
     values.data.cache = str(job.parts.root / "cache")
     settings = supply.placed(config.parse(values), job.parts)
     code = trainer.train(settings, job.workdir)
@@ -157,16 +180,11 @@ def _neighbours(job: Job) -> list[dict[str, Any]]:
     return measure.neighbours(job.workdir, job.world, job.parts.index)
 
 
-def _gathered(
-    worlds: Sequence[WorldConfig],
-    variants: Sequence[str],
-    parts: dict[int, Parts],
-    measured: dict[Job, dict[str, Any]],
-) -> dict[str, Any]:
-    """Measurements by variant, each leaf a list over seeds; attribution and gifts apart."""
+def _gathered(measured: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """Measurements of each variant, one a seed, as lists over seeds; what only some have apart."""
     of: dict[str, dict[str, Any]] = {"variants": {}, "attribution": {}, "given": {}}
-    for variant in variants:
-        rows = [dict(measured[Job(parts[world.seed], world, variant)]) for world in worlds]
+    for variant, found in measured.items():
+        rows = [dict(row) for row in found]
         for section in ("attribution", "given"):
             column = [row.pop(section, None) for row in rows]
             if column[0] is not None:
@@ -174,7 +192,7 @@ def _gathered(
         curves = [row.pop("curves") for row in rows]
         constant = {name: [row.pop(name) for row in rows][0] for name in _CONSTANT}
         of["variants"][variant] = {**_listed(rows), **constant, "curves": curves}
-    return of
+    return {name: part for name, part in of.items() if part}
 
 
 _CONSTANT = ("parameters", "flops_per_token")
@@ -185,34 +203,6 @@ def _listed(rows: Sequence[Any]) -> Any:
     if isinstance(rows[0], dict):
         return {name: _listed([row[name] for row in rows]) for name in rows[0]}
     return list(rows)
-
-
-def _bias(
-    worlds: Sequence[WorldConfig],
-    stated: Sequence[float],
-    parts: dict[int, Parts],
-    measured: dict[Job, dict[str, Any]],
-) -> dict[str, Any]:
-    """Accuracy on held-out objects by the share of statements about them."""
-    shares = [0.0, *stated]
-
-    def column(variant: str, share: float, attribute: str) -> list[float]:
-        jobs = [
-            Job(parts[w.seed], dataclasses.replace(w, stated_heldout=share), variant)
-            for w in worlds
-        ]
-        return [measured[job][attribute] for job in jobs]
-
-    return {
-        "stated_heldout": shares,
-        **{
-            variant: {
-                attribute: [column(variant, share, attribute) for share in shares]
-                for attribute in ATTRIBUTES
-            }
-            for variant in BIAS_VARIANTS
-        },
-    }
 
 
 def _where() -> dict[str, Any]:

@@ -5,6 +5,8 @@ Chosen on development objects, never on held-out ones; docs/toyworld.md tells wh
 
 from __future__ import annotations
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from blindvalm_jax import config as schema
@@ -25,8 +27,16 @@ VARIANTS = (
 NEIGHBOURS = 4
 
 
-def clip(world: WorldConfig) -> ConfigDict:
-    """CLIP on the images of a world: 0.3 M parameters."""
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """Updates of CLIP and of each language model, where they are not the recipe's (0)."""
+
+    clip: int = 0
+    language: int = 0
+
+
+def clip(world: WorldConfig, *, steps: int = 0) -> ConfigDict:
+    """CLIP on the images of a world: 0.3 M parameters; steps: updates, 0 for the recipe's."""
     config = _shared(world)
     config.train.objective = "contrastive"
     config.data.tfds = tfds_name(world, "images")
@@ -41,7 +51,7 @@ def clip(world: WorldConfig) -> ConfigDict:
         128,
         (16, 32, 64),
     )
-    config.train.steps = 1000
+    config.train.steps = steps or 1000
     config.train.batch_size = 128
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 50
@@ -53,8 +63,8 @@ def clip(world: WorldConfig) -> ConfigDict:
     return config
 
 
-def language(world: WorldConfig, variant: str) -> ConfigDict:
-    """A language model of 0.3 M parameters on the sentences of a world.
+def language(world: WorldConfig, variant: str, *, steps: int = 0) -> ConfigDict:
+    """A language model of 0.3 M parameters on the sentences of a world; steps: as for `clip`.
 
     Raises:
       UserError: there is no such variant.
@@ -70,7 +80,7 @@ def language(world: WorldConfig, variant: str) -> ConfigDict:
     decoder.dropout = decoder.attention_dropout = 0.0
     decoder.fusion_layers = (-2,)
     # A GPT-2 has to memorise what the text states about train objects, which takes longer.
-    config.train.steps = 3000 if variant == "gpt2" else 1000
+    config.train.steps = steps or (3000 if variant == "gpt2" else 1000)
     config.train.batch_size = 32
     config.optimizer.learning_rate = 4e-3
     config.optimizer.warmup_steps = 50

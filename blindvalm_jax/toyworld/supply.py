@@ -121,13 +121,13 @@ def make_tokenizer(world: WorldConfig, parts: Parts) -> None:
             os.replace(partial, parts.tokenizer)
 
 
-def make_clip(world: WorldConfig, parts: Parts, *, train: Train) -> None:
+def make_clip(world: WorldConfig, parts: Parts, *, train: Train, steps: int = 0) -> None:
     """Trains CLIP on the images, goes on with that, or finds it done.
 
     Raises:
       UserError: the training did not end well.
     """
-    settings = placed(schema.parse(recipes.clip(world)), parts)
+    settings = placed(schema.parse(recipes.clip(world, steps=steps)), parts)
     code = train(settings, parts.clip)
     if code:
         raise UserError(f"training CLIP in {parts.clip} ended with exit code {code}")
