@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"get_config() of {file} must return an ml_collections.ConfigDict")
     settings, workdir = config.parse(_CONFIG.value), Path(_WORKDIR.value)
     if supply.wanted(settings):
-        settings = supply.complete(settings, workdir, train=train)
+        settings = supply.complete(settings, workdir, train=train, dry_run=_DRY_RUN.value)
     return train(settings, workdir, dry_run=_DRY_RUN.value)
 
 

@@ -47,9 +47,6 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
     say(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
     saved = runs.check_resume(workdir, settings)
     resuming = saved is not None
-    if saved is not None and saved >= settings.train.steps:
-        say(f"nothing to do: {workdir} has {saved} of {settings.train.steps} steps")
-        return 0
     if settings.log.tensorboard:
         metrics.import_tensorboard()
     if settings.optimizer.warmup_steps >= settings.train.steps:
@@ -69,6 +66,9 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
     about = describe_run(objective, mesh=mesh, state=planned, frozen=frozen, batch=batch)
     if resuming:
         runs.check_data(workdir, about)
+    if saved is not None and saved >= settings.train.steps:
+        say(f"nothing to do: {workdir} has {saved} of {settings.train.steps} steps")
+        return 0
     start = None if resuming else objective.read_start(planned.params)
     begin = time.perf_counter()
     update = compilation.make_update(settings, objective.model, optimizer)

@@ -25,10 +25,15 @@ def get_config(arguments: str = "blind_valm_eos") -> ml_collections.ConfigDict:
     """Settings of the run; arguments: VARIANT[,SEED[,STATED_HELDOUT]]."""
     variant, *numbers = arguments.split(",")
     try:
+        if len(numbers) > 2:
+            raise ValueError("too many")
         seed, stated = int(numbers[0]) if numbers else 0, float((numbers + ["0", "0"])[1])
     except ValueError as error:
         raise UserError(
             f"expected VARIANT[,SEED[,STATED_HELDOUT]] behind the colon, got {arguments!r}"
         ) from error
     world = WorldConfig(seed=seed, stated_heldout=stated)
+    if variant not in (*recipes.VARIANTS, "clip"):
+        known = ", ".join((*recipes.VARIANTS, "clip"))
+        raise UserError(f"variant must be one of {known}, got {variant!r}")
     return recipes.clip(world) if variant == "clip" else recipes.language(world, variant)

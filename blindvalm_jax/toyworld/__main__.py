@@ -30,7 +30,9 @@ _CLIP_STEPS = flags.DEFINE_integer(
     "clip_steps", 0, "updates of CLIP; 0: the recipe's", lower_bound=0
 )
 _KNOBS = knob_flags.define(leave_out=("seed", "stated_heldout"))
-_JOBS = flags.DEFINE_integer("jobs", 0, "processes at a time; 0: one a core, 1 beside a GPU or TPU")
+_JOBS = flags.DEFINE_integer(
+    "jobs", 0, "processes at a time; 0: one a core, 1 beside a GPU or TPU", lower_bound=0
+)
 
 
 def main(argv: Sequence[str]) -> None:

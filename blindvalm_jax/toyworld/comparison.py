@@ -15,8 +15,11 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from blindvalm_jax import files
-from blindvalm_jax.errors import UserError
+from blindvalm_jax.errors import UserError, first_line
 from blindvalm_jax.toyworld import recipes
 from blindvalm_jax.toyworld.supply import Parts
 from blindvalm_jax.toyworld.world import ATTRIBUTES, WorldConfig
@@ -114,6 +117,7 @@ def run(
         "clip": _listed(clips),
         **({"neighbours": shown} if shown else {}),
         "jobs": jobs,
+        "command": " ".join(["python", "-m", "blindvalm_jax.toyworld", *sys.argv[1:]]),
         **_where(),
     }
     if fresh:  # else this says only how long the rest took
@@ -153,11 +157,12 @@ def _make_world(parts: Parts, world: WorldConfig, steps: int) -> dict[str, float
 
 
 def _train_and_measure(job: Job) -> dict[str, Any]:
-    """Trains a variant and measures it, or reads what was measured before.
+    """Trains a variant and measures it, or reads what this version measured of it before.
 
     A run that is there with other settings, or of another world, is refused by `train`.
     """
-    from blindvalm_jax import config, trainer
+    from blindvalm_jax import config, runs, trainer
+    from blindvalm_jax.interop import run_directory
     from blindvalm_jax.toyworld import measure, supply
 
     supply.make_datasets(job.world, job.parts)
@@ -168,10 +173,18 @@ def _train_and_measure(job: Job) -> dict[str, Any]:
     if code:
         raise UserError(f"{job.label} ended with exit code {code}: see {job.workdir}/log.txt")
     stored = job.workdir / "measured.json"
-    if not stored.exists():
-        measured = measure.measure(job.workdir, job.world, index=job.parts.index)
-        files.write_json(stored, measured)
-    return files.read_object(stored)
+    of = {
+        "step": run_directory.latest_step(job.workdir),
+        "tower": measure.tower_sha256(job.workdir),
+        "commit": runs.commit(),
+    }
+    if stored.exists():
+        before = files.read_object(stored)
+        if before.get("of") == of:
+            return before["measured"]
+    measured = measure.measure(job.workdir, job.world, index=job.parts.index)
+    files.write_json(stored, {"of": of, "measured": measured})
+    return measured
 
 
 def _neighbours(job: Job) -> list[dict[str, Any]]:
@@ -217,22 +230,41 @@ def _where() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _workers(jobs: int) -> Iterator[concurrent.futures.Executor]:
-    """Processes with their own share of the cores each: two that share theirs slow both down."""
+    """Processes with their own share of the cores each: two that share theirs slow both down.
+
+    When anything goes wrong here they end at once, and so they do when this process is gone.
+    """
     context = multiprocessing.get_context("spawn")
     numbers = context.Queue()
     for number in range(jobs):
         numbers.put(number)
-    with concurrent.futures.ProcessPoolExecutor(
-        jobs, mp_context=context, initializer=_take_cores, initargs=(numbers, jobs)
-    ) as pool:
+    pool = concurrent.futures.ProcessPoolExecutor(
+        jobs, mp_context=context, initializer=_begin_worker, initargs=(numbers, jobs, os.getpid())
+    )
+    before = set(multiprocessing.active_children())
+    try:
         yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in set(multiprocessing.active_children()) - before:
+            worker.terminate()
+        raise
+    pool.shutdown()
 
 
-def _take_cores(numbers: Any, jobs: int) -> None:
-    if hasattr(os, "sched_setaffinity") and jobs > 1:
+def _begin_worker(numbers: Any, jobs: int, parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told as well, and ends this one
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
-        own = cores[numbers.get() :: jobs]
-        os.sched_setaffinity(0, own or cores)
+        os.sched_setaffinity(0, cores[numbers.get() :: jobs] or cores)
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process soon after its parent is gone."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _all(calls: Sequence[tuple[Any, ...]], jobs: int) -> list[Any]:
@@ -260,23 +292,32 @@ def _all(calls: Sequence[tuple[Any, ...]], jobs: int) -> list[Any]:
             say_done(count, label)
         return found
     with _workers(workers) as pool:
-        futures = {pool.submit(_quiet, *call[1:]): call[0] for call in calls}
+        futures = {pool.submit(_quiet, *call[1:]): call for call in calls}
         for count, future in enumerate(concurrent.futures.as_completed(futures), start=1):
+            label, _, subject, *_ = futures[future]
             try:
                 future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-            say_done(count, futures[future])
-        by_label = {label: future.result() for future, label in futures.items()}
+            except Exception as error:
+                raise UserError(f"{label}: {first_line(error)}; see {_log(subject)}") from error
+            say_done(count, label)
+        by_label = {call[0]: future.result() for future, call in futures.items()}
         return [by_label[call[0]] for call in calls]
 
 
-def _quiet(function: Any, subject: Any, *rest: Any) -> Any:
-    """Calls a function in a worker; what it prints goes to the log of its directory."""
+def _log(subject: Job | Parts) -> Path:
+    """Where a worker writes what its runs print."""
     directory = subject.workdir if isinstance(subject, Job) else subject.root
-    with _logged(directory / "log.txt"):
-        return function(subject, *rest)
+    return directory / "log.txt"
+
+
+def _quiet(function: Any, subject: Job | Parts, *rest: Any) -> Any:
+    """Calls a function in a worker; what it prints, and why it fails, goes to its log."""
+    with _logged(_log(subject)):
+        try:
+            return function(subject, *rest)
+        except BaseException:
+            traceback.print_exc()
+            raise
 
 
 @contextlib.contextmanager

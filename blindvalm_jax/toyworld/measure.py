@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from blindvalm_jax import files, system, trained
@@ -45,13 +46,16 @@ def measure(workdir: Path, world: WorldConfig, *, index: Path | None = None) -> 
     if grounding.control == "none":
         found["attribution"] = _attribution(model, things, heldout)
         if index is not None and grounding.source == "text":
-            found["given"] = _given(model, ImageIndex.open(index), world, things, heldout)
+            images = ImageIndex.open(index)
+            images.check_tower(str(tower_sha256(workdir)))
+            found["given"] = _given(model, images, world, things, heldout)
     return found
 
 
 def neighbours(workdir: Path, world: WorldConfig, index: Path) -> list[dict[str, Any]]:
     """For some held-out objects: a prompt, and the images nearest to what the tower says of it."""
     model, images = trained.load(workdir), ImageIndex.open(index)
+    images.check_tower(str(tower_sha256(workdir)))
     chosen = [thing for thing in objects(world) if thing.split == "heldout"][:_SHOWN]
     prompts = [next(p.prompt for p in language.probes([thing])) for thing in chosen]
     queries = probing.features(model, prompts)
@@ -66,6 +70,12 @@ def neighbours(workdir: Path, world: WorldConfig, index: Path) -> list[dict[str,
         }
         for thing, prompt, row in zip(chosen, prompts, nearest, strict=True)
     ]
+
+
+def tower_sha256(workdir: Path) -> str | None:
+    """Hash of the tower that a run was trained with; None: it has none."""
+    tower = files.read_object(workdir / "run.json")["tower"]
+    return None if tower is None else str(tower["sha256"])
 
 
 def _accuracies(probes: Sequence[Probe], right: np.ndarray) -> Accuracies:
@@ -125,11 +135,24 @@ def _donors(things: Sequence[Object], probes: Sequence[Probe]) -> list[Object]:
 
 
 def without_fusion(model: TrainedModel) -> TrainedModel:
-    """The model with its fusion blocks turned into plain ones, which have no memory."""
+    """The model with its fusion blocks turned into plain ones, which have no memory.
+
+    Their attention over the text stays what it was: a plain block divides queries by the root of
+    the head width, a fusion block perhaps by that of the model width, so its queries are scaled.
+    """
     decoder = model.model.decoder
     layers, fused = decoder.config.layers, decoder.fusion_layers
-    flat = system.by_layer(model.params, layers, fused)
+    params = jax.tree.map(np.asarray, model.params)
+    flat = system.by_layer(params, layers, fused)
     kept = {name: value for name, value in flat.items() if "/memory/" not in name}
+    if decoder.fusion.query_scale == "model_width":
+        factor = decoder.config.heads**-0.5  # sqrt(H / D)
+        for layer in fused:
+            kernel, bias = f"h/{layer}/attn/qkv/kernel", f"h/{layer}/attn/qkv/bias"
+            kept[kernel] = np.concatenate(
+                [kept[kernel][:, :1] * factor, kept[kernel][:, 1:]], axis=1
+            )
+            kept[bias] = np.concatenate([kept[bias][:1] * factor, kept[bias][1:]])
     plain = dataclasses.replace(
         model.model, decoder=decoder.clone(fusion_layers=()), tower=None, search=None
     )

@@ -51,8 +51,11 @@ def ask(
     Raises:
       UserError: a candidate is not one token, or a text for the tower is of another length.
     """
-    # Shuffled, so that no control that borrows from the row before borrows from the same object.
+    # A control borrows the features of the row before: in a random order that is another object's,
+    # and longest first it is no shorter, so that there is text where this row ends.
     order = np.random.default_rng(0).permutation(len(probes))
+    sizes = np.array([len(trained.tokenizer.encode_lm(probe.prompt)) for probe in probes])
+    order = order[np.argsort(-sizes[order], kind="stable")]
     back = np.argsort(order)
     probes = [probes[n] for n in order]
     tower_reads = None if tower_reads is None else [tower_reads[n] for n in order]

@@ -23,6 +23,8 @@ VARIANTS = (
     "valm_eos",
     "random_tower",
     "shuffled",
+    "random_tower_eos",
+    "shuffled_eos",
 )
 NEIGHBOURS = 4
 
@@ -96,8 +98,8 @@ def language(world: WorldConfig, variant: str, *, steps: int = 0) -> ConfigDict:
         grounding.source, grounding.tower = "none", ""
     elif variant.startswith("valm"):
         grounding.source, grounding.index, grounding.neighbours = "images", OWN, NEIGHBOURS
-    elif variant in ("random_tower", "shuffled"):
-        grounding.control = variant
+    elif variant.startswith(("random_tower", "shuffled")):
+        grounding.control = variant.removesuffix("_eos")
     return config
 
 

@@ -17,10 +17,15 @@ from blindvalm_jax import files, indexing
 from blindvalm_jax.config import Config
 from blindvalm_jax.data import byte_level_bpe, images, output
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.interop import clip_model
+from blindvalm_jax.interop import clip_model, run_directory
 from blindvalm_jax.toyworld import language, recipes
 from blindvalm_jax.toyworld.recipes import OWN
-from blindvalm_jax.toyworld.world import WorldConfig, objects, parse_dataset_name
+from blindvalm_jax.toyworld.world import (
+    WorldConfig,
+    dataset_name,
+    objects,
+    parse_dataset_name,
+)
 
 Train = Callable[[Config, Path], int]
 _BPE_ENTRIES = 8192  # more than there are words: learning stops by itself
@@ -37,6 +42,11 @@ class Parts:
     def datasets(self) -> Path:
         """TFDS's data directory."""
         return self.root / "datasets"
+
+    @property
+    def marker(self) -> Path:
+        """Says which world it is, as far as objects and images go."""
+        return self.root / "world.txt"
 
     @property
     def tokenizer(self) -> Path:
@@ -60,10 +70,11 @@ def wanted(settings: Config) -> bool:
     return OWN in (settings.tokenizer.path, grounding.tower, grounding.index)
 
 
-def complete(settings: Config, workdir: Path, *, train: Train) -> Config:
+def complete(settings: Config, workdir: Path, *, train: Train, dry_run: bool = False) -> Config:
     """Settings with paths in the place of `toyworld`; the world is the one `data.tfds` names.
 
-    What is missing is made first, in `data.cache` or <workdir>/data. train: trains CLIP.
+    What is missing is made first, in `data.cache` or <workdir>/data. train: trains CLIP. dry_run:
+    refuse to train one.
 
     Raises:
       UserError: `data.tfds` names no toy world, or a part cannot be made.
@@ -80,6 +91,11 @@ def complete(settings: Config, workdir: Path, *, train: Train) -> Config:
     make_datasets(world, parts)
     make_tokenizer(world, parts)
     if settings.grounding.tower == OWN:
+        if dry_run and not run_directory.is_run(parts.clip):
+            raise UserError(
+                f"--dry_run trains no CLIP, and {parts.clip} holds none: train it first, with "
+                "--config=configs/toyworld.py:clip, or leave --dry_run out"
+            )
         make_clip(world, parts, train=train)
     if settings.grounding.index == OWN:
         make_index(parts)
@@ -102,11 +118,22 @@ def placed(settings: Config, parts: Parts) -> Config:
 
 
 def make_datasets(world: WorldConfig, parts: Parts) -> None:
-    """Images, sentences and probes; other processes wait for the one that makes them."""
+    """Images, sentences and probes; other processes wait for the one that makes them.
+
+    Raises:
+      UserError: the parts there are of a world with other objects or images.
+    """
     # Imported here: TFDS takes seconds, and most runs are of no toy world.
     from blindvalm_jax.toyworld import builders
 
     with output.locked(parts.root):
+        name = f"{dataset_name(world, 'images')}\n"
+        if parts.marker.exists() and parts.marker.read_text() != name:
+            raise UserError(
+                f"{parts.root} holds the world {parts.marker.read_text().strip()!r}, not "
+                f"{name.strip()!r}: take another directory for this one"
+            )
+        parts.marker.write_text(name)
         builders.build(world, parts.datasets)
 
 
