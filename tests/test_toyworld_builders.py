@@ -150,7 +150,7 @@ import sys
 from blindvalm_jax.data import corpora
 source = corpora.TfdsSource({sentences!r}, data_dir={str(tmp_path)!r})
 print(sorted(source.documents()))
-examples = corpora._open_tfds({images!r}, "train", {str(tmp_path)!r})[1]
+examples = corpora.open_tfds({images!r}, "train", {str(tmp_path)!r})[1]
 print(examples[0]["image"].shape, "tensorflow" in sys.modules, "jax" in sys.modules)
 """
     run = subprocess.run(
