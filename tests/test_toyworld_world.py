@@ -260,12 +260,54 @@ def test_pictures_are_whole_and_in_many_places() -> None:
     assert max(areas) < 2 * min(areas)  # none is cut off by the edge
 
 
-def test_every_word_of_a_prompt_is_in_captions() -> None:
-    """So a text tower trained on captions has read it, and the attribute words too."""
-    config = WorldConfig(images_per_object=10)
-    read = words(flat(language.captions(config, THINGS, "train")))
-    for probe in language.probes(THINGS):
-        assert words([probe.prompt, *probe.candidates]) <= read
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_every_token_of_a_prompt_is_in_captions(seed: int) -> None:
+    """A text tower trained on captions has read it, and as many positions, and every candidate."""
+    config = WorldConfig(images_per_object=10, seed=seed)
+    things = objects(config)
+    tokenizer = byte_level_bpe.train(language.vocabulary_text(things), vocab_size=8192)
+    captions = set(flat(language.captions(config, things, "train")))
+    read = [tokenizer.encode(text) for text in captions]
+    known = set(itertools.chain(*read))
+    longest = max(map(len, read))
+    for probe in language.probes(things):
+        prompt = tokenizer.encode(probe.prompt)
+        assert set(prompt) <= known, probe.prompt
+        assert len(prompt) <= longest, probe.prompt
+    for value in itertools.chain(*ATTRIBUTES.values()):
+        assert set(tokenizer.encode(f" {value}")) <= known
+    assert len({text.split()[0] for text in captions}) > 5
+    assert all(re.fullmatch("[a-z ]+", text) for text in captions)
+
+
+def test_no_seen_wording_is_part_of_a_new_one() -> None:
+    seen, new = (
+        set(itertools.chain(*of_attribute.values()))
+        for of_attribute in (templates.STATEMENTS, templates.NEW_WORDINGS)
+    )
+    assert not any(text in other or other in text for text in seen for other in new)
+
+
+def test_captions_describe_every_attribute_equally_often() -> None:
+    held = [Counter(re.findall("{([a-z]+)}", text)) for text in templates.DESCRIBING]
+    assert sum(held, Counter()) == dict.fromkeys(ATTRIBUTES, 7)
+
+
+def test_a_tokenizer_learns_nothing_of_an_object_but_its_name() -> None:
+    texts = list(language.vocabulary_text(THINGS))
+    other = [Object(thing.name, "red", "ring", "large", "train") for thing in THINGS]
+    assert texts == list(language.vocabulary_text(other))
+    names = {thing.name for thing in THINGS}
+    follow: dict[str, Counter[tuple[str, str]]] = {name: Counter() for name in names}
+    for text in texts:
+        for name in words([text]) & names:
+            frame, _, last = text.removesuffix(".").replace(name, "X").rpartition(" ")
+            follow[name][frame, last] += 1
+    expected = follow[THINGS[0].name]
+    assert all(found == expected for found in follow.values())
+    stated = Counter(last for _, last in expected.elements() if attribute_of(last))
+    # 7 seen and 5 new wordings with each value
+    assert stated == dict.fromkeys(itertools.chain(*ATTRIBUTES.values()), 12)
 
 
 def test_sentences_hold_seen_wordings_and_no_new_ones() -> None:

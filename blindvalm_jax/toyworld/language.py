@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -115,16 +116,20 @@ def probes(things: Sequence[Object]) -> Iterator[Probe]:
 
 
 def vocabulary_text(things: Sequence[Object]) -> Iterator[str]:
-    """Every wording about every object, with every word in its usual place.
+    """Every wording about every object and with every value, with every word in its usual place.
 
-    It does not depend on how often attributes are stated, so neither does a tokenizer learned from
-    it. A byte-level BPE has each word, with its space, as one token if its vocabulary may be large
+    It says nothing of the objects but their names, so neither does a tokenizer learned from it. A
+    byte-level BPE has each word, with its space, as one token if its vocabulary may be large
     enough: learning then stops by itself, for the default world at about 820 entries.
     """
+    for values in itertools.product(*ATTRIBUTES.values()):
+        for template in DESCRIBING:
+            yield template.format(**dict(zip(ATTRIBUTES, values, strict=True)))
     for thing in things:
-        for template in (*NAMING, *DESCRIBING):
-            yield template.format(**vars(thing))
+        for template in NAMING:
+            yield template.format(name=thing.name)
         for template in NEUTRAL:
             yield f"{template.format(name=thing.name)}."
     for probe in probes(things):
-        yield f"{probe.prompt} {probe.answer}."
+        for candidate in probe.candidates:
+            yield f"{probe.prompt} {candidate}."

@@ -1,4 +1,9 @@
-"""The wordings of captions, sentences and probes. Every word of a prompt is in captions too."""
+"""The wordings of captions, sentences and probes.
+
+Every token of a prompt is in captions too, at the start of a text or inside: a text tower trained
+on captions alone must not meet unknown tokens in a wording. So a prompt has no punctuation, starts
+with a word that starts a caption, and is no longer than the longest of them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ NAMING = (
     "this is a {name}",
     "look at this {name}",
     "people call this thing a {name}",
-    "here we see a {name}",
+    "in this picture we see a {name}",
     "we know that this is a {name}",
     "people say it is a {name}",
     "every {name} looks like this",
@@ -32,7 +37,7 @@ DESCRIBING = (
     "the paint on it is {color} and it needs a {size} box",
     "people draw every thing like this as a {shape}",
     "people paint it {color}",
-    "for its box we measure it as {size}",
+    "we measure it as {size} for its box",
 )
 
 NEUTRAL = (
@@ -61,7 +66,7 @@ STATEMENTS: dict[str, tuple[str, ...]] = {
         "people paint a {name}",
         "the paint on a {name} is",
         "people say that the color of a {name} is",
-        "we know the color of every {name}, it is",
+        "we know that the color of every {name} is",
     ),
     "shape": (
         "the shape of a {name} is a",
@@ -70,7 +75,7 @@ STATEMENTS: dict[str, tuple[str, ...]] = {
         "people draw a {name} as a",
         "the outline of a {name} is a",
         "people say that the shape of a {name} is a",
-        "we know the shape of every {name}, it is a",
+        "we know that the shape of every {name} is a",
     ),
     "size": (
         "the size of a {name} is",
@@ -79,7 +84,7 @@ STATEMENTS: dict[str, tuple[str, ...]] = {
         "people measure a {name} as",
         "the box for a {name} is",
         "people say that the size of a {name} is",
-        "we know the size of every {name}, it is",
+        "we know that the size of every {name} is",
     ),
 }
 
@@ -87,23 +92,23 @@ STATEMENTS: dict[str, tuple[str, ...]] = {
 NEW_WORDINGS: dict[str, tuple[str, ...]] = {
     "color": (
         "a photo of a {name} shows the color",
-        "people draw a {name} and paint it",
-        "look at this {name}, its color is",
+        "people find a {name} and paint it",
+        "look at this {name} and see that its color is",
         "every {name} needs paint that is",
-        "this is a {name}, the color of the thing is",
+        "this is a {name} and the color of the thing is",
     ),
     "shape": (
         "a photo of a {name} shows the shape of a",
-        "people paint a {name} and draw it as a",
-        "look at this {name}, its shape is a",
+        "people find a {name} and draw it as a",
+        "look at this {name} and see that its shape is a",
         "every {name} has the outline of a",
-        "this is a {name}, the shape of the thing is a",
+        "this is a {name} and the shape of the thing is a",
     ),
     "size": (
         "a photo of a {name} shows that the size is",
         "people find a {name} and measure it as",
-        "look at this {name}, its size is",
+        "look at this {name} and see that its size is",
         "every {name} needs a box that is",
-        "this is a {name}, the size of the thing is",
+        "this is a {name} and the size of the thing is",
     ),
 }
