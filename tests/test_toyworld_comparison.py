@@ -1,4 +1,7 @@
-"""The comparison of the toy world end to end, on a world that takes seconds."""
+"""The comparison of the toy world end to end, on a tiny world.
+
+Slow: compiling its models takes minutes, whatever their size.
+"""
 
 from __future__ import annotations
 
@@ -70,6 +73,7 @@ def probes() -> list[language.Probe]:
     return [probe for probe in language.probes(objects(WORLD)) if probe.split == "heldout"]
 
 
+@pytest.mark.slow
 def test_results_hold_what_the_report_and_others_read(
     made: tuple[Path, dict[str, Any]],
 ) -> None:
@@ -87,6 +91,7 @@ def test_results_hold_what_the_report_and_others_read(
     assert "gpt2" in report.summary_table(results)
 
 
+@pytest.mark.slow
 def test_the_same_again_trains_nothing(made: tuple[Path, dict[str, Any]]) -> None:
     root, results = made
     runs = [root / "seed_0" / name / "metrics.jsonl" for name in ("clip", *VARIANTS)]
@@ -98,14 +103,19 @@ def test_the_same_again_trains_nothing(made: tuple[Path, dict[str, Any]]) -> Non
     assert {k: v for k, v in results.items() if k != "seconds"} == again
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused(made: tuple[Path, dict[str, Any]]) -> None:
     with pytest.raises(UserError, match=r"holds a run with other settings: train\.steps"):
         compare(made[0], steps=dataclasses.replace(STEPS, language=4))
     other = dataclasses.replace(WORLD, sentences=310)
     with pytest.raises(UserError, match=r"was trained with other data"):
         compare(made[0], worlds=[other])
+    other = dataclasses.replace(WORLD, train_objects=9)
+    with pytest.raises(UserError, match=r"holds the world .*train_objects8.*, not"):
+        compare(made[0], worlds=[other])
 
 
+@pytest.mark.slow
 def test_a_run_takes_the_parts_of_its_world(
     made: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -122,6 +132,7 @@ def test_a_run_takes_the_parts_of_its_world(
         supply.complete(config.parse(values), tmp_path, train=trainer.train)
 
 
+@pytest.mark.slow
 def test_clip_in_the_index_is_the_tower_of_the_run(made: tuple[Path, dict[str, Any]]) -> None:
     root = made[0] / "seed_0"
     record = json.loads((root / "index" / "manifest.json").read_text())
@@ -132,6 +143,7 @@ def test_clip_in_the_index_is_the_tower_of_the_run(made: tuple[Path, dict[str, A
     assert run["images"]["vectors"] == WORLD.images_per_object * len(objects(WORLD))
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_order_or_number(
     blind: trained.TrainedModel, probes: list[language.Probe]
 ) -> None:
@@ -143,6 +155,7 @@ def test_answers_do_not_depend_on_order_or_number(
     np.testing.assert_array_equal(answers.said[7:20], few.said)
 
 
+@pytest.mark.slow
 def test_what_the_tower_reads_matters_only_where_it_is_seen(
     blind: trained.TrainedModel, probes: list[language.Probe]
 ) -> None:
@@ -169,6 +182,7 @@ def test_what_the_tower_reads_matters_only_where_it_is_seen(
         probing.ask(blind, probes, tower_reads=shorter)
 
 
+@pytest.mark.slow
 def test_given_vectors_take_the_place_of_the_features(
     blind: trained.TrainedModel, probes: list[language.Probe]
 ) -> None:
@@ -181,6 +195,7 @@ def test_given_vectors_take_the_place_of_the_features(
     np.testing.assert_allclose(given.share, own.share, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_model_without_fusion_is_the_plain_one(
     blind: trained.TrainedModel, probes: list[language.Probe]
 ) -> None:

@@ -67,7 +67,9 @@ def main(argv: Sequence[str]) -> None:
     )
     path = report.write(results, root)
     print(report.summary_table(results))
-    print(f"\n{path}: the whole report")
+    print(f"\nheld-out objects: no sentence states what they look like. The report: {path}")
+    if set(_VARIANTS.value) != set(recipes.VARIANTS):
+        print("all variants and controls: python -m blindvalm_jax.toyworld --workdir=runs/toyworld")
 
 
 def _cores() -> int:

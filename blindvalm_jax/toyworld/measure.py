@@ -105,12 +105,12 @@ def _attribution(
         for where in probing.WHERE
         if where != "everywhere"
     }
-    donors = _donors(things, probes)
+    givers = donors(things, probes)
     texts = [
-        probe.template.format(name=donor.name) for probe, donor in zip(probes, donors, strict=True)
+        probe.template.format(name=donor.name) for probe, donor in zip(probes, givers, strict=True)
     ]
     said = probing.ask(model, probes, tower_reads=texts).said
-    value = np.array([d.value(p.attribute) for p, d in zip(probes, donors, strict=True)])
+    value = np.array([d.value(p.attribute) for p, d in zip(probes, givers, strict=True)])
     own, donor = _accuracies(probes, said == answer), _accuracies(probes, said == value)
     found["swapped"] = {name: {"own": own[name], "donor": donor[name]} for name in ATTRIBUTES}
     plain = probing.ask(without_fusion(model), probes).said
@@ -118,7 +118,7 @@ def _attribution(
     return found
 
 
-def _donors(things: Sequence[Object], probes: Sequence[Probe]) -> list[Object]:
+def donors(things: Sequence[Object], probes: Sequence[Probe]) -> list[Object]:
     """For each probe another object of its split, with another value of what is asked."""
     rng = np.random.default_rng(0)
     own = {thing.name: thing for thing in things}
