@@ -91,12 +91,12 @@ def _measured(size: int) -> list[dict[str, Any]]:
     from blindvalm_jax.config import MeshConfig
     from blindvalm_jax.grounding import index_build
     from blindvalm_jax.grounding.faiss_engine import FaissEngine
-    from blindvalm_jax.grounding.index import Clip, ImageIndex
+    from blindvalm_jax.grounding.index import ClipHashes, ImageIndex
     from blindvalm_jax.grounding.retrieval import ExactEngine
 
     world = _Clusters(size)
     queries = world.vectors(range(size, size + _QUERIES.value))
-    clip = Clip(vision_sha256="none", text_sha256="none", source="synthetic")
+    clip = ClipHashes(vision_sha256="none", text_sha256="none", source="synthetic")
     with tempfile.TemporaryDirectory() as directory:
         index_build.build(
             Path(directory), world, world.encode, clip=clip, source="synthetic", batch_size=8192

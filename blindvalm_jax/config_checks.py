@@ -96,6 +96,13 @@ def _check_grounding(config: Config) -> None:
             "grounding.source=images asks its index with the text tower of the index's own CLIP: "
             "a random tower knows no images"
         )
+    if grounding.source != "images" and grounding.search != "exact":
+        raise UserError(
+            f"grounding.search={grounding.search} is for grounding.source=images, got "
+            f"{grounding.source}"
+        )
+    if grounding.search != "faiss" and (grounding.nprobe or grounding.rerank):
+        raise UserError("grounding.nprobe and grounding.rerank are for grounding.search=faiss")
     if (grounding.search == "prepared") != bool(grounding.prepared):
         raise UserError("grounding.search=prepared and grounding.prepared=DIR go together")
 

@@ -25,7 +25,7 @@ from blindvalm_jax.data.windows import Windows
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import index_build, neighbours, text
 from blindvalm_jax.grounding.faiss_engine import PAPER_NPROBE, FaissEngine
-from blindvalm_jax.grounding.index import Clip, ImageIndex, IndexManifest
+from blindvalm_jax.grounding.index import ClipHashes, ImageIndex, IndexManifest
 from blindvalm_jax.grounding.neighbours import NeighboursManifest
 from blindvalm_jax.grounding.retrieval import Engine, ExactEngine
 from blindvalm_jax.interop import clip_model, clip_text
@@ -115,7 +115,7 @@ def build(
         out,
         pictures,
         image_encoder(clip.config.vision, clip.params["vision"], mesh),
-        clip=Clip(
+        clip=ClipHashes(
             vision_sha256=clip.vision_sha256, text_sha256=clip.text_sha256, source=clip.source
         ),
         source=name,

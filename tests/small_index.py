@@ -12,7 +12,7 @@ from blindvalm_jax.grounding import index, index_build
 
 SIDE = 4
 WIDTH = 16
-CLIP = index.Clip(vision_sha256="v" * 64, text_sha256="t" * 64, source="numpy")
+CLIP = index.ClipHashes(vision_sha256="v" * 64, text_sha256="t" * 64, source="numpy")
 
 
 @dataclasses.dataclass(frozen=True)

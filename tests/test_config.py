@@ -226,6 +226,16 @@ def test_value_out_of_range(key: str, bound: str) -> None:
             ["grounding.search=prepared and grounding.prepared=DIR go together"],
             id="prepared-from-nowhere",
         ),
+        pytest.param(
+            {"grounding.search": "faiss"},
+            ["grounding.search=faiss is for grounding.source=images", "got text"],
+            id="search-without-images",
+        ),
+        pytest.param(
+            {"grounding.source": "images", "grounding.index": "index", "grounding.nprobe": 8},
+            ["grounding.nprobe and grounding.rerank are for grounding.search=faiss"],
+            id="nprobe-of-exact-search",
+        ),
         pytest.param({"mesh.fsdp": 0}, ["mesh", "positive", "fsdp=0"], id="mesh-zero"),
     ],
 )

@@ -33,7 +33,7 @@ _MOST_OPEN = 256  # shards of an index mapped at once: each takes a descriptor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Clip:
+class ClipHashes:
     """The two towers of an index: hashes of their parameters, and where they came from."""
 
     vision_sha256: str

@@ -18,7 +18,7 @@ from blindvalm_jax.data import output
 from blindvalm_jax.data.workers import Progress
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import index
-from blindvalm_jax.grounding.index import Clip, IndexManifest, Shard
+from blindvalm_jax.grounding.index import ClipHashes, IndexManifest, Shard
 
 SHARD_SIZE = 1 << 18  # images; 400 MB of a width of 768 in float16, held in memory till written
 Encode = Callable[[np.ndarray], np.ndarray]
@@ -43,7 +43,7 @@ def build(
     images: Images,
     encode: Encode,
     *,
-    clip: Clip,
+    clip: ClipHashes,
     source: str,
     batch_size: int = 64,
     shard_size: int = SHARD_SIZE,
