@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.toyworld import report
-from blindvalm_jax.toyworld.figures import CHANGED, LABELS, Gallery, Gap, half_width
+from blindvalm_jax.toyworld import figures, findings, report
+from blindvalm_jax.toyworld.figures import Gallery
+from blindvalm_jax.toyworld.findings import CHANGED, GIVEN, LABELS, Gap, half_width
 from blindvalm_jax.toyworld.world import ATTRIBUTES, SPLITS, WorldConfig
 
 KNOBS = {
