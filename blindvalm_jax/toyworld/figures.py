@@ -114,8 +114,8 @@ def accuracy(results: Mapping[str, Any]) -> Figure:
         panel.grid(axis="y", zorder=0, **_GRID)
     margin = 0.6 + max(0, 4 - len(variants)) / 2  # few bars are not broader ones
     panels[-1].set_xlim(-margin, len(variants) - 1 + margin)
-    titles = [textwrap.fill(LABELS[name], 12) for name in variants]
-    panels[-1].set_xticks(range(len(variants)), titles)
+    titles = [LABELS[name].replace(" ", "\n") for name in variants]
+    panels[-1].set_xticks(range(len(variants)), titles, fontsize=9)
     seen_and_new = (("wordings seen in sentences", 1.0), ("new wordings", 0.45))
     handles = [Patch(color="0.3", alpha=alpha, label=label) for label, alpha in seen_and_new]
     _legend(figure, handles, chance=True, seeds=len(results["seeds"]))
@@ -328,5 +328,6 @@ def _legend(figure: Figure, handles: list[Any], *, chance: bool, seeds: int | No
         handles.append(Line2D([], [], marker=".", ls="", color="0.3", label="one seed"))
     if seeds is not None and seeds > 1:
         handles.append(Line2D([], [], color="black", label="95 % interval"))
-    columns = min(5, len(handles))
+    long = any(len(handle.get_label()) > 20 for handle in handles)
+    columns = min(3 if long else 5, len(handles))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)

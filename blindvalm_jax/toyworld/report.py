@@ -14,16 +14,7 @@ from typing import Any
 from blindvalm_jax import files
 from blindvalm_jax.toyworld import figures, findings, language
 from blindvalm_jax.toyworld.figures import table
-from blindvalm_jax.toyworld.findings import (
-    LABELS,
-    WORDINGS,
-    WORDS,
-    Gap,
-    against,
-    each,
-    mean,
-    summary_table,
-)
+from blindvalm_jax.toyworld.findings import LABELS, WORDINGS, WORDS, against, mean, summary_table
 from blindvalm_jax.toyworld.world import ATTRIBUTES, SPLITS, attribute_of
 
 __all__ = ["summary_table", "write"]
@@ -119,7 +110,7 @@ def _result(page: figures.Page) -> list[str]:
         "" if page.seeds > 1 else "One seed gives no interval: a difference may be luck.\n",
     ]
     for a, chance in page.results["chance"].items():
-        gaps = {k: Gap([value - chance for value in v[a]]) for k, v in variants.items()}
+        gaps = {k: findings.Gap([value - chance for value in v[a]]) for k, v in variants.items()}
         lines.append(f"- {WORDS[a].capitalize()} against chance: {findings.grouped(gaps)}.")
     lines.append(f"- Colour, seen wordings against new ones: {against(seen, new)}.")
     base = [name for name in variants if name in ("gpt2", *findings.CONTROLS)]
@@ -196,7 +187,7 @@ def _stated(page: figures.Page) -> list[str]:
         body.append([LABELS[name], findings.updates(v), *cells])
         lowest, where = findings.least(train[name], page.results["seeds"])
         does = "answers" if lowest >= findings.LEARNED else "does not answer"
-        lines.append(f"- {LABELS[name]} {does} its train objects: at least {lowest:.3f} ({where}).")
+        lines.append(f"- {LABELS[name]} {does} its train objects (lowest: {lowest:.3f}, {where}).")
     return [
         "Does a model know more than what was stated? The text states the attributes of train "
         "objects, in the wordings of these probes. A control that has not learned even these "
@@ -204,7 +195,7 @@ def _stated(page: figures.Page) -> list[str]:
         *drawn,
         *table(["model", "updates", *head], body),
         "A model answers its train objects if every attribute's accuracy on them reaches "
-        f"{findings.LEARNED} in every seed. The lowest of them is given.\n",
+        f"{findings.LEARNED} in every seed.\n",
         *lines,
         f"- Colour, train objects against held-out objects: {against(train, held)}.",
     ]
@@ -287,8 +278,8 @@ def _nearest(page: figures.Page) -> list[str]:
         caption = "Prompts and their nearest pictures, nearest first; ✓: of the prompt's object."
         lines += [
             f"Of the {pictures} pictures nearest to prompts about held-out objects ({len(rows)} "
-            f"prompts, seed {gallery.config.seed}), a share of {shares['object']:.3f} show the object "
-            f"itself; shares with {same}.",
+            f"prompts, seed {gallery.config.seed}), a share of {shares['object']:.3f} show the "
+            f"object itself; shares with {same}.",
             *page.figure("neighbours", figures.neighbours(gallery, distinct[:5]), caption),
         ]
     return lines
@@ -306,7 +297,7 @@ def _bias(page: figures.Page) -> list[str]:
     lines = []
     for name, label in names.items():
         first, *others = found[name]["color"]
-        gaps = [Gap.between(values, first) for values in others]
+        gaps = [findings.Gap.between(values, first) for values in others]
         told = [f"{share} {gap.word} {gap}" for share, gap in zip(shares[1:], gaps, strict=True)]
         if told:
             lines.append(f"- Colour, {label}, against {shares[0]} stated: {'; '.join(told)}.")
@@ -351,13 +342,15 @@ def _cost(page: figures.Page) -> list[str]:
 
 
 def _every_seed(page: figures.Page) -> list[str]:
-    lines = ["Held-out objects and sentences:", *_held_out(page, each)]
+    lines = ["Held-out objects and sentences:", *_held_out(page, findings.each)]
     names = [k for k, v in page.variants.items() if "dev" in v["objects"]]
     head = [f"{WORDS[a]}, {wording} wordings" for a in ATTRIBUTES for wording in WORDINGS]
     rows = []
     for name in names:
         dev = page.variants[name]["objects"]["dev"]
-        rows.append([LABELS[name], *(each(dev[w][a]) for a in ATTRIBUTES for w in WORDINGS)])
+        rows.append(
+            [LABELS[name], *(findings.each(dev[w][a]) for a in ATTRIBUTES for w in WORDINGS)]
+        )
     if rows:
         lines += ["Development objects, on which settings were chosen:"]
         lines += table(["model", *head], rows)
@@ -367,7 +360,7 @@ def _every_seed(page: figures.Page) -> list[str]:
 def _made(page: figures.Page) -> list[str]:
     results = page.results
     command = results.get("command", findings.COMMAND)
-    lines = [f"    {command}", "", f"- seeds: {each(results['seeds'], '{}')}"]
+    lines = [f"    {command}", "", f"- seeds: {findings.each(results['seeds'], '{}')}"]
     lines += [f"- {key}: {results[key]}" for key in ("machine", "commit") if key in results]
     for key, form in (("versions", "{}"), ("seconds", "{:,.0f}")):
         if key in results:
