@@ -39,7 +39,7 @@ def write(results: Mapping[str, Any], out: Path) -> Path:
     page = figures.Page(results, out, figures.Gallery(findings.check(results)))
     (out / "figures").mkdir(parents=True, exist_ok=True)
     lines = ["# What text never says: the toy world", ""]
-    for title, (section, part) in _SECTIONS.items():
+    for title, (section, part) in SECTIONS.items():
         if part in results and (body := section(page)):
             lines += [f"## {title}", "", *body, ""]
     path = out / "report.md"
@@ -375,7 +375,7 @@ def _made(page: figures.Page) -> list[str]:
 
 
 # Title -> what makes the section, and the part of the results without which there is none.
-_SECTIONS: dict[str, tuple[Callable[[figures.Page], list[str]], str]] = {
+SECTIONS: dict[str, tuple[Callable[[figures.Page], list[str]], str]] = {
     "The question": (lambda page: [_QUESTION], "seeds"),
     "The world": (_world, "world"),
     "What is compared": (_compared, "variants"),
