@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.toyworld import report
-from blindvalm_jax.toyworld.figures import CHANGED, LABELS, Gallery, Gap, half_width
+from blindvalm_jax.toyworld import figures, findings, report
+from blindvalm_jax.toyworld.figures import Gallery
+from blindvalm_jax.toyworld.findings import CHANGED, GIVEN, LABELS, Gap, half_width
 from blindvalm_jax.toyworld.world import ATTRIBUTES, SPLITS, WorldConfig
 
 KNOBS = {
@@ -67,7 +68,7 @@ def made_up(names: list[str], seeds: list[int]) -> dict[str, Any]:
             }
             for name in grounded
         },
-        "given": {name: {"one_image": accuracies(), "mean_image": accuracies()} for name in names},
+        "given": {name: {kind: accuracies() for kind in GIVEN} for name in names},
         "clip": {"loss": draw(), "image_to_text_recall_at_1": draw(), "seconds": draw()},
         "neighbours": [
             {
@@ -155,7 +156,7 @@ def test_tables_are_rectangular(page: tuple[str, Path]) -> None:
 
 def test_a_section_is_there_if_its_data_are(page: tuple[str, Path], tmp_path: Path) -> None:
     assert set(OPTIONAL.values()) <= set(titles(page[0]))
-    assert len(titles(page[0])) == 14
+    assert len(titles(page[0])) == 15
     results = made_up(["gpt2", "valm"], [0, 1])
     for part in ("attribution", "given", "neighbours"):
         del results[part]
@@ -237,6 +238,8 @@ def test_summary_is_a_table_of_means() -> None:
         ("neighbours", "0", "prompt"),
         ("bias", "stated_heldout"),
         ("bias", "gpt2", "shape"),
+        ("variants", "valm", "objects", "dev", "new", "size"),
+        ("given", "valm", "one_image_shifted", "size"),
     ],
 )
 def test_what_is_missing_is_named(path: tuple[str, ...], tmp_path: Path) -> None:
@@ -276,3 +279,167 @@ def test_unknown_variants_knobs_and_images_are_refused(tmp_path: Path) -> None:
     for image in ("train:39", "validation:0", "train:-1", "7"):
         with pytest.raises(UserError, match="none of this world; expected train:0 to train:38"):
             gallery.find(image)
+
+
+def written(out: Path, *titles: str, **changed: Any) -> str:
+    """The sections of these titles, of ALL with some parts changed."""
+    results = ALL | changed
+    (out / "figures").mkdir(exist_ok=True)
+    page = figures.Page(results, out, Gallery(findings.check(results)))
+    return "\n".join(line for title in titles for line in report.SECTIONS[title][0](page)) + "\n"
+
+
+def lengthened(steps: dict[str, int]) -> dict[str, Any]:
+    """All variants, some trained longer."""
+    variants = copy.deepcopy(ALL["variants"])
+    for name, number in steps.items():
+        variants[name]["steps"] = [number] * 3
+        for curve in variants[name]["curves"]:
+            curve["step"] = [number // 3, 2 * number // 3, number]
+    return variants
+
+
+def test_unequal_training_is_said_wherever_losses_are_compared(tmp_path: Path) -> None:
+    variants = lengthened({"gpt2": 3000})
+    for name, variant in variants.items():  # all look as if fooled
+        variant["perplexity"] = [9.0, 9.1, 9.2] if name == "gpt2" else [3.0, 3.0, 3.1]
+        variant["color"] = [0.1, 0.2, 0.3]
+    titles = ["What is compared", "What they answer", "Differences", "Training"]
+    text = written(tmp_path, *titles, variants=variants)
+    assert "attend to alone" not in text
+    assert "Perplexity clearly lower" not in text
+    both = "different numbers of updates (GPT-2 3,000; BLIND-VALM 150;"
+    for line in text.splitlines():
+        if line.startswith(("Training loss at", "Accuracy on held-out", "All models learn")):
+            assert both in line
+        if "GPT-2" in line and (line.startswith("- Colour, ") and " against GPT-2" in line):
+            assert "(after 150 against 3,000 updates)" in line
+        if " − GPT-2" in line:
+            assert "− GPT-2 (after 150 against 3,000 updates) |" in line
+        elif " − " in line:
+            assert "updates" not in line
+    for variant in variants.values():
+        variant["steps"] = [150] * 3
+    text = written(tmp_path, titles[0], titles[2], variants=variants)
+    assert "for 150 updates each: they differ in what that layer may attend to alone." in text
+    assert "different numbers" not in text
+    told = re.search(r"Perplexity clearly lower than GPT-2's after as many.*: (.*)\.\n", text)
+    assert told
+    assert told[1].split(", ") == [LABELS[name] for name in variants if name != "gpt2"]
+
+
+def test_eos_controls_are_compared_with_their_readout(page: tuple[str, Path]) -> None:
+    rows = [row[0] for table in tables(page[0]) if table[0][0] == "difference" for row in table]
+    for readout in ("", " eos"):
+        for control in ("random tower", "shuffled"):
+            assert f"BLIND-VALM{readout} − {control}{readout}" in rows
+    assert not {"BLIND-VALM eos − shuffled", "BLIND-VALM − shuffled eos"} & set(rows)
+    assert set(findings.SEES) == set(LABELS)
+    assert len({findings.SEES[name] for name in LABELS}) == len(LABELS)
+
+
+def test_who_answers_train_objects_is_said_of_each(tmp_path: Path) -> None:
+    variants = copy.deepcopy(ALL["variants"])
+    for variant in variants.values():
+        variant["objects"]["train"]["seen"] = {a: [1.0, 0.95, 0.97] for a in ATTRIBUTES}
+    variants["shuffled_eos"]["objects"]["train"]["seen"]["size"] = [1.0, 0.99, 0.9]
+    text = written(tmp_path, "What they answer", "Stated and never stated", variants=variants)
+    for name in variants:
+        does = "does not answer" if name == "shuffled_eos" else "answers"
+        where = "0.900, size, seed 2" if name == "shuffled_eos" else "0.950, colour, seed 1"
+        assert f"- {LABELS[name]} {does} its train objects (lowest: {where})." in text
+    held = variants["shuffled_eos"]["objects"]["heldout"]["seen"]["color"]
+    [beside] = re.findall(r"- Colour in seen wordings, of held-out .*", text)
+    assert f"shuffled eos {findings.mean(held)} ({findings.mean([1.0, 0.95, 0.97])})." in beside
+    assert [part.split(" 0.")[0] for part in beside.split(": ")[1].split("; ")] == [
+        LABELS[name] for name in ("gpt2", *findings.CONTROLS)
+    ]
+
+
+def test_every_variant_has_points_in_both_panels_of_the_losses() -> None:
+    results = {**ALL, "variants": lengthened({"gpt2": 3000})}
+    for panel, start in zip(figures.losses(results).axes, (0, 75), strict=True):  # half of 150
+        for line in panel.get_lines():
+            steps = np.asarray(line.get_xdata())
+            assert steps.size
+            assert steps.min() >= start
+
+
+def test_times_taken_side_by_side_are_not_paired(tmp_path: Path) -> None:
+    cost = written(tmp_path, "Cost", jobs=2)
+    assert "side by side, 2 at a time, on shared cores" in cost
+    assert "benchmarks/valm_cost.py" in cost
+    assert not re.search(r"±|same seed|interval", cost)
+    rows = {row[0]: row for row in tables(cost)[0]}
+    medians = [np.median(ALL["variants"][name]["step_seconds"]) for name in ("valm", "gpt2")]
+    assert rows["VALM"][3] == f"{medians[0] / medians[1]:.2f}"
+    cases: list[tuple[dict[str, int], bool]] = [({"jobs": 1}, True), ({}, False)]
+    for jobs, said in cases:
+        cost = written(tmp_path, "Cost", **jobs)
+        assert ("one at a time" in cost) == said
+        assert "side by side" not in cost
+        assert "GPT-2 of the same seed" in cost
+
+
+def test_images_given_are_those_that_are_there(page: tuple[str, Path], tmp_path: Path) -> None:
+    rows = [row for table in tables(page[0]) for row in table]
+    for kind, label in GIVEN.items():
+        row = next(row for row in rows if row[0] == label)
+        assert row[1] == findings.mean(ALL["given"]["gpt2"][kind]["color"])
+        assert f"- Colour, {label}, against text: " in page[0]
+    assert "CLIP keeps images and texts apart" in page[0]
+    given = {name: {"mean_image": kinds["mean_image"]} for name, kinds in ALL["given"].items()}
+    text = written(tmp_path, OPTIONAL["given"], given=given)
+    assert "| mean of images |" in text
+    assert not re.search(r"one image|shifted|keeps images", text)
+    unknown: list[dict[str, Any]] = [{}, {"sound": {}}]
+    for kinds in unknown:
+        with pytest.raises(UserError, match="given must hold some of"):
+            findings.check({**ALL, "given": {"valm": kinds}})
+
+
+def test_appendix_has_development_objects_if_there(page: tuple[str, Path], tmp_path: Path) -> None:
+    appendix = page[0][page[0].index("## Appendix") : page[0].index("## How this was made")]
+    _, dev = tables(appendix)
+    rows = {row[0]: row[1:] for row in dev[1:]}
+    for name, variant in ALL["variants"].items():
+        found = variant["objects"]["dev"]
+        columns = [found[wording][a] for a in ATTRIBUTES for wording in ("seen", "new")]
+        assert rows[LABELS[name]] == [findings.each(values) for values in columns]
+    variants = copy.deepcopy(ALL["variants"])
+    for variant in variants.values():
+        del variant["objects"]["dev"]
+    assert "Development objects" not in written(tmp_path, "Appendix: every seed", variants=variants)
+
+
+def test_command_is_the_one_given(page: tuple[str, Path], tmp_path: Path) -> None:
+    assert f"\n    {findings.COMMAND}\n" in page[0]
+    text = written(tmp_path, "How this was made", command="python -m x --seeds=5")
+    assert text.startswith("    python -m x --seeds=5\n")
+    assert findings.COMMAND not in text
+
+
+def test_bias_is_against_the_least_share_and_says_updates(tmp_path: Path) -> None:
+    variants = lengthened({"gpt2": 3000})
+    bias: dict[str, Any] = {"stated_heldout": [0.0, 0.1], "gpt2": ALL["bias"]["gpt2"]}
+    text = written(tmp_path, OPTIONAL["bias"], variants=variants, bias=bias)
+    gap = Gap.between(*bias["gpt2"]["color"][::-1])
+    told = f"10 % {gap.word} {gap}."
+    assert f"- Colour, GPT-2 (3,000 updates), against 0 % stated: {told}" in text
+    assert "| stated | colour, GPT-2 (3,000 updates) |" in text
+    assert findings.swept({"variants": {}, "bias": bias}) == {"gpt2": "GPT-2"}
+    bias["gpt2"] = {**bias["gpt2"], "size": [[0.1], [0.2]]}
+    with pytest.raises(UserError, match=r"bias\.gpt2\.size\.0 must be 3 numbers"):
+        findings.check({**ALL, "bias": bias})
+
+
+def test_removed_and_nowhere_agree_or_how_far_they_do_not(tmp_path: Path) -> None:
+    found = {name: copy.deepcopy(ALL["attribution"][name]) for name in ("blind_valm", "valm")}
+    for variant in found.values():
+        variant["removed"] = copy.deepcopy(variant["nowhere"])
+    assert "nowhere agree: no accuracy differs." in written(
+        tmp_path, OPTIONAL["attribution"], attribution=found
+    )
+    found["valm"]["removed"]["size"][1] = found["valm"]["nowhere"]["size"][1] + 0.25
+    text = written(tmp_path, OPTIONAL["attribution"], attribution=found)
+    assert "nowhere differ, by at most 0.25 (VALM, size, seed 1)." in text

@@ -1,14 +1,12 @@
-"""The figures of the toy-world report, and what they and its text need of results.json."""
+"""The figures of the toy-world report, and the pictures of its world."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,140 +15,27 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.toyworld.findings import LABELS, WORDS, Conditions, half_width, mean, swept
 from blindvalm_jax.toyworld.render import render
 from blindvalm_jax.toyworld.world import ATTRIBUTES, WorldConfig, objects, stream
 
-COMMAND = "python -m blindvalm_jax.toyworld --workdir=DIR"
-WORDINGS = ("seen", "new")
-WORDS = {"color": "colour", "shape": "shape", "size": "size"}
-CHANGED = {
-    "last": "last position only",
-    "not_last": "all other positions",
-    "nowhere": "nowhere",
-    "removed": "fusion removed",
+# In Okabe and Ito's colours, which the colour-blind can tell apart: text warm, images blue, eos
+# darker.
+_COLOR_OF = {
+    "gpt2": "#666666",
+    "blind_valm": "#E69F00",
+    "blind_valm_eos": "#D55E00",
+    "valm": "#56B4E9",
+    "valm_eos": "#0072B2",
+    "random_tower": "#CC79A7",
+    "random_tower_eos": "#7A2F5B",
+    "shuffled": "#009E73",
+    "shuffled_eos": "#00503A",
 }
-# In Okabe and Ito's colours, which the colour-blind can tell apart: text warm, images blue.
-_STYLES = {
-    "gpt2": ("GPT-2", "#666666"),
-    "blind_valm": ("BLIND-VALM", "#E69F00"),
-    "blind_valm_eos": ("BLIND-VALM eos", "#D55E00"),
-    "valm": ("VALM", "#56B4E9"),
-    "valm_eos": ("VALM eos", "#0072B2"),
-    "random_tower": ("random tower", "#CC79A7"),
-    "shuffled": ("shuffled", "#009E73"),
-}
-LABELS = {name: label for name, (label, _) in _STYLES.items()}
-_COLOR_OF = {name: color for name, (_, color) in _STYLES.items()}
 _RIGHT, _WRONG, _INK = "#0072B2", "#D55E00", "0.15"
 _WIDTH = 8.6  # inches
 _GRID: dict[str, Any] = {"color": "0.88", "linewidth": 0.7}
 _CHANCE: dict[str, Any] = {"color": "0.35", "linestyle": "--", "linewidth": 1.0}
-# Variant -> attribute -> one accuracy per seed, under some condition; by the condition's name.
-Condition = Mapping[str, Mapping[str, Sequence[float]]]
-Conditions = Mapping[str, Condition]
-
-
-def check(results: Mapping[str, Any]) -> WorldConfig:
-    """The world of the first seed, if all that the report reads of the results is there.
-
-    Raises:
-      UserError: something is missing, or is not a number per seed.
-    """
-    seeds, variants = _at(results, "seeds"), _at(results, "variants")
-    if not seeds or not variants or not set(variants) <= set(LABELS):
-        raise UserError(f"results: need seeds and variants of {[*LABELS]}, got {[*variants]}")
-    for path in _per_seed(results):
-        values = _at(results, *path)
-        if not isinstance(values, list) or len(values) != len(seeds) or not _finite(values):
-            raise UserError(f"results: {'.'.join(path)} must be {len(seeds)} numbers, one per seed")
-    of_variant = itertools.product(("variants",), variants, ("parameters", "flops_per_token"))
-    for path in (*(("chance", attribute) for attribute in ATTRIBUTES), *of_variant):
-        if not _finite([_at(results, *path)]):
-            raise UserError(f"results: {'.'.join(path)} must be a number")
-    for name in variants:
-        if len(_at(results, "variants", name, "curves")) != len(seeds):
-            raise UserError(f"results: variants.{name}.curves must be {len(seeds)}, one per seed")
-    if "neighbours" in results:
-        rows = {str(place): row for place, row in enumerate(results["neighbours"])}
-        for where in itertools.product(rows, ("object", *ATTRIBUTES, "prompt", "images")):
-            _at({"neighbours": rows}, "neighbours", *where)
-    if "bias" in results:
-        swept = itertools.product(sorted({"gpt2", *results["bias"]} & set(LABELS)), ATTRIBUTES)
-        knob = _at(results, "bias", "stated_heldout")
-        if any(len(_at(results, "bias", *where)) != len(knob) for where in swept):
-            raise UserError(f"results: bias must have {len(knob)} entries, one per stated_heldout")
-    try:
-        return WorldConfig(**{**_at(results, "world"), "seed": seeds[0]})
-    except TypeError as error:
-        raise UserError(f"results: world must hold the knobs of a world alone: {error}") from error
-
-
-def _per_seed(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Paths of all that must be one number per seed."""
-    for name, variant in results["variants"].items():
-        optional = {"attention"} & set(variant)
-        for key in (*ATTRIBUTES, "perplexity", "steps", "step_seconds", *optional):
-            yield "variants", name, key
-        for where in itertools.product(("train", "heldout"), WORDINGS, ATTRIBUTES):
-            yield "variants", name, "objects", *where
-    swapped = itertools.product(("swapped",), ATTRIBUTES, ("own", "donor"))
-    wanted: dict[str, list[tuple[str, ...]]] = {
-        "given": [*itertools.product(("one_image", "mean_image"), ATTRIBUTES)],
-        "attribution": [*swapped, *itertools.product(CHANGED, ATTRIBUTES)],
-    }
-    for part in sorted(set(wanted) & set(results)):
-        for name, below in itertools.product(results[part], wanted[part]):
-            yield "variants", name, "color"  # to compare with
-            yield part, name, *below
-    if "clip" in results:
-        yield from (("clip", name) for name in results["clip"])
-
-
-def half_width(values: Sequence[float]) -> float | None:
-    """Half of the mean's 95 % t interval; None for a single value, which says nothing of spread."""
-    freedom = len(values) - 1
-    if freedom == 0:
-        return None
-    # With t = sqrt(freedom) tan(angle), Student's density is cos(angle) ** (freedom - 1).
-    edges = np.linspace(0, np.pi / 2, 50_001)
-    mass = np.cumsum(np.cos((edges[1:] + edges[:-1]) / 2) ** (freedom - 1))
-    quantile = np.sqrt(freedom) * np.tan(np.interp(0.95 * mass[-1], mass, edges[1:]))
-    return float(quantile * np.std(values, ddof=1) / np.sqrt(len(values)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Gap:
-    """Differences, one per seed: of two variants, two conditions, or to chance."""
-
-    values: list[float]
-
-    @classmethod
-    def between(cls, mine: Sequence[float], base: Sequence[float]) -> Gap:
-        """Pairs the seeds."""
-        return cls([a - b for a, b in zip(mine, base, strict=True)])
-
-    @property
-    def clear(self) -> bool:
-        """Whether the 95 % interval leaves out zero; never of a single seed."""
-        half = half_width(self.values)
-        return half is not None and abs(float(np.mean(self.values))) > half
-
-    @property
-    def word(self) -> str:
-        """Higher or lower where that is clear; of a single seed, what it shows."""
-        mean = float(np.mean(self.values))
-        if len(self.values) == 1:
-            return f"{'above' if mean > 0 else 'below' if mean else 'equal'} in the one seed"
-        return ("higher" if mean > 0 else "lower") if self.clear else "not clearly different"
-
-    def __str__(self) -> str:
-        """Mean and interval."""
-        mean, half = float(np.mean(self.values)), half_width(self.values)
-        return (
-            f"{mean:+.3f}"
-            if half is None
-            else f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
-        )
 
 
 class Gallery:
@@ -183,6 +68,13 @@ class Gallery:
                 f"train:{count * len(self.things) - 1}"
             )
         return divmod(int(number), count)
+
+    def shown(self, rows: Sequence[Mapping[str, Any]]) -> tuple[int, dict[str, float]]:
+        """Number of pictures of all rows of neighbours; shares like the row's object, by how."""
+        pairs = [(row, self.things[self.find(image)[0]]) for row in rows for image in row["images"]]
+        same = {"object": [thing.name == row["object"] for row, thing in pairs]}
+        same |= {a: [thing.value(a) == row[a] for row, thing in pairs] for a in ATTRIBUTES}
+        return len(pairs), {what: float(np.mean(found)) for what, found in same.items()}
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -222,7 +114,8 @@ def accuracy(results: Mapping[str, Any]) -> Figure:
         panel.grid(axis="y", zorder=0, **_GRID)
     margin = 0.6 + max(0, 4 - len(variants)) / 2  # few bars are not broader ones
     panels[-1].set_xlim(-margin, len(variants) - 1 + margin)
-    panels[-1].set_xticks(range(len(variants)), [LABELS[name] for name in variants])
+    titles = [LABELS[name].replace(" ", "\n") for name in variants]
+    panels[-1].set_xticks(range(len(variants)), titles, fontsize=9)
     seen_and_new = (("wordings seen in sentences", 1.0), ("new wordings", 0.45))
     handles = [Patch(color="0.3", alpha=alpha, label=label) for label, alpha in seen_and_new]
     _legend(figure, handles, chance=True, seeds=len(results["seeds"]))
@@ -254,17 +147,19 @@ def conditions(results: Mapping[str, Any], rows: Conditions) -> Figure:
 
 
 def losses(results: Mapping[str, Any]) -> Figure:
-    """Training loss: all updates, and the second half of them on a scale of its own."""
+    """Training loss: all updates, and those after half of the shortest run on a scale apart."""
     figure = Figure((_WIDTH, 3.8), layout="constrained")
     panels = figure.subplots(1, 2)
-    last = max(v["curves"][0]["step"][-1] for v in results["variants"].values())
-    for panel, (title, start) in zip(panels, (("all", 0), ("second half", last / 2)), strict=True):
+    half = min(c["step"][-1] for v in results["variants"].values() for c in v["curves"]) / 2
+    parts = (("all", 0), (f"from update {half:,.0f}", half))
+    for panel, (title, start) in zip(panels, parts, strict=True):
         for name, variant in results["variants"].items():
             curves = [dict(zip(c["step"], c["loss"], strict=True)) for c in variant["curves"]]
             steps = [x for x in curves[0] if x >= start and all(x in curve for curve in curves)]
             values = np.array([[curve[x] for x in steps] for curve in curves], float)
             panel.plot(steps, values.T, color=_COLOR_OF[name], linewidth=0.6, alpha=0.3)
-            panel.plot(steps, values.mean(axis=0), color=_COLOR_OF[name], linewidth=1.6)
+            style: dict[str, Any] = {"linewidth": 1.6, "marker": "o" if len(steps) == 1 else ""}
+            panel.plot(steps, values.mean(axis=0), color=_COLOR_OF[name], **style)
         panel.set(xlabel="updates", ylabel="training loss (nats per token)", title=title)
         panel.grid(**_GRID)
     _legend(figure, _names(results["variants"]), chance=False, seeds=None)
@@ -272,14 +167,19 @@ def losses(results: Mapping[str, Any]) -> Figure:
 
 
 def bars(
-    values: Mapping[str, Sequence[float]], label: str, *, flops: Sequence[float] = ()
+    values: Mapping[str, Sequence[float]],
+    label: str,
+    *,
+    flops: Sequence[float] = (),
+    spread: bool = True,
 ) -> Figure:
-    """A bar per variant, with the spread over seeds; `flops` are marked beside."""
+    """A bar per variant, with the spread over seeds if wanted; `flops` are marked beside."""
     figure = Figure((_WIDTH * 0.8, 1.3 + 0.36 * len(values)), layout="constrained")
     panel = figure.subplots()
     for place, (name, numbers) in enumerate(values.items()):
         panel.barh(place, np.mean(numbers), 0.7, color=_COLOR_OF[name], alpha=0.85, zorder=2)
-        _spread(panel, place, numbers, color=_INK, vertical=False, beside=0.18)
+        if spread:
+            _spread(panel, place, numbers, color=_INK, vertical=False, beside=0.18)
     panel.set_yticks(range(len(values)), [LABELS[name] for name in values])
     panel.invert_yaxis()
     panel.grid(axis="x", zorder=0, **_GRID)
@@ -290,7 +190,8 @@ def bars(
         panel.plot(flops, range(len(flops)), ls="", zorder=5, **style)
         panel.axvline(1, color="0.35", linewidth=1.0)
         handles = [Patch(color="0.3", label="time"), Line2D([], [], ls="", label="FLOPs", **style)]
-    _legend(figure, handles, chance=False, seeds=len(next(iter(values.values()))))
+    seeds = len(next(iter(values.values()))) if spread else None
+    _legend(figure, handles, chance=False, seeds=seeds)
     return figure
 
 
@@ -323,7 +224,7 @@ def bias(results: Mapping[str, Any]) -> Figure:
     """Accuracy against the share of held-out sentences that state an attribute."""
     found = results["bias"]
     shares = found["stated_heldout"]
-    names = [name for name in found if name in LABELS]
+    names = swept(results)
     figure = Figure((_WIDTH, 3.6), layout="constrained")
     panels = figure.subplots(1, len(ATTRIBUTES), sharey=True)
     places = np.arange(len(shares))  # equal distances: the shares of interest are close to none
@@ -341,9 +242,54 @@ def bias(results: Mapping[str, Any]) -> Figure:
         panel.grid(**_GRID)
     panels[0].set_ylabel("share right")
     panels[1].set_xlabel("sentences about a held-out object that state an attribute (%)")
-    seeds = min(len(values) for values in found[names[0]]["color"])
-    _legend(figure, _names(names, marker="o", ls=""), chance=True, seeds=seeds)
+    style: dict[str, Any] = {"marker": "o", "ls": ""}
+    handles = [Line2D([], [], color=_COLOR_OF[k], label=names[k], **style) for k in names]
+    _legend(figure, handles, chance=True, seeds=len(results["seeds"]))
     return figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """What a section of the page is made from, and the lines that show a figure."""
+
+    results: Mapping[str, Any]
+    out: Path
+    gallery: Gallery
+
+    @property
+    def variants(self) -> Mapping[str, Any]:
+        """Results by variant."""
+        return cast(Mapping[str, Any], self.results["variants"])
+
+    @property
+    def seeds(self) -> int:
+        """How many there are."""
+        return len(self.results["seeds"])
+
+    def title(self, attribute: str) -> str:
+        """The head of a column of accuracies."""
+        return f"{WORDS[attribute]} (chance {self.results['chance'][attribute]:.3f})"
+
+    def figure(self, name: str, figure: Figure, caption: str) -> list[str]:
+        """Draws a figure; the lines that show it."""
+        save(figure, self.out / "figures" / f"{name}.png")
+        return ["", f"![{caption}](figures/{name}.png)", "", f"*{caption}*", ""]
+
+    def conditions(self, name: str, rows: Conditions, caption: str) -> list[str]:
+        """A figure, and a table per attribute: conditions in rows, variants in columns."""
+        lines = self.figure(name, conditions(self.results, rows), caption)
+        names = list(next(iter(rows.values())))
+        for a in ATTRIBUTES:
+            head = [self.title(a), *(LABELS[k] for k in names)]
+            body = [[title, *(mean(row[k][a]) for k in names)] for title, row in rows.items()]
+            lines += table(head, body)
+        return lines
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+    return ["", *lines, ""]
 
 
 def _spread(
@@ -382,19 +328,6 @@ def _legend(figure: Figure, handles: list[Any], *, chance: bool, seeds: int | No
         handles.append(Line2D([], [], marker=".", ls="", color="0.3", label="one seed"))
     if seeds is not None and seeds > 1:
         handles.append(Line2D([], [], color="black", label="95 % interval"))
-    columns = min(5, len(handles))
+    long = any(len(handle.get_label()) > 20 for handle in handles)
+    columns = min(3 if long else 5, len(handles))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
-
-
-def _at(node: Any, *path: str) -> Any:
-    """What is at a path of the results."""
-    for depth, key in enumerate(path):
-        if not isinstance(node, Mapping) or key not in node:
-            missing = ".".join(path[: depth + 1])
-            raise UserError(f"results: {missing} is missing; write them again: {COMMAND}")
-        node = node[key]
-    return node
-
-
-def _finite(values: Iterable[Any]) -> bool:
-    return all(type(value) in (int, float) and math.isfinite(value) for value in values)

@@ -1,0 +1,360 @@
+"""What the toy-world report reads of results.json: checked, compared by seed, put in words.
+
+The data choose the words: "higher" and "lower" are said of a 95 % interval over seeds that leaves
+the other value out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.toyworld.world import ATTRIBUTES, WorldConfig
+
+COMMAND = "python -m blindvalm_jax.toyworld --workdir=DIR"
+WORDINGS = ("seen", "new")
+WORDS = {"color": "colour", "shape": "shape", "size": "size"}
+CHANGED = {
+    "last": "last position only",
+    "not_last": "all other positions",
+    "nowhere": "nowhere",
+    "removed": "fusion removed",
+}
+GIVEN = {
+    "one_image": "one image",
+    "mean_image": "mean of images",
+    "one_image_shifted": "one image, shifted",
+    "mean_image_shifted": "mean of images, shifted",
+}
+LABELS = {
+    "gpt2": "GPT-2",
+    "blind_valm": "BLIND-VALM",
+    "blind_valm_eos": "BLIND-VALM eos",
+    "valm": "VALM",
+    "valm_eos": "VALM eos",
+    "random_tower": "random tower",
+    "random_tower_eos": "random tower eos",
+    "shuffled": "shuffled",
+    "shuffled_eos": "shuffled eos",
+}
+SEES = {
+    "gpt2": "nothing; it has the text alone",
+    "blind_valm": "the text tower's output at each token",
+    "blind_valm_eos": "the tower's embedding of the text so far, as if it ended there",
+    "valm": "the images nearest to the tower's output at each token",
+    "valm_eos": "the images nearest to the embedding of the text so far",
+    "random_tower": "a text tower with random weights, at each token (control)",
+    "random_tower_eos": "the embedding that such a tower gives the text so far (control)",
+    "shuffled": "the tower's output at the tokens of another text of the batch (control)",
+    "shuffled_eos": "the tower's embedding of another text of the batch so far (control)",
+}
+CONTROLS = ("random_tower", "random_tower_eos", "shuffled", "shuffled_eos")
+PAIRS = (
+    *((name, "gpt2") for name in LABELS if name != "gpt2"),
+    *(("valm", "blind_valm"), ("valm_eos", "blind_valm_eos"), ("blind_valm_eos", "blind_valm")),
+    *(("blind_valm", "random_tower"), ("blind_valm", "shuffled")),
+    *(("blind_valm_eos", "random_tower_eos"), ("blind_valm_eos", "shuffled_eos")),
+)
+LEARNED = 0.95  # accuracy on stated objects from which they count as learned
+# Variant -> attribute -> one accuracy per seed, under some condition; by the condition's name.
+Condition = Mapping[str, Mapping[str, Sequence[float]]]
+Conditions = Mapping[str, Condition]
+
+
+def check(results: Mapping[str, Any]) -> WorldConfig:
+    """The world of the first seed, if all that the report reads of the results is there.
+
+    Raises:
+      UserError: something is missing, or is not a number per seed.
+    """
+    seeds, variants = _at(results, "seeds"), _at(results, "variants")
+    if not seeds or not variants or not set(variants) <= set(LABELS):
+        raise UserError(f"results: need seeds and variants of {[*LABELS]}, got {[*variants]}")
+    for path in _per_seed(results):
+        _check_numbers(_at(results, *path), ".".join(path), len(seeds))
+    of_variant = itertools.product(("variants",), variants, ("parameters", "flops_per_token"))
+    jobs = [("jobs",)] if "jobs" in results else []
+    for path in (*(("chance", attribute) for attribute in ATTRIBUTES), *of_variant, *jobs):
+        if not _finite([_at(results, *path)]):
+            raise UserError(f"results: {'.'.join(path)} must be a number")
+    for name in variants:
+        if len(_at(results, "variants", name, "curves")) != len(seeds):
+            raise UserError(f"results: variants.{name}.curves must be {len(seeds)}, one per seed")
+    if "neighbours" in results:
+        rows = {str(place): row for place, row in enumerate(results["neighbours"])}
+        for where in itertools.product(rows, ("object", *ATTRIBUTES, "prompt", "images")):
+            _at({"neighbours": rows}, "neighbours", *where)
+    if "bias" in results:
+        _check_bias(results, len(seeds))
+    try:
+        return WorldConfig(**{**_at(results, "world"), "seed": seeds[0]})
+    except TypeError as error:
+        raise UserError(f"results: world must hold the knobs of a world alone: {error}") from error
+
+
+def given_kinds(results: Mapping[str, Any]) -> list[str]:
+    """What the variants were given in place of text, in the order of `GIVEN`.
+
+    Raises:
+      UserError: nothing, or something unknown.
+    """
+    found = {kind for kinds in results["given"].values() for kind in kinds}
+    if not found or not found <= set(GIVEN):
+        raise UserError(f"results: given must hold some of {[*GIVEN]}, got {sorted(found)}")
+    return [kind for kind in GIVEN if kind in found]
+
+
+def swept(results: Mapping[str, Any]) -> dict[str, str]:
+    """Variants of the reporting-bias sweep, labelled with their updates where these are known."""
+    variants = results["variants"]
+    names = [name for name in results["bias"] if name in LABELS]
+    known = {name: f" ({updates(variants[name])} updates)" for name in names if name in variants}
+    return {name: LABELS[name] + known.get(name, "") for name in names}
+
+
+def summary_table(results: Mapping[str, Any]) -> str:
+    """Accuracy on held-out objects and perplexity, mean over seeds, as plain text.
+
+    Raises:
+      UserError: as `check`.
+    """
+    check(results)
+    columns = [(attribute, wording) for attribute in ATTRIBUTES for wording in WORDINGS]
+    rows = [["", *(f"{WORDS[a]} {wording}" for a, wording in columns), "perplexity"]]
+    for name, variant in results["variants"].items():
+        found = [variant["objects"]["heldout"][wording][a] for a, wording in columns]
+        rows.append([name, *(f"{np.mean(v):.3f}" for v in (*found, variant["perplexity"]))])
+    rows.append(["chance", *(f"{results['chance'][a]:.3f}" for a, _ in columns), ""])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
+    )
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """Half of the mean's 95 % t interval; None for a single value, which says nothing of spread."""
+    freedom = len(values) - 1
+    if freedom == 0:
+        return None
+    # With t = sqrt(freedom) tan(angle), Student's density is cos(angle) ** (freedom - 1).
+    edges = np.linspace(0, np.pi / 2, 50_001)
+    mass = np.cumsum(np.cos((edges[1:] + edges[:-1]) / 2) ** (freedom - 1))
+    quantile = np.sqrt(freedom) * np.tan(np.interp(0.95 * mass[-1], mass, edges[1:]))
+    return float(quantile * np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Gap:
+    """Differences, one per seed: of two variants, two conditions, or to chance."""
+
+    values: list[float]
+
+    @classmethod
+    def between(cls, mine: Sequence[float], base: Sequence[float]) -> Gap:
+        """Pairs the seeds."""
+        return cls([a - b for a, b in zip(mine, base, strict=True)])
+
+    @property
+    def clear(self) -> bool:
+        """Whether the 95 % interval leaves out zero; never of a single seed."""
+        half = half_width(self.values)
+        return half is not None and abs(float(np.mean(self.values))) > half
+
+    @property
+    def word(self) -> str:
+        """Higher or lower where that is clear; of a single seed, what it shows."""
+        mean = float(np.mean(self.values))
+        if len(self.values) == 1:
+            return f"{'above' if mean > 0 else 'below' if mean else 'equal'} in the one seed"
+        return ("higher" if mean > 0 else "lower") if self.clear else "not clearly different"
+
+    def __str__(self) -> str:
+        """Mean and interval."""
+        mean, half = float(np.mean(self.values)), half_width(self.values)
+        return (
+            f"{mean:+.3f}"
+            if half is None
+            else f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Of a variant to another; after: the updates of both if these differ."""
+
+    mine: str
+    base: str
+    gaps: Mapping[str, Gap]
+    after: str
+
+    @property
+    def fools(self) -> bool:
+        """Whether perplexity is clearly lower but colour not clearly other, equally trained."""
+        lower = self.gaps["perplexity"].word == "lower"
+        return lower and not self.gaps["color"].clear and not self.after
+
+
+def differences(variants: Mapping[str, Any]) -> list[Difference]:
+    """Of all `PAIRS` that are there: accuracies and perplexity."""
+    found = []
+    for mine, base in PAIRS:
+        if {mine, base} <= set(variants):
+            pair = variants[mine], variants[base]
+            keys = (*ATTRIBUTES, "perplexity")
+            gaps = {key: Gap.between(pair[0][key], pair[1][key]) for key in keys}
+            after = " (after {} against {} updates)".format(*map(updates, pair))
+            found.append(Difference(mine, base, gaps, "" if equally_long(*pair) else after))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Of variants: seconds of an update, by seed or, `beside`, the median; MFLOPs; ratios to GPT-2.
+
+    beside: runs were timed side by side, which slows them, so that seeds are no pairs.
+    """
+
+    beside: bool
+    seconds: Mapping[str, Sequence[float]]
+    mflops: Mapping[str, float]
+
+    @classmethod
+    def of(cls, results: Mapping[str, Any]) -> Costs:
+        """Without `jobs` runs count as timed one at a time."""
+        variants, beside = results["variants"], "jobs" in results and results["jobs"] > 1
+        seconds = {k: v["step_seconds"] for k, v in variants.items()}
+        if beside:
+            seconds = {k: [float(np.median(v))] for k, v in seconds.items()}
+        return cls(beside, seconds, {k: v["flops_per_token"] / 1e6 for k, v in variants.items()})
+
+    @property
+    def times(self) -> dict[str, list[float]]:
+        """Seconds over GPT-2's."""
+        base = self.seconds["gpt2"]
+        return {k: [a / b for a, b in zip(v, base, strict=True)] for k, v in self.seconds.items()}
+
+    @property
+    def flops(self) -> dict[str, float]:
+        """FLOPs over GPT-2's."""
+        return {k: value / self.mflops["gpt2"] for k, value in self.mflops.items()}
+
+
+def against(mine: Condition, base: Condition) -> str:
+    """Colour in one condition against another, by variant."""
+    return grouped({name: Gap.between(mine[name]["color"], base[name]["color"]) for name in base})
+
+
+def grouped(gaps: Mapping[str, Gap]) -> str:
+    """Variants by the word that their difference deserves."""
+    words = dict.fromkeys(gap.word for gap in gaps.values())
+    return "; ".join(
+        f"{word}: " + ", ".join(f"{LABELS[k]} {gap}" for k, gap in gaps.items() if gap.word == word)
+        for word in words
+    )
+
+
+def mean(values: Sequence[float], digits: int = 3) -> str:
+    """The mean and, of several values, ± their standard deviation."""
+    middle = f"{np.mean(values):.{digits}f}"
+    return middle if len(values) == 1 else f"{middle} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def each(values: Sequence[float], form: str = "{:.3f}") -> str:
+    """All values."""
+    return ", ".join(map(form.format, values))
+
+
+def updates(variant: Mapping[str, Any]) -> str:
+    """How long a variant was trained; several numbers if its seeds differ."""
+    return " or ".join(f"{steps:,}" for steps in sorted(set(variant["steps"])))
+
+
+def equally_long(*variants: Mapping[str, Any]) -> bool:
+    """Whether variants were trained for the same numbers of updates, seed by seed."""
+    return all(variant["steps"] == variants[0]["steps"] for variant in variants)
+
+
+def durations(variants: Mapping[str, Any]) -> str:
+    """How long the variants were trained: once if that is equal, else of each."""
+    if equally_long(*variants.values()):
+        return f"{updates(next(iter(variants.values())))} updates each"
+    of = "; ".join(f"{LABELS[name]} {updates(variant)}" for name, variant in variants.items())
+    return f"different numbers of updates ({of})"
+
+
+def least(found: Mapping[str, Sequence[float]], seeds: Sequence[int]) -> tuple[float, str]:
+    """The lowest of the values of all attributes and seeds, and where it is."""
+    return min(
+        (value, f"{WORDS[attribute]}, seed {seed}")
+        for attribute in ATTRIBUTES
+        for seed, value in zip(seeds, found[attribute], strict=True)
+    )
+
+
+def farthest(mine: Condition, base: Condition, seeds: Sequence[int]) -> tuple[float, str]:
+    """The largest difference of two conditions over variants, attributes, seeds; where it is."""
+    return max(
+        (abs(a - b), f"{LABELS[name]}, {WORDS[attribute]}, seed {seed}")
+        for name, attribute in itertools.product(base, ATTRIBUTES)
+        for seed, a, b in zip(seeds, mine[name][attribute], base[name][attribute], strict=True)
+    )
+
+
+def _per_seed(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Paths of all that must be one number per seed."""
+    for name, variant in results["variants"].items():
+        optional = {"attention"} & set(variant)
+        for key in (*ATTRIBUTES, "perplexity", "steps", "step_seconds", *optional):
+            yield "variants", name, key
+        splits = ("train", *sorted({"dev"} & set(_at(variant, "objects"))), "heldout")
+        for where in itertools.product(splits, WORDINGS, ATTRIBUTES):
+            yield "variants", name, "objects", *where
+    swapped = itertools.product(("swapped",), ATTRIBUTES, ("own", "donor"))
+    wanted: dict[str, list[tuple[str, ...]]] = {
+        "attribution": [*swapped, *itertools.product(CHANGED, ATTRIBUTES)]
+    }
+    if "given" in results:
+        wanted["given"] = [*itertools.product(given_kinds(results), ATTRIBUTES)]
+    for part in sorted(set(wanted) & set(results)):
+        for name, below in itertools.product(results[part], wanted[part]):
+            yield "variants", name, "color"  # to compare with
+            yield part, name, *below
+    if "clip" in results:
+        yield from (("clip", name) for name in results["clip"])
+
+
+def _check_bias(results: Mapping[str, Any], seeds: int) -> None:
+    knob = _at(results, "bias", "stated_heldout")
+    names = sorted({"gpt2", *results["bias"]} & set(LABELS))
+    for name, attribute in itertools.product(names, ATTRIBUTES):
+        rows = _at(results, "bias", name, attribute)
+        if len(rows) != len(knob):
+            raise UserError(f"results: bias must have {len(knob)} entries, one per stated_heldout")
+        for place, values in enumerate(rows):
+            _check_numbers(values, f"bias.{name}.{attribute}.{place}", seeds)
+
+
+def _check_numbers(values: Any, path: str, seeds: int) -> None:
+    if not isinstance(values, list) or len(values) != seeds or not _finite(values):
+        raise UserError(f"results: {path} must be {seeds} numbers, one per seed")
+
+
+def _at(node: Any, *path: str) -> Any:
+    """What is at a path of the results."""
+    for depth, key in enumerate(path):
+        if not isinstance(node, Mapping) or key not in node:
+            missing = ".".join(path[: depth + 1])
+            raise UserError(f"results: {missing} is missing; write them again: {COMMAND}")
+        node = node[key]
+    return node
+
+
+def _finite(values: Iterable[Any]) -> bool:
+    return all(type(value) in (int, float) and math.isfinite(value) for value in values)
