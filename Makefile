@@ -20,7 +20,7 @@ PIP_INSTALL = $(BIN)/python -m pip install $(if $(filter 3.11,$(VENV_VERSION)),-
 .PHONY: train toyworld test test-all checks install torch
 
 train: $(VENV)/installed
-	$(BIN)/python -m blindvalm_jax.toyworld --workdir=runs/first --seeds=1 --variants=blind_valm_eos
+	$(BIN)/python -m blindvalm_jax.toyworld --workdir=runs/first --seeds=1 --variants=blind_valm_eos --steps=1000
 
 toyworld: $(VENV)/installed
 	$(BIN)/python -m blindvalm_jax.toyworld --workdir=runs/toyworld

@@ -9,7 +9,7 @@
 
 The world, its tokenizer, CLIP and image index are made first, in data.cache or <workdir>/data.
 `python -m blindvalm_jax.toyworld` trains all variants, probes them and writes the report.
-Hardware: 2 CPU cores, about 1 minute for CLIP and 1 for a language model.
+Hardware: 2 CPU cores, minutes for CLIP and as many for a language model.
 """
 
 from __future__ import annotations
