@@ -11,7 +11,11 @@ PYTHON ?= $(or $(firstword $(shell for p in python3.11 python3.12 python3.13; do
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 
+# processes that run tests, each a file at a time
+TEST_WORKERS ?= 2
+
 BIN := $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 # constraints.txt holds the tested versions of Python 3.11; other Pythons follow pyproject.toml.
 VENV_VERSION = $(shell $(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 PIP_INSTALL = $(BIN)/python -m pip install $(if $(filter 3.11,$(VENV_VERSION)),-c constraints.txt)
@@ -26,10 +30,10 @@ toyworld: $(VENV)/installed
 	$(BIN)/python -m blindvalm_jax.toyworld --workdir=runs/toyworld
 
 test: checks
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: torch checks
-	OPTIMIZED_TESTS=1 $(BIN)/python -m pytest
+	OPTIMIZED_TESTS=1 $(PYTEST)
 
 checks: install
 	$(BIN)/ruff format --check .
