@@ -233,7 +233,8 @@ def test_init_is_born_sharded_and_the_same_on_every_mesh() -> None:
 def test_constraints_reach_the_program_under_the_mesh_only() -> None:
     """flax drops them silently without a mesh or without rules."""
     model = small_models.blind_model(CONFIG)
-    params, frozen = small_models.decoder_params(model.decoder), small_models.tower_params()
+    params = small_models.decoder_params(model.decoder)
+    frozen = {"tower": small_models.tower_params()}
     batch = small_models.blind_batch(rows=16)
 
     def text() -> str:
