@@ -98,9 +98,8 @@ def test_the_same_again_trains_nothing(made: tuple[Path, dict[str, Any]]) -> Non
     before = [path.read_bytes() for path in runs]
     again = compare(root)
     assert [path.read_bytes() for path in runs] == before
-    assert "seconds" in results
-    assert "seconds" not in again
-    assert {k: v for k, v in results.items() if k != "seconds"} == again
+    assert again == results  # with how long it took when it was done
+    assert set(results["seconds"]) == {"world_and_clip", "language"}
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ _Examples = Iterator[tuple[int, dict[str, Any]]]
 class _ToyworldBuilder(tfds.core.GeneratorBasedBuilder):
     """A dataset of the world that its config's name tells."""
 
-    VERSION = tfds.core.Version("1.0.0")  # of what is made: a name and a version are one content
+    VERSION = tfds.core.Version("2.0.0")  # of what is made: a name and a version are one content
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="default")]
     DATASET = ""
     ABOUT = ""

@@ -80,31 +80,33 @@ def run(
     Raises:
       UserError: a job failed; its log tells why.
     """
-    begin = time.perf_counter()
     parts = {world.seed: Parts(root / f"seed_{world.seed}") for world in worlds}
-    fresh = not any(part.root.exists() for part in parts.values())
-    clips = _all(
-        [
-            (f"seed {w.seed}, world and CLIP", _make_world, parts[w.seed], w, steps.clip)
-            for w in worlds
-        ],
-        jobs,
-    )
-    between = time.perf_counter()
 
     def job(world: WorldConfig, variant: str, share: float = 0.0) -> Job:
         biased = dataclasses.replace(world, stated_heldout=share)
         return Job(parts[world.seed], biased, variant, steps.language)
 
-    todo = [job(world, variant) for world in worlds for variant in variants]
+    compared = [job(world, variant) for world in worlds for variant in variants]
     swept = [
         [[job(world, variant, share) for world in worlds] for share in (0.0, *stated)]
         for variant in BIAS_VARIANTS
         if stated
     ]
-    todo += [one for shares in swept for row in shares for one in row if one not in todo]
-    found = _all([(one.label, _train_and_measure, one) for one in todo], jobs)
-    measured = dict(zip(todo, found, strict=True))
+    rest = [one for shares in swept for row in shares for one in row if one not in compared]
+    stages: dict[str, list[tuple[Any, ...]]] = {
+        "world_and_clip": [
+            (f"seed {w.seed}, world and CLIP", _make_world, parts[w.seed], w, steps.clip)
+            for w in worlds
+        ],
+        "language": [(one.label, _train_and_measure, one) for one in compared],
+        "bias": [(one.label, _train_and_measure, one) for one in rest],
+    }
+    done, seconds = {}, {}
+    for stage, calls in stages.items():
+        if calls:
+            done[stage], seconds[stage] = _timed(calls, root / f"{stage}_seconds.json", jobs)
+    found = [*done["language"], *done.get("bias", [])]
+    measured = dict(zip([*compared, *rest], found, strict=True))
     shown: list[dict[str, Any]] = []
     if "blind_valm_eos" in variants:
         first = job(worlds[0], "blind_valm_eos")
@@ -114,19 +116,13 @@ def run(
         "world": dataclasses.asdict(worlds[0]),
         "chance": {name: 1 / len(values) for name, values in ATTRIBUTES.items()},
         **_gathered({v: [measured[job(world, v)] for world in worlds] for v in variants}),
-        "clip": _listed(clips),
+        "clip": _listed(done["world_and_clip"]),
         **({"neighbours": shown} if shown else {}),
         "jobs": jobs,
+        "seconds": {stage: spent for stage, spent in seconds.items() if spent is not None},
         "command": " ".join(["python", "-m", "blindvalm_jax.toyworld", *sys.argv[1:]]),
         **_where(),
     }
-    if fresh:  # else this says only how long the rest took
-        done = time.perf_counter()
-        results["seconds"] = {
-            "world_and_clip": between - begin,
-            "language": done - between,
-            "total": done - begin,
-        }
     if stated:
         results["bias"] = {"stated_heldout": [0.0, *stated]} | {
             variant: {
@@ -267,6 +263,20 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
+def _timed(
+    calls: Sequence[tuple[Any, ...]], record: Path, jobs: int
+) -> tuple[list[Any], float | None]:
+    """What `_all` found, and its seconds, kept in a file: None if it did not do all at one go."""
+    of = {"calls": [call[0] for call in calls], "jobs": jobs}
+    fresh = not any(_directory(call[2]).exists() for call in calls)
+    begin = time.perf_counter()
+    found = _all(calls, jobs)
+    if fresh:
+        files.write_json(record, {**of, "seconds": time.perf_counter() - begin})
+    timed = files.read_object(record) if record.exists() else {}
+    return found, timed["seconds"] if timed.items() > of.items() else None
+
+
 def _all(calls: Sequence[tuple[Any, ...]], jobs: int) -> list[Any]:
     """Runs (label, function, *arguments), `jobs` at a time, says when each is done; in order.
 
@@ -304,10 +314,14 @@ def _all(calls: Sequence[tuple[Any, ...]], jobs: int) -> list[Any]:
         return [by_label[call[0]] for call in calls]
 
 
+def _directory(subject: Job | Parts) -> Path:
+    """What it makes lies there."""
+    return subject.workdir if isinstance(subject, Job) else subject.root
+
+
 def _log(subject: Job | Parts) -> Path:
     """Where a worker writes what its runs print."""
-    directory = subject.workdir if isinstance(subject, Job) else subject.root
-    return directory / "log.txt"
+    return _directory(subject) / "log.txt"
 
 
 def _quiet(function: Any, subject: Job | Parts, *rest: Any) -> Any:

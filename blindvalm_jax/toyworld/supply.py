@@ -86,8 +86,10 @@ def complete(settings: Config, workdir: Path, *, train: Train, dry_run: bool = F
             "`toyworld` as tokenizer, tower or index goes with data.tfds=toyworld_sentences/... or "
             f"toyworld_images/..., got {settings.data.tfds!r}"
         )
-    world = parse_dataset_name(name or "default", kind)
     parts = Parts(Path(settings.data.cache or workdir / "data"))
+    world = parse_dataset_name(name or "default", kind)
+    if kind == "sentences":
+        world = _with_its_images(world, parts)
     make_datasets(world, parts)
     make_tokenizer(world, parts)
     if settings.grounding.tower == OWN:
@@ -96,10 +98,26 @@ def complete(settings: Config, workdir: Path, *, train: Train, dry_run: bool = F
                 f"--dry_run trains no CLIP, and {parts.clip} holds none: train it first, with "
                 "--config=configs/toyworld.py:clip, or leave --dry_run out"
             )
-        make_clip(world, parts, train=train)
+        make_clip(world, parts, train=train, steps=_steps_of(parts.clip))
     if settings.grounding.index == OWN:
         make_index(parts)
     return placed(settings, parts)
+
+
+def _with_its_images(world: WorldConfig, parts: Parts) -> WorldConfig:
+    """The world with the images that are there: the name of its sentences tells nothing of them."""
+    if not parts.marker.exists():
+        return world
+    made = parse_dataset_name(parts.marker.read_text().strip(), "images")
+    of_images = [k.name for k in dataclasses.fields(world) if k.metadata["datasets"] == ("images",)]
+    return dataclasses.replace(world, **{name: getattr(made, name) for name in of_images})
+
+
+def _steps_of(run: Path) -> int:
+    """Updates that a run which is there was to have; 0: there is none."""
+    if not run_directory.is_run(run):
+        return 0
+    return int(files.read_object(run / "config.json")["train"]["steps"])
 
 
 def placed(settings: Config, parts: Parts) -> Config:

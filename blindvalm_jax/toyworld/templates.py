@@ -1,8 +1,9 @@
 """The wordings of captions, sentences and probes.
 
-Every token of a prompt is in captions too, at the start of a text or inside: a text tower trained
-on captions alone must not meet unknown tokens in a wording. So a prompt has no punctuation, starts
-with a word that starts a caption, and is no longer than the longest of them.
+Every token of a prompt is in captions and in sentences too, at the start of a text or inside:
+neither a text tower trained on captions alone nor a language model may meet unknown tokens in a
+wording. So a prompt has no punctuation, starts with a word that starts a caption, and is no longer
+than the longest of them.
 """
 
 from __future__ import annotations
@@ -55,6 +56,11 @@ NEUTRAL = (
     "a {name} is in the box",
     "we know that this is a {name}",
     "this picture shows a {name}",
+    "this thing is a {name}",
+    "a child needs the {name} at home",
+    "he can see a {name} in its box",
+    "they took a photo of the {name} and lost it",
+    "my friend saw a {name} and wants it",
 )
 
 # What stands before the value that ends a statement; a probe in a seen wording is the same text.
@@ -92,7 +98,7 @@ STATEMENTS: dict[str, tuple[str, ...]] = {
 NEW_WORDINGS: dict[str, tuple[str, ...]] = {
     "color": (
         "a photo of a {name} shows the color",
-        "people find a {name} and paint it",
+        "people find a {name} and paint it in the color",
         "look at this {name} and see that its color is",
         "every {name} needs paint that is",
         "this is a {name} and the color of the thing is",
