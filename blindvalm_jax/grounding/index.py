@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import hashlib
 import itertools
@@ -22,6 +21,7 @@ import numpy as np
 
 from blindvalm_jax import files
 from blindvalm_jax.data import output
+from blindvalm_jax.data.memory_maps import MemoryMaps, StoredArray
 from blindvalm_jax.data.output import FileRecord
 from blindvalm_jax.errors import UserError
 
@@ -29,7 +29,6 @@ FORMAT = 1
 FILE_NAME = "manifest.json"
 KIND = output.Kind(marker=".blindvalm_index", maker="the index builder", content="image vectors")
 DTYPES = ("float16", "float32")
-_MOST_OPEN = 256  # shards of an index mapped at once: each takes a descriptor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,9 +130,13 @@ class Vectors:
         """Maps nothing yet."""
         self.shape = (manifest.count, manifest.width)
         self.dtype = np.dtype(manifest.dtype)
-        self._directory, self._shards = directory, manifest.shards
+        self._shards = manifest.shards
         self._ends = list(itertools.accumulate(shard.count for shard in manifest.shards))
-        self._maps: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
+        arrays = [
+            StoredArray(directory / shard.vectors.file, (shard.count, manifest.width), self.dtype)
+            for shard in manifest.shards
+        ]
+        self._maps = MemoryMaps(arrays, remedy=f"delete {directory}, build it again")
 
     def __len__(self) -> int:
         """M."""
@@ -148,7 +151,7 @@ class Vectors:
         for number, (shard, end) in enumerate(zip(self._shards, self._ends, strict=True)):
             begin = end - shard.count
             if first < end and begin < last:
-                found.append(self._map(number)[max(first - begin, 0) : last - begin])
+                found.append(self._maps[number][max(first - begin, 0) : last - begin])
         return found[1] if len(found) == 2 else np.concatenate(found)
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
@@ -165,32 +168,13 @@ class Vectors:
         for number in np.unique(numbers):
             here = numbers == number
             begin = self._ends[number] - self._shards[number].count
-            found[here] = self._map(int(number))[flat[here] - begin]
+            found[here] = self._maps[int(number)][flat[here] - begin]
         return found.reshape(*np.shape(indices), self.shape[1])
 
     def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
         """All vectors in order, `size` at once: the first index of a block, and float32 [b, E]."""
         for first in range(0, len(self), size):
             yield first, self[first : first + size].astype(np.float32)
-
-    def _map(self, number: int) -> np.ndarray:
-        found = self._maps.pop(number, None)
-        if found is None:
-            shard = self._shards[number]
-            path = self._directory / shard.vectors.file
-            try:
-                found = np.load(path, mmap_mode="r")
-                wanted = (shard.count, self.shape[1]), self.dtype
-                if (found.shape, found.dtype) != wanted:
-                    raise ValueError(f"{found.shape} {found.dtype}, expected {wanted}")
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    f"{path} is damaged ({error}): delete {self._directory}, build it again"
-                ) from error
-        self._maps[number] = found
-        if len(self._maps) > _MOST_OPEN:
-            self._maps.popitem(last=False)
-        return found
 
 
 class ImageIndex:

@@ -8,7 +8,6 @@ A run that reads them searches nothing; the ids lead to vectors in the image ind
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ import numpy as np
 
 from blindvalm_jax import files
 from blindvalm_jax.data import output, pipeline
+from blindvalm_jax.data.memory_maps import MemoryMaps, StoredArray
 from blindvalm_jax.data.output import FileRecord
 from blindvalm_jax.data.windows import Windows
 from blindvalm_jax.data.workers import Progress
@@ -30,7 +30,6 @@ FORMAT = 1
 FILE_NAME = "manifest.json"
 KIND = output.Kind(marker=".blindvalm_neighbours", maker="neighbours.write", content="neighbours")
 WINDOWS_PER_SHARD = 4096  # 32 MiB of 512 tokens and 4 neighbours
-_MOST_OPEN = 256  # shards mapped at once: each takes a descriptor
 Features = Callable[[pipeline.Batch], np.ndarray]
 
 
@@ -125,7 +124,16 @@ class Neighbours:
     def __init__(self, directory: Path, manifest: NeighboursManifest) -> None:
         """Use `open`, which checks."""
         self.directory, self.manifest = directory, manifest
-        self._maps: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
+        each = manifest.windows_per_shard
+        arrays = [
+            StoredArray(
+                directory / shard.file,
+                (min(each, manifest.windows - first), manifest.length, manifest.neighbours),
+                np.dtype(np.uint32),
+            )
+            for shard, first in zip(manifest.shards, range(0, manifest.windows, each), strict=True)
+        ]
+        self._maps = MemoryMaps(arrays, remedy=f"delete {directory}, write it again")
 
     @classmethod
     def open(cls, directory: str | Path) -> Neighbours:
@@ -176,30 +184,7 @@ class Neighbours:
         if not 0 <= window < len(self):
             raise IndexError(f"window {window} of {len(self)}")
         number, place = divmod(window, self.manifest.windows_per_shard)
-        found = self._maps.pop(number, None)
-        found = self._maps[number] = self._map(number) if found is None else found
-        if len(self._maps) > _MOST_OPEN:
-            self._maps.popitem(last=False)
-        return np.asarray(found[place])
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but memory maps, which would be copied whole to another process."""
-        return {**self.__dict__, "_maps": collections.OrderedDict()}
-
-    def _map(self, number: int) -> np.ndarray:
-        about = self.manifest
-        path = self.directory / about.shards[number].file
-        here = min(about.windows_per_shard, about.windows - number * about.windows_per_shard)
-        wanted = (here, about.length, about.neighbours)
-        try:
-            found = np.load(path, mmap_mode="r")
-            if found.shape != wanted or found.dtype != np.uint32:
-                raise ValueError(f"{found.dtype} {found.shape}, expected uint32 {wanted}")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path} is damaged ({error}): delete {self.directory}, write it again"
-            ) from error
-        return found
+        return np.asarray(self._maps[number][place])
 
 
 @dataclasses.dataclass(frozen=True)

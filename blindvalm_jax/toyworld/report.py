@@ -352,7 +352,7 @@ def _every_seed(page: figures.Page) -> list[str]:
             [LABELS[name], *(findings.each(dev[w][a]) for a in ATTRIBUTES for w in WORDINGS)]
         )
     if rows:
-        lines += ["Development objects, on which settings were chosen:"]
+        lines += ["Development objects, which settings may be chosen on:"]
         lines += table(["model", *head], rows)
     return lines
 
