@@ -15,18 +15,14 @@ import importlib.util
 import json
 import os
 import platform
-import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from absl import flags
-
-if TYPE_CHECKING:
-    from blindvalm_jax.grounding.retrieval import Engine
 
 _SIZES = flags.DEFINE_list("sizes", ["1000", "10000", "100000", "1000000"], "Index sizes M.")
 _FAISS_LARGEST = flags.DEFINE_integer(
@@ -39,7 +35,6 @@ _NPROBE = flags.DEFINE_integer("nprobe", 32, "Lists that FAISS visits.", lower_b
 _DTYPE = flags.DEFINE_enum("search_dtype", "float32", ["float32", "bfloat16"], "Keys on devices.")
 
 _NEIGHBOURS = 4
-_ROUNDS = 3
 # Distance of a vector from its centre, of norm 1: neighbours are near, but not copies.
 _SPREAD = 0.6
 
@@ -93,6 +88,7 @@ def _measured(size: int) -> list[dict[str, Any]]:
     from blindvalm_jax.grounding.faiss_engine import FaissEngine
     from blindvalm_jax.grounding.index import ClipHashes, ImageIndex
     from blindvalm_jax.grounding.retrieval import ExactEngine
+    from blindvalm_jax.indexing import queries_per_second
 
     world = _Clusters(size)
     queries = world.vectors(range(size, size + _QUERIES.value))
@@ -106,7 +102,7 @@ def _measured(size: int) -> list[dict[str, Any]]:
         begin = time.perf_counter()
         engine = ExactEngine(index.vectors, neighbours=_NEIGHBOURS, mesh=mesh, dtype=_DTYPE.value)
         made = time.perf_counter() - begin
-        speed, exact = _timed(engine, queries)
+        speed, exact = queries_per_second(engine, queries)
         rows = [{"engine": "exact", "queries_per_second": speed, "seconds_to_make": made}]
         del engine
         if size > _FAISS_LARGEST.value or not _faiss_version():
@@ -117,7 +113,7 @@ def _measured(size: int) -> list[dict[str, Any]]:
                 index, neighbours=_NEIGHBOURS, nprobe=_NPROBE.value, candidates=candidates
             )
             made = time.perf_counter() - begin
-            speed, answers = _timed(found, queries)
+            speed, answers = queries_per_second(found, queries)
             pairs = zip(answers, exact, strict=True)
             hits = [len(np.intersect1d(a, b)) / _NEIGHBOURS for a, b in pairs]
             rows.append(
@@ -130,17 +126,6 @@ def _measured(size: int) -> list[dict[str, Any]]:
                 }
             )
     return rows
-
-
-def _timed(engine: Engine, queries: np.ndarray) -> tuple[float, np.ndarray]:
-    """Queries per second, and the neighbours found."""
-    found = engine.search(queries, vectors=False).index_QK
-    seconds = []
-    for _ in range(_ROUNDS):
-        begin = time.perf_counter()
-        engine.search(queries, vectors=False)
-        seconds.append(time.perf_counter() - begin)
-    return len(queries) / statistics.median(seconds), found
 
 
 class _Clusters:

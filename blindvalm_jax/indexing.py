@@ -219,7 +219,7 @@ def measure_recall(
         ),
     }
     asked = _queries(index, queries, seed=seed)
-    timed = {name: _timed(engine, asked) for name, engine in engines.items()}
+    timed = {name: queries_per_second(engine, asked) for name, engine in engines.items()}
     exact = timed["exact"][1]
     return [
         Measured(
@@ -254,8 +254,8 @@ def _queries(index: ImageIndex, count: int, *, seed: int) -> np.ndarray:
     return (noisy / np.linalg.norm(noisy, axis=1, keepdims=True)).astype(np.float32)
 
 
-def _timed(engine: Engine, queries: np.ndarray) -> tuple[float, np.ndarray]:
-    """Queries a second, and the neighbours found."""
+def queries_per_second(engine: Engine, queries: np.ndarray) -> tuple[float, np.ndarray]:
+    """Queries [Q, E] that an engine answers in a second, and the indices [Q, K] it found."""
     found = engine.search(queries, vectors=False).index_QK
     seconds = []
     for _ in range(_ROUNDS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -173,6 +174,18 @@ def versions() -> dict[str, str]:
     """Versions of Python and the libraries that compute."""
     found = {name: importlib.metadata.version(name) for name in _LIBRARIES}
     return {"python": platform.python_version(), **found}
+
+
+def _code_sha256() -> str:
+    """Hash of the package's sources."""
+    found = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        found.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    return found.hexdigest()
+
+
+CODE_SHA256 = _code_sha256()  # of what this process imports, whatever is changed afterwards
 
 
 def commit() -> str | None:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import index
 from blindvalm_jax.grounding.index import ImageIndex
-from tests import small_index
+from tests import dying, small_index
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -93,52 +92,21 @@ def test_the_batch_size_does_not_change_a_byte(
     assert seen == {(batch_size, small_index.SIDE, small_index.SIDE, 3)}, "more than one shape"
 
 
-DYING = """
-import os, signal, sys
-from pathlib import Path
+BUILD = """
 from tests import small_index
-from blindvalm_jax.data import output
-left = int(sys.argv[2])
-def dying(function):
-    def call(*args, **keywords):
-        global left
-        left -= 1
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **keywords)
-    return call
-os.replace = dying(os.replace)
-Path.write_bytes = dying(Path.write_bytes)
-output.remove_work = dying(output.remove_work)
 small_index.build(Path(sys.argv[1]), encode=dying(small_index.encode))
-print(left)
 """
-MANY = 1_000_000
-
-
-def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 def test_a_build_killed_anywhere_goes_on_to_the_same_bytes(whole: Path, tmp_path: Path) -> None:
     """Dies before its nth encoding, write, rename or removal."""
-    lived = run_python(DYING, tmp_path / "lived", MANY)
-    assert lived.returncode == 0, lived.stderr
-    moments = MANY - int(lived.stdout)
+    moments = dying.moments(BUILD, tmp_path / "lived")
     stages = set()
     chosen = random.Random(0).sample(range(2, moments - 2), 5)
     # The last is before the clean-up, the one before it before the manifest appears.
     for left in (1, *chosen, moments - 2, moments - 1):
         out = tmp_path / f"killed{left}"
-        died = run_python(DYING, out, left)
-        assert died.returncode == -signal.SIGKILL, died.stderr
+        dying.kill(left, BUILD, out)
         finished = (out / index.FILE_NAME).exists()
         shards = len(list(out.glob("vectors-*.npy")))
         stages.add("finished" if finished else "shards" if shards else "begun")

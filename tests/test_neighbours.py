@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import random
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +20,7 @@ from blindvalm_jax.grounding import neighbours
 from blindvalm_jax.grounding.index import ImageIndex
 from blindvalm_jax.grounding.neighbours import Neighbours, NeighboursManifest
 from blindvalm_jax.grounding.retrieval import Engine, ExactEngine, Retrieved
-from tests import small_index, small_text
+from tests import dying, small_index, small_text
 
 LENGTH = 16
 K = 3
@@ -149,50 +145,18 @@ def test_the_batch_size_does_not_change_a_byte(
     assert seen == {(batch_size, LENGTH)}, "more than one shape"
 
 
-DYING = """
-import os, signal, sys
-from pathlib import Path
+WRITE = """
 from tests import test_neighbours
-from blindvalm_jax.data import output
-left = int(sys.argv[3])
-def dying(function):
-    def call(*args, **keywords):
-        global left
-        left -= 1
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **keywords)
-    return call
-os.replace = dying(os.replace)
-Path.write_bytes = dying(Path.write_bytes)
-output.remove_work = dying(output.remove_work)
 features = dying(test_neighbours.features)
 test_neighbours.write(Path(sys.argv[1]), Path(sys.argv[2]), features=features)
-print(left)
 """
-MANY = 1_000_000
-
-
-def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).resolve().parents[1]
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(inputs: Path, tmp_path: Path) -> None:
-    lived = run_python(DYING, inputs, tmp_path / "lived", MANY)
-    assert lived.returncode == 0, lived.stderr
-    moments = MANY - int(lived.stdout)
+    moments = dying.moments(WRITE, inputs, tmp_path / "lived")
     for left in (*random.Random(0).sample(range(1, moments - 1), 2), moments - 1):
         out = tmp_path / f"killed{left}"
-        died = run_python(DYING, inputs, out, left)
-        assert died.returncode == -signal.SIGKILL, died.stderr
+        dying.kill(left, WRITE, inputs, out)
         write(inputs, out)
         assert content(out) == content(inputs / "whole")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import pytest
 from PIL import Image
 
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.toyworld import figures, findings, report
+from blindvalm_jax.toyworld import figures, findings, language, report
 from blindvalm_jax.toyworld.figures import Gallery
-from blindvalm_jax.toyworld.findings import CHANGED, GIVEN, LABELS, Gap, half_width
-from blindvalm_jax.toyworld.world import ATTRIBUTES, SPLITS, WorldConfig
+from blindvalm_jax.toyworld.findings import CHANGED, GIVEN, LABELS, WORDS, Gap, half_width
+from blindvalm_jax.toyworld.world import ATTRIBUTES, SPLITS, WorldConfig, objects
 
 KNOBS = {
     **{"train_objects": 6, "dev_objects": 3, "heldout_objects": 4, "image_size": 16},
@@ -48,7 +49,8 @@ def made_up(names: list[str], seeds: list[int]) -> dict[str, Any]:
         return {
             **accuracies(),
             "objects": {s: {w: accuracies() for w in ("seen", "new")} for s in SPLITS},
-            **{"perplexity": draw(), "steps": [150] * len(seeds), "step_seconds": draw()},
+            **{"perplexity": draw(), "surprise": draw()},
+            **{"steps": [150] * len(seeds), "step_seconds": draw()},
             **{"parameters": 1000, "flops_per_token": 2e6, "curves": curves},
             **({} if name == "gpt2" else {"attention": draw()}),
         }
@@ -80,8 +82,9 @@ def made_up(names: list[str], seeds: list[int]) -> dict[str, Any]:
             "stated_heldout": [0.0, 0.1],
             **{n: {a: [draw(), draw()] for a in ATTRIBUTES} for n in ("gpt2", "blind_valm_eos")},
         },
-        **{"seconds": {"total": 12.3}, "machine": "two cores", "versions": {"jax": "0.10.2"}},
-        "commit": "abc",
+        "timed": {"language": {"seconds": 123.0, "jobs": 2}},
+        **{"machine": "two cores", "versions": {"jax": "0.10.2"}},
+        **{"commit": "abc", "trained_at": ["0123", "4567"]},
     }
 
 
@@ -112,7 +115,7 @@ def test_main_tables_hold_the_means_and_every_seed(page: tuple[str, Path]) -> No
         row = next(row for row in rows if row[0] == LABELS[name])
         held = variant["objects"]["heldout"]
         wanted = [variant["color"], held["seen"]["color"], held["new"]["color"]]
-        wanted += [variant["shape"], variant["size"], variant["perplexity"]]
+        wanted += [variant[key] for key in ("shape", "size", "surprise", "perplexity")]
         for cell, values in zip(row[1:], wanted, strict=True):
             deviation = np.std(values, ddof=1)
             expected = (
@@ -170,7 +173,7 @@ def test_a_section_is_there_if_its_data_are(page: tuple[str, Path], tmp_path: Pa
 @pytest.mark.parametrize("names", [["gpt2", "blind_valm_eos"], ["valm"]])
 def test_one_seed_and_few_variants_without_intervals(names: list[str], tmp_path: Path) -> None:
     results = made_up(names, [7])
-    for part in (*OPTIONAL, "clip", "seconds", "machine", "versions", "commit"):
+    for part in (*OPTIONAL, "clip", "timed", "machine", "versions", "commit", "trained_at"):
         del results[part]
     text = report.write(results, tmp_path).read_text(encoding="utf-8")
     assert "seed 7" in text
@@ -306,7 +309,7 @@ def test_unequal_training_is_said_wherever_losses_are_compared(tmp_path: Path) -
         variant["color"] = [0.1, 0.2, 0.3]
     titles = ["What is compared", "What they answer", "Differences", "Training"]
     text = written(tmp_path, *titles, variants=variants)
-    assert "attend to alone" not in text
+    assert "they differ in that and in what the fusion layer may attend to;" in text
     assert "Perplexity clearly lower" not in text
     both = "different numbers of updates (GPT-2 3,000; BLIND-VALM 150;"
     for line in text.splitlines():
@@ -321,7 +324,7 @@ def test_unequal_training_is_said_wherever_losses_are_compared(tmp_path: Path) -
     for variant in variants.values():
         variant["steps"] = [150] * 3
     text = written(tmp_path, titles[0], titles[2], variants=variants)
-    assert "for 150 updates each: they differ in what that layer may attend to alone." in text
+    assert "for 150 updates each: they differ in what that layer may attend to;" in text
     assert "different numbers" not in text
     told = re.search(r"Perplexity clearly lower than GPT-2's after as many.*: (.*)\.\n", text)
     assert told
@@ -342,12 +345,17 @@ def test_who_answers_train_objects_is_said_of_each(tmp_path: Path) -> None:
     variants = copy.deepcopy(ALL["variants"])
     for variant in variants.values():
         variant["objects"]["train"]["seen"] = {a: [1.0, 0.95, 0.97] for a in ATTRIBUTES}
+        variant["objects"]["train"]["new"] = {a: [1.0, 0.6, 0.97] for a in ATTRIBUTES}
     variants["shuffled_eos"]["objects"]["train"]["seen"]["size"] = [1.0, 0.99, 0.9]
     text = written(tmp_path, "What they answer", "Stated and never stated", variants=variants)
     for name in variants:
         does = "does not answer" if name == "shuffled_eos" else "answers"
         where = "0.900, size, seed 2" if name == "shuffled_eos" else "0.950, colour, seed 1"
-        assert f"- {LABELS[name]} {does} its train objects (lowest: {where})." in text
+        assert (
+            f"- {LABELS[name]} (150 updates) {does} its train objects in seen wordings (lowest: "
+            f"{where}), and does not answer its train objects in new wordings (lowest: 0.600, "
+            "colour, seed 1)."
+        ) in text
     held = variants["shuffled_eos"]["objects"]["heldout"]["seen"]["color"]
     [beside] = re.findall(r"- Colour in seen wordings, of held-out .*", text)
     assert f"shuffled eos {findings.mean(held)} ({findings.mean([1.0, 0.95, 0.97])})." in beside
@@ -366,19 +374,18 @@ def test_every_variant_has_points_in_both_panels_of_the_losses() -> None:
 
 
 def test_times_taken_side_by_side_are_not_paired(tmp_path: Path) -> None:
-    cost = written(tmp_path, "Cost", jobs=2)
-    assert "side by side, 2 at a time, on shared cores" in cost
+    cost = written(tmp_path, "Cost")
+    assert "side by side, or not at one go" in cost
+    assert written(tmp_path, "Cost", timed={}) == cost
     assert "benchmarks/valm_cost.py" in cost
     assert not re.search(r"±|same seed|interval", cost)
     rows = {row[0]: row for row in tables(cost)[0]}
     medians = [np.median(ALL["variants"][name]["step_seconds"]) for name in ("valm", "gpt2")]
     assert rows["VALM"][3] == f"{medians[0] / medians[1]:.2f}"
-    cases: list[tuple[dict[str, int], bool]] = [({"jobs": 1}, True), ({}, False)]
-    for jobs, said in cases:
-        cost = written(tmp_path, "Cost", **jobs)
-        assert ("one at a time" in cost) == said
-        assert "side by side" not in cost
-        assert "GPT-2 of the same seed" in cost
+    cost = written(tmp_path, "Cost", timed={"language": {"seconds": 9.0, "jobs": 1}})
+    assert "one at a time" in cost
+    assert "side by side" not in cost
+    assert "GPT-2 of the same seed" in cost
 
 
 def test_images_given_are_those_that_are_there(page: tuple[str, Path], tmp_path: Path) -> None:
@@ -426,11 +433,30 @@ def test_bias_is_against_the_least_share_and_says_updates(tmp_path: Path) -> Non
     gap = Gap.between(*bias["gpt2"]["color"][::-1])
     told = f"10 % {gap.word} {gap}."
     assert f"- Colour, GPT-2 (3,000 updates), against 0 % stated: {told}" in text
-    assert "| stated | colour, GPT-2 (3,000 updates) |" in text
+    head, _, *rows = next(table for table in tables(text) if table[0][0] == "stated")
+    assert head[4:] == [f"{word}, GPT-2 (3,000 updates)" for word in WORDS.values()]
+    assert rows[0][1:4] == ["0.00 (0.0)"] * 3
     assert findings.swept({"variants": {}, "bias": bias}) == {"gpt2": "GPT-2"}
     bias["gpt2"] = {**bias["gpt2"], "size": [[0.1], [0.2]]}
     with pytest.raises(UserError, match=r"bias\.gpt2\.size\.0 must be 3 numbers"):
         findings.check({**ALL, "bias": bias})
+
+
+def test_what_text_reaches_is_counted_from_the_text(tmp_path: Path) -> None:
+    share, world = 0.4, {**KNOBS, "heldout_objects": 9, "sentences": 300, "seed": 0}
+    bias = {**ALL["bias"], "stated_heldout": [0.0, share]}
+    text = written(tmp_path, OPTIONAL["bias"], bias=bias, world=world)
+    [row] = [row for table in tables(text) for row in table if row[0] == "40 %"]
+    config = WorldConfig(**world, stated_heldout=share)
+    things = objects(config)
+    sentences = Counter(language.sentences(config, things, "train"))
+    for cell, attribute in zip(row[1:4], ATTRIBUTES, strict=True):
+        of = {thing.name: 0 for thing in things if thing.split == "heldout"}
+        for probe in language.probes(things):
+            if probe.object in of and (probe.attribute, probe.wording) == (attribute, "seen"):
+                of[probe.object] += sentences[f"{probe.prompt} {probe.answer}."]
+        reached = np.mean([count > 0 for count in of.values()])
+        assert cell == f"{reached:.2f} ({np.mean(list(of.values())):.1f})"
 
 
 def test_removed_and_nowhere_agree_or_how_far_they_do_not(tmp_path: Path) -> None:

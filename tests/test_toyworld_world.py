@@ -384,6 +384,15 @@ def test_a_caption_may_not_name_and_describe(split: str, form: str) -> None:
             leaks.check(["a thing", text, f"{thing.name} {value}"], [], THINGS, stated_heldout=0)
 
 
+def test_a_text_may_not_liken_one_object_to_another() -> None:
+    text = f"a {of_split('heldout').name} looks like two {of_split('train').name}s"
+    leaks.check([], [text.replace(of_split("train").name, "thing")], THINGS, stated_heldout=0)
+    with pytest.raises(UserError, match=f"a caption names two objects: '{text}', and 1 of"):
+        leaks.check([text], [], THINGS, stated_heldout=0)
+    with pytest.raises(UserError, match=f"a sentence names two objects: '{text}', and 1 of"):
+        leaks.check([], [text], THINGS, stated_heldout=1.0)
+
+
 @pytest.mark.parametrize(
     ("split", "text", "share", "message"),
     [

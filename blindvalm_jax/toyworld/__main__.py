@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     if unknown or not _VARIANTS.value:
         raise UserError(f"--variants must be among {', '.join(recipes.VARIANTS)}, got {unknown}")
     try:
-        stated = [float(share) for share in _STATED.value]
+        stated = sorted(float(share) for share in _STATED.value)
     except ValueError as error:
         raise UserError(f"--stated_heldout must be numbers, got {_STATED.value}") from error
     worlds = [WorldConfig(seed=seed, **_KNOBS()) for seed in range(_SEEDS.value)]

@@ -101,10 +101,10 @@ def run(
         "language": [(one.label, _train_and_measure, one) for one in compared],
         "bias": [(one.label, _train_and_measure, one) for one in rest],
     }
-    done, seconds = {}, {}
+    done, timed = {}, {}
     for stage, calls in stages.items():
         if calls:
-            done[stage], seconds[stage] = _timed(calls, root / f"{stage}_seconds.json", jobs)
+            done[stage], timed[stage] = _timed(calls, root / f"{stage}_seconds.json", jobs)
     found = [*done["language"], *done.get("bias", [])]
     measured = dict(zip([*compared, *rest], found, strict=True))
     shown: list[dict[str, Any]] = []
@@ -118,15 +118,18 @@ def run(
         **_gathered({v: [measured[job(world, v)] for world in worlds] for v in variants}),
         "clip": _listed(done["world_and_clip"]),
         **({"neighbours": shown} if shown else {}),
-        "jobs": jobs,
-        "seconds": {stage: spent for stage, spent in seconds.items() if spent is not None},
+        "timed": {stage: record for stage, record in timed.items() if record is not None},
+        "trained_at": sorted({str(row["commit"]) for row in measured.values()}),
         "command": " ".join(["python", "-m", "blindvalm_jax.toyworld", *sys.argv[1:]]),
         **_where(),
     }
     if stated:
         results["bias"] = {"stated_heldout": [0.0, *stated]} | {
             variant: {
-                name: [[measured[one][name] for one in row] for row in shares]
+                name: [
+                    [measured[one]["objects"]["heldout"]["seen"][name] for one in row]
+                    for row in shares
+                ]
                 for name in ATTRIBUTES
             }
             for variant, shares in zip(BIAS_VARIANTS, swept, strict=True)
@@ -172,7 +175,7 @@ def _train_and_measure(job: Job) -> dict[str, Any]:
     of = {
         "step": run_directory.latest_step(job.workdir),
         "tower": measure.tower_sha256(job.workdir),
-        "commit": runs.commit(),
+        "code": runs.CODE_SHA256,
     }
     if stored.exists():
         before = files.read_object(stored)
@@ -193,7 +196,7 @@ def _gathered(measured: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any
     """Measurements of each variant, one a seed, as lists over seeds; what only some have apart."""
     of: dict[str, dict[str, Any]] = {"variants": {}, "attribution": {}, "given": {}}
     for variant, found in measured.items():
-        rows = [dict(row) for row in found]
+        rows = [{k: v for k, v in row.items() if k != "commit"} for row in found]
         for section in ("attribution", "given"):
             column = [row.pop(section, None) for row in rows]
             if column[0] is not None:
@@ -265,16 +268,18 @@ def _end_with(parent: int) -> None:
 
 def _timed(
     calls: Sequence[tuple[Any, ...]], record: Path, jobs: int
-) -> tuple[list[Any], float | None]:
-    """What `_all` found, and its seconds, kept in a file: None if it did not do all at one go."""
-    of = {"calls": [call[0] for call in calls], "jobs": jobs}
+) -> tuple[list[Any], dict[str, float] | None]:
+    """What `_all` found; its seconds and jobs, kept in a file, or None if it took several goes."""
+    of = [call[0] for call in calls]
     fresh = not any(_directory(call[2]).exists() for call in calls)
     begin = time.perf_counter()
     found = _all(calls, jobs)
     if fresh:
-        files.write_json(record, {**of, "seconds": time.perf_counter() - begin})
-    timed = files.read_object(record) if record.exists() else {}
-    return found, timed["seconds"] if timed.items() > of.items() else None
+        took = {"seconds": time.perf_counter() - begin, "jobs": min(jobs, len(calls))}
+        files.write_json(record, {"calls": of, **took})
+    kept = files.read_object(record) if record.exists() else {}
+    timed = {name: kept[name] for name in ("seconds", "jobs")} if kept.get("calls") == of else None
+    return found, timed
 
 
 def _all(calls: Sequence[tuple[Any, ...]], jobs: int) -> list[Any]:

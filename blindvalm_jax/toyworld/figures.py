@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.toyworld.findings import LABELS, WORDS, Conditions, half_width, mean, swept
 from blindvalm_jax.toyworld.render import render
-from blindvalm_jax.toyworld.world import ATTRIBUTES, WorldConfig, objects, stream
+from blindvalm_jax.toyworld.world import ATTRIBUTES, Object, WorldConfig, objects, stream
 
 # In Okabe and Ito's colours, which the colour-blind can tell apart: text warm, images blue, eos
 # darker.
@@ -73,8 +73,14 @@ class Gallery:
         """Number of pictures of all rows of neighbours; shares like the row's object, by how."""
         pairs = [(row, self.things[self.find(image)[0]]) for row in rows for image in row["images"]]
         same = {"object": [thing.name == row["object"] for row, thing in pairs]}
+        same |= {"look": [alike(thing, row) for row, thing in pairs]}
         same |= {a: [thing.value(a) == row[a] for row, thing in pairs] for a in ATTRIBUTES}
         return len(pairs), {what: float(np.mean(found)) for what, found in same.items()}
+
+
+def alike(thing: Object, row: Mapping[str, Any]) -> bool:
+    """Whether an object looks like the one of a row of neighbours: all attributes agree."""
+    return thing.look == tuple(row[attribute] for attribute in ATTRIBUTES)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -209,7 +215,7 @@ def neighbours(gallery: Gallery, rows: Sequence[Mapping[str, Any]]) -> Figure:
         for panel, image in zip(axes[1:], row["images"], strict=False):
             index, number = gallery.find(image)
             thing = gallery.things[index]
-            right = thing.name == row["object"]
+            right = alike(thing, row)
             panel.set_axis_on()
             _picture(panel, gallery.pictures(index)[number])
             color = _RIGHT if right else _WRONG
@@ -241,7 +247,9 @@ def bias(results: Mapping[str, Any]) -> Figure:
         panel.set(title=WORDS[attribute], ylim=(0, 1.04))
         panel.grid(**_GRID)
     panels[0].set_ylabel("share right")
-    panels[1].set_xlabel("sentences about a held-out object that state an attribute (%)")
+    panels[1].set_xlabel(
+        "sentences about a held-out object that state an attribute (%), not to scale"
+    )
     style: dict[str, Any] = {"marker": "o", "ls": ""}
     handles = [Line2D([], [], color=_COLOR_OF[k], label=names[k], **style) for k in names]
     _legend(figure, handles, chance=True, seeds=len(results["seeds"]))

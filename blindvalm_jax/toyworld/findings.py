@@ -61,6 +61,11 @@ PAIRS = (
     *(("blind_valm", "random_tower"), ("blind_valm", "shuffled")),
     *(("blind_valm_eos", "random_tower_eos"), ("blind_valm_eos", "shuffled_eos")),
 )
+STAGES = {
+    "world_and_clip": "worlds, CLIP and indices",
+    "language": "language models and their probes",
+    "bias": "those of the reporting-bias curve",
+}
 LEARNED = 0.95  # accuracy on stated objects from which they count as learned
 # Variant -> attribute -> one accuracy per seed, under some condition; by the condition's name.
 Condition = Mapping[str, Mapping[str, Sequence[float]]]
@@ -79,8 +84,8 @@ def check(results: Mapping[str, Any]) -> WorldConfig:
     for path in _per_seed(results):
         _check_numbers(_at(results, *path), ".".join(path), len(seeds))
     of_variant = itertools.product(("variants",), variants, ("parameters", "flops_per_token"))
-    jobs = [("jobs",)] if "jobs" in results else []
-    for path in (*(("chance", attribute) for attribute in ATTRIBUTES), *of_variant, *jobs):
+    timed = itertools.product(("timed",), results.get("timed", ()), ("seconds", "jobs"))
+    for path in (*(("chance", attribute) for attribute in ATTRIBUTES), *of_variant, *timed):
         if not _finite([_at(results, *path)]):
             raise UserError(f"results: {'.'.join(path)} must be a number")
     for name in variants:
@@ -218,7 +223,7 @@ def differences(variants: Mapping[str, Any]) -> list[Difference]:
 class Costs:
     """Of variants: seconds of an update, by seed or, `beside`, the median; MFLOPs; ratios to GPT-2.
 
-    beside: runs were timed side by side, which slows them, so that seeds are no pairs.
+    beside: runs were timed side by side, or it is not known, so that seeds are no pairs.
     """
 
     beside: bool
@@ -227,8 +232,9 @@ class Costs:
 
     @classmethod
     def of(cls, results: Mapping[str, Any]) -> Costs:
-        """Without `jobs` runs count as timed one at a time."""
-        variants, beside = results["variants"], "jobs" in results and results["jobs"] > 1
+        """Of the results; runs that were not made at one go may have run side by side."""
+        variants, timed = results["variants"], results.get("timed", {}).get("language")
+        beside = timed is None or timed["jobs"] > 1
         seconds = {k: v["step_seconds"] for k, v in variants.items()}
         if beside:
             seconds = {k: [float(np.median(v))] for k, v in seconds.items()}
@@ -311,7 +317,7 @@ def _per_seed(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """Paths of all that must be one number per seed."""
     for name, variant in results["variants"].items():
         optional = {"attention"} & set(variant)
-        for key in (*ATTRIBUTES, "perplexity", "steps", "step_seconds", *optional):
+        for key in (*ATTRIBUTES, "perplexity", "surprise", "steps", "step_seconds", *optional):
             yield "variants", name, key
         splits = ("train", *sorted({"dev"} & set(_at(variant, "objects"))), "heldout")
         for where in itertools.product(splits, WORDINGS, ATTRIBUTES):

@@ -22,9 +22,10 @@ def check(
     """Reads every text as words; forms such as "reddish" or "circles" count as attribute words.
 
     Raises:
-      UserError: a caption holds a name and an attribute word; a sentence holds an attribute word
-        and a dev or held-out name while `stated_heldout` is 0, or one that is not true of what it
-        names, or one but no name. The first such text and the count of its kind are named.
+      UserError: a caption holds a name and an attribute word; a caption or sentence names two
+        objects, which may liken one to the other; a sentence holds an attribute word and a dev or
+        held-out name while `stated_heldout` is 0, or one that is not true of what it names, or one
+        but no name. The first such text and the count of its kind are named.
     """
     read = _reader(things)
     found: dict[str, list[str]] = {}
@@ -32,6 +33,8 @@ def check(
         named, stated = read(text)
         if named and stated:
             found.setdefault("a caption both names and describes", []).append(text)
+        if len(set(named)) > 1:
+            found.setdefault("a caption names two objects", []).append(text)
     for text in sentences:
         kind = _fault(*read(text), stated_heldout)
         if kind is not None:
@@ -44,6 +47,8 @@ def check(
 
 
 def _fault(named: list[Object], stated: list[tuple[str, str]], stated_heldout: float) -> str | None:
+    if len(set(named)) > 1:
+        return "a sentence names two objects"
     if not stated:
         return None
     if not named:

@@ -34,15 +34,18 @@ def measure(workdir: Path, world: WorldConfig, *, index: Path | None = None) -> 
     heldout = [probe for probe in probes if probe.split == "heldout"]
     answers = probing.ask(model, probes)
     right = answers.said == np.array([probe.answer for probe in probes])
+    held = np.array([probe.split == "heldout" for probe in probes])
+    seen = np.array([probe.wording == "seen" for probe in probes])
     found: dict[str, Any] = {
-        **_accuracies(heldout, right[[p.split == "heldout" for p in probes]]),
+        **_accuracies(heldout, right[held]),
+        "surprise": float(np.mean(answers.nats[held & seen])),
         "objects": _by_split(probes, right),
         **_training(workdir),
     }
     grounding = model.settings.grounding
     if grounding.source == "none":
         return found
-    found["attention"] = float(np.mean(answers.share[[p.split == "heldout" for p in probes]]))
+    found["attention"] = float(np.mean(answers.share[held]))
     if grounding.control == "none":
         found["attribution"] = _attribution(model, things, heldout)
         if index is not None and grounding.source == "text":
@@ -211,6 +214,7 @@ def _training(workdir: Path) -> dict[str, Any]:
         "step_seconds": float(np.median(seconds)),
         "parameters": record["parameters"]["decoder"],
         "flops_per_token": record["flops_per_token"]["total"],
+        "commit": record["commit"],
         "curves": {
             "step": [line["step"] for line in updates],
             "loss": [line["train/loss"] for line in updates],

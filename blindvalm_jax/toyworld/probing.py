@@ -26,11 +26,13 @@ WHERE = ("everywhere", "last", "not_last", "nowhere")
 class Answers:
     """What a model says to each probe.
 
-    said: the candidate it finds likeliest; share: attention on the grounding at the last position,
-    mean over heads and fusion layers, 0 without any.
+    said: the candidate it finds likeliest; nats: -log p of the right one, among all tokens; share:
+    attention on the grounding at the last position, mean over heads and fusion layers, 0 without
+    any.
     """
 
     said: np.ndarray
+    nats: np.ndarray
     share: np.ndarray
 
 
@@ -64,7 +66,7 @@ def ask(
     words = sorted({word for probe in probes for word in probe.candidates})
     token_of = {word: _token(trained, word) for word in words}
     length = trained.batch(prompts).tokens_BT.shape[1]
-    said, shares = [], []
+    said, nats, shares = [], [], []
     for first in range(0, len(probes), _ROWS):
         part = probes[first : first + _ROWS]
         rows = _filled(prompts[first : first + _ROWS])
@@ -82,12 +84,13 @@ def ask(
             logits_BV, share_B = _last(trained.model)(
                 trained.params, trained.frozen, batch, grounded=grounded
             )
-        logits, share = np.asarray(logits_BV), np.asarray(share_B)
+        log_p, share = np.asarray(jax.nn.log_softmax(logits_BV)), np.asarray(share_B)
         for row, probe in enumerate(part):
-            scores = logits[row, [token_of[word] for word in probe.candidates]]
+            scores = log_p[row, [token_of[word] for word in probe.candidates]]
             said.append(probe.candidates[int(np.argmax(scores))])
+            nats.append(-log_p[row, token_of[probe.answer]])
             shares.append(share[row])
-    return Answers(np.array(said)[back], np.array(shares)[back])
+    return Answers(np.array(said)[back], np.array(nats)[back], np.array(shares)[back])
 
 
 def features(trained: TrainedModel, prompts: Sequence[str]) -> np.ndarray:

@@ -53,8 +53,8 @@ class WorldConfig:
     """
 
     train_objects: int = _knob(120, "objects whose attributes the text states", 1, 2000)
-    dev_objects: int = _knob(40, "objects to choose settings on", 1, 2000)
-    heldout_objects: int = _knob(80, "objects to report on", 1, 2000)
+    dev_objects: int = _knob(40, "objects to choose settings on", 2, 2000)
+    heldout_objects: int = _knob(80, "objects to report on", 2, 2000)
     image_size: int = _knob(32, "pixels of a side", 16, 128, "images")
     images_per_object: int = _knob(60, "training images of an object", 1, 500, "images")
     validation_images_per_object: int = _knob(4, "other images of it", 1, 500, "images")
@@ -98,6 +98,11 @@ class Object:
     def value(self, attribute: str) -> str:
         """Its colour, shape or size."""
         return str(getattr(self, attribute))
+
+    @property
+    def look(self) -> tuple[str, ...]:
+        """All that pictures show of it."""
+        return tuple(map(self.value, ATTRIBUTES))
 
 
 def objects(config: WorldConfig) -> tuple[Object, ...]:
