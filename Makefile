@@ -1,5 +1,5 @@
 # make train     trains a BLIND-VALM of the toy world: its CLIP, its language model, the probes
-# make toyworld  trains all variants over five seeds and writes the report: hours
+# make toyworld  trains all variants over five seeds, draws the bias curve, writes the report: hours
 # make test      format, lint, types, and the tests that do not take long; needs no torch
 # make test-all  the same with torch, the slow tests, and XLA's optimizations left on in all of them
 #
@@ -24,10 +24,10 @@ PIP_INSTALL = $(BIN)/python -m pip install $(if $(filter 3.11,$(VENV_VERSION)),-
 .PHONY: train toyworld test test-all checks install torch
 
 train: $(VENV)/installed
-	$(BIN)/python -m blindvalm_jax.toyworld --workdir=runs/first --seeds=1 --variants=blind_valm_eos --steps=1000
+	$(BIN)/python -m blindvalm_jax.toyworld --workdir=runs/first --seeds=1 --variants=blind_valm_eos --steps=3000
 
 toyworld: $(VENV)/installed
-	$(BIN)/python -m blindvalm_jax.toyworld --workdir=runs/toyworld
+	$(BIN)/python -m blindvalm_jax.toyworld --workdir=runs/toyworld --stated_heldout=0.02,0.05,0.1,0.25,0.5
 
 test: checks
 	$(PYTEST) -m "not slow"

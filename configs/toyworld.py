@@ -2,10 +2,10 @@
 
     python -m blindvalm_jax.train --config=configs/toyworld.py:VARIANT --workdir=DIR
 
-    configs/toyworld.py:blind_valm_eos            gpt2, blind_valm, blind_valm_eos, valm, valm_eos,
-    configs/toyworld.py:gpt2,3,0.05               random_tower, shuffled, or clip; then the seed of
-                                                  the world and the share of statements about
-                                                  held-out objects
+    configs/toyworld.py:blind_valm_eos    gpt2; blind_valm, valm, random_tower or shuffled,
+    configs/toyworld.py:gpt2,3,0.05       each with _eos behind it for that readout; or clip; then
+                                          the seed of the world and the share of statements about
+                                          held-out objects
 
 The world, its tokenizer, CLIP and image index are made first, in data.cache or <workdir>/data.
 `python -m blindvalm_jax.toyworld` trains all variants, probes them and writes the report.

@@ -52,7 +52,7 @@ def made_up(names: list[str], seeds: list[int]) -> dict[str, Any]:
             **{"perplexity": draw(), "surprise": draw()},
             **{"steps": [150] * len(seeds), "step_seconds": draw()},
             **{"parameters": 1000, "flops_per_token": 2e6, "curves": curves},
-            **({} if name == "gpt2" else {"attention": draw()}),
+            **({} if name == "gpt2" else {"attention": draw(), "linear": accuracies()}),
         }
 
     grounded = [name for name in names if name != "gpt2"]
@@ -144,7 +144,7 @@ def test_figures_named_exist_and_none_besides(page: tuple[str, Path]) -> None:
     text, out = page
     named = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert {out / name for name in named} == set((out / "figures").iterdir())
-    assert len(named) == len(set(named)) == 10
+    assert len(named) == len(set(named)) == 11
     for name in named:
         with Image.open(out / name) as image:
             image.verify()
@@ -159,7 +159,7 @@ def test_tables_are_rectangular(page: tuple[str, Path]) -> None:
 
 def test_a_section_is_there_if_its_data_are(page: tuple[str, Path], tmp_path: Path) -> None:
     assert set(OPTIONAL.values()) <= set(titles(page[0]))
-    assert len(titles(page[0])) == 15
+    assert len(titles(page[0])) == 16
     results = made_up(["gpt2", "valm"], [0, 1])
     for part in ("attribution", "given", "neighbours"):
         del results[part]

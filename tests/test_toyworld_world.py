@@ -13,7 +13,7 @@ import pytest
 
 from blindvalm_jax.data import byte_level_bpe
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.toyworld import language, leaks, render, templates
+from blindvalm_jax.toyworld import language, leaks, measure, render, templates
 from blindvalm_jax.toyworld.world import (
     ATTRIBUTES,
     COLORS,
@@ -358,6 +358,19 @@ def test_texts_of_a_world_do_not_leak(share: float) -> None:
     if share:
         with pytest.raises(UserError, match="a sentence states an attribute of a"):
             leaks.check(captions, sentences, THINGS, stated_heldout=0)
+
+
+def test_a_linear_map_finds_what_features_hold_and_nothing_else() -> None:
+    rng = np.random.default_rng(0)
+    answer = rng.integers(4, size=600)
+    holding = rng.normal(size=(4, 16))[answer] + 0.1 * rng.normal(size=(600, 16))
+    nothing = rng.normal(size=(600, 16))
+    found = [
+        np.mean(measure.ridge_answers(x[:400], answer[:400], x[400:], classes=4) == answer[400:])
+        for x in (holding, 1e3 + holding / 1e3, nothing)
+    ]
+    assert found[:2] == [1, 1]
+    assert abs(found[2] - 1 / 4) < 4 * np.sqrt(1 / 4 * 3 / 4 / 200)
 
 
 def test_forms_of_attribute_words_are_known() -> None:

@@ -317,6 +317,8 @@ def _per_seed(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """Paths of all that must be one number per seed."""
     for name, variant in results["variants"].items():
         optional = {"attention"} & set(variant)
+        if "linear" in variant:
+            yield from (("variants", name, "linear", attribute) for attribute in ATTRIBUTES)
         for key in (*ATTRIBUTES, "perplexity", "surprise", "steps", "step_seconds", *optional):
             yield "variants", name, key
         splits = ("train", *sorted({"dev"} & set(_at(variant, "objects"))), "heldout")

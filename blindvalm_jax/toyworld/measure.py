@@ -21,6 +21,7 @@ from blindvalm_jax.trained import TrainedModel
 Accuracies = dict[str, float]
 _WORDINGS = ("seen", "new")
 _SHOWN = 6  # objects whose neighbours are shown
+_RIDGE = 1.0  # on features of unit variance
 
 
 def measure(workdir: Path, world: WorldConfig, *, index: Path | None = None) -> dict[str, Any]:
@@ -46,6 +47,8 @@ def measure(workdir: Path, world: WorldConfig, *, index: Path | None = None) -> 
     if grounding.source == "none":
         return found
     found["attention"] = float(np.mean(answers.share[held]))
+    if grounding.control != "shuffled":  # whose features are those of another text
+        found["linear"] = _linear(model, [probe for probe in probes if probe.wording == "seen"])
     if grounding.control == "none":
         found["attribution"] = _attribution(model, things, heldout)
         if index is not None and grounding.source == "text":
@@ -96,6 +99,37 @@ def _by_split(probes: Sequence[Probe], right: np.ndarray) -> dict[str, dict[str,
             places = [n for n, p in enumerate(probes) if (p.split, p.wording) == (split, wording)]
             table[split][wording] = _accuracies([probes[n] for n in places], right[places])
     return table
+
+
+def _linear(model: TrainedModel, probes: Sequence[Probe]) -> Accuracies:
+    """What a linear map makes of the features behind prompts: learned on train objects."""
+    found = {}
+    for attribute, values in ATTRIBUTES.items():
+        asked = [probe for probe in probes if probe.attribute == attribute]
+        train, held = (np.array([p.split == x for p in asked]) for x in ("train", "heldout"))
+        features = probing.features(model, [probe.prompt for probe in asked])
+        answer = np.array([values.index(probe.answer) for probe in asked])
+        said = ridge_answers(features[train], answer[train], features[held], classes=len(values))
+        found[attribute] = float(np.mean(said == answer[held]))
+    return found
+
+
+def ridge_answers(
+    known: np.ndarray, answers: np.ndarray, asked: np.ndarray, *, classes: int
+) -> np.ndarray:
+    """Classes int[m] of features `asked` [m, E], by ridge regression to one-hot answers.
+
+    known, answers: features [n, E] and their classes int[n], from which it learns.
+    """
+    middle, scale = known.mean(axis=0), known.std(axis=0) + 1e-6
+
+    def inputs(features: np.ndarray) -> np.ndarray:
+        return np.concatenate([(features - middle) / scale, np.ones((len(features), 1))], axis=1)
+
+    x = inputs(known)
+    gram = x.T @ x + _RIDGE * np.eye(x.shape[1])
+    weights = np.linalg.solve(gram, x.T @ np.eye(classes)[answers])
+    return np.argmax(inputs(asked) @ weights, axis=1)
 
 
 def _attribution(

@@ -223,6 +223,7 @@ SECTIONS: dict[str, tuple[Callable[[figures.Page], list[str]], str]] = {
     "Training": (_training, "variants"),
     "Stated and never stated": (report_probes.stated, "variants"),
     "Attention on the grounding": (report_probes.attention, "variants"),
+    "What the features hold": (report_probes.linear, "variants"),
     "What the answers rest on": (report_probes.attribution, "attribution"),
     "Images instead of text": (report_probes.given, "given"),
     "What CLIP finds": (_nearest, "variants"),

@@ -160,6 +160,24 @@ def attention(page: figures.Page) -> list[str]:
     ]
 
 
+def linear(page: figures.Page) -> list[str]:
+    """What the features hold of the attributes, beside what models answer."""
+    hold = {k: v["linear"] for k, v in page.variants.items() if "linear" in v}
+    if not hold:
+        return []
+    said = {k: page.variants[k]["objects"]["heldout"]["seen"] for k in hold}
+    rows = {"a linear map of the features": hold, "the model's answers": said}
+    caption = "Held-out objects, seen wordings: what the features hold, and what is made of it."
+    return [
+        "Is it the features that lack the answer, or the language model that does not use them? A "
+        "linear map (ridge regression) from the tower's feature at the end of a prompt to the "
+        "answer, fitted on train objects and asked about held-out ones. For VALM the feature is "
+        "what it searches with.",
+        *page.conditions("linear", rows, caption),
+        f"- Colour, the model's answers against the linear map: {against(said, hold)}.",
+    ]
+
+
 def attribution(page: figures.Page) -> list[str]:
     """Answers while the grounding is changed after training."""
     found = page.results["attribution"]
