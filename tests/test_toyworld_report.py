@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -138,6 +139,15 @@ def test_differences_are_paired_by_seed(page: tuple[str, Path]) -> None:
     mean, half = differences.mean(), T_975[2] * differences.std(ddof=1) / np.sqrt(3)
     assert row[1].strip("*") == f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
     assert row[1].startswith("**") == (abs(mean) > half)
+
+
+def test_the_page_in_docs_is_what_its_results_say(tmp_path: Path) -> None:
+    made = Path(__file__).resolve().parents[1] / "docs" / "results" / "toyworld"
+    results = json.loads((made / "results.json").read_text(encoding="utf-8"))
+    text = report.write(results, tmp_path).read_text(encoding="utf-8")
+    assert text == (made / "report.md").read_text(encoding="utf-8")
+    drawn, kept = ({path.name for path in x.glob("figures/*")} for x in (tmp_path, made))
+    assert drawn == kept
 
 
 def test_figures_named_exist_and_none_besides(page: tuple[str, Path]) -> None:
