@@ -85,10 +85,15 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
 
 
 def take(turns: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
-    """Seconds of each turn in each counted round; the round before them warms up."""
+    """Seconds of each turn in each counted round; the round before them warms up.
+
+    A turn is taken twice and the second time counts: a process that waited while another worked
+    begins with cold caches, and perhaps with pages that the system has taken back.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for round_number in range(ROUNDS.value + 1):
         for name, turn in turns.items():
+            turn()
             spent = turn()
             if round_number:
                 seconds[name].append(spent)
