@@ -99,7 +99,7 @@ def test_the_same_again_trains_nothing(made: tuple[Path, dict[str, Any]]) -> Non
     again = compare(root)
     assert [path.read_bytes() for path in runs] == before
     assert again == results  # with how long it took when it was done
-    assert set(results["seconds"]) == {"world_and_clip", "language"}
+    assert set(results["timed"]) == {"world_and_clip", "language"}
 
 
 @pytest.mark.slow

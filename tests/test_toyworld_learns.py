@@ -13,9 +13,9 @@ import pytest
 from tests.dying import ROOT
 
 SMALL = {
-    **{"train_objects": 24, "dev_objects": 2, "heldout_objects": 16, "image_size": 16},
-    **{"images_per_object": 40, "sentences": 4000, "validation_sentences": 40},
-    **{"seeds": 1, "variants": "blind_valm_eos", "clip_steps": 500, "steps": 2000, "jobs": 1},
+    **{"train_objects": 64, "dev_objects": 2, "heldout_objects": 32, "image_size": 24},
+    **{"images_per_object": 40, "sentences": 8000, "validation_sentences": 40},
+    **{"seeds": 1, "variants": "blind_valm_eos", "clip_steps": 700, "steps": 2500, "jobs": 1},
 }
 
 
