@@ -115,11 +115,6 @@ def _check_contrastive(config: Config) -> None:
                 "train.objective=contrastive learns from images with captions: set data.images or "
                 f"data.tfds, and leave data.{name} out"
             )
-    if train.microbatches != 1:
-        raise UserError(
-            "train.objective=contrastive compares each pair with all others of its batch, which "
-            f"cannot be done in parts: train.microbatches must be 1, got {train.microbatches}"
-        )
     if train.batch_size < 2:
         raise UserError("train.objective=contrastive needs a train.batch_size of at least 2")
     if config.clip.temperature_start > config.clip.temperature_cap:

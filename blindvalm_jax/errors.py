@@ -54,8 +54,9 @@ def run_main(main: Callable[[Sequence[str]], int | None], *, failure: int = 1) -
             if type(error).__name__ != "JaxRuntimeError" or "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             fail(
-                "out of device memory; more train.microbatches, train.remat=full, train.loss_chunk "
-                "or a larger mesh.fsdp need less, and --dry_run tells how much"
+                "out of device memory; more train.microbatches, for language models train.remat="
+                "full or train.loss_chunk, or a larger mesh.fsdp need less, and --dry_run tells "
+                "how much; other commands take a smaller --batch_size"
             )
 
     app.run(guarded, flags_parser=parse)

@@ -96,13 +96,14 @@ def check_divisible(config: Config, mesh: Mesh, tower: TowerConfig | None) -> No
 
 def check_clip_divisible(config: Config, mesh: Mesh, clip: ClipConfig) -> None:
     """Refuses batches and towers of a contrastive run that the mesh does not divide."""
+    microbatch = config.train.batch_size // config.train.microbatches
     rows, fsdp, tensor = (
         mesh.shape["data"] * mesh.shape["fsdp"],
         mesh.shape["fsdp"],
         mesh.shape["tensor"],
     )
     checks = [
-        (config.train.batch_size, rows, "train.batch_size", "mesh.data x mesh.fsdp"),
+        (microbatch, rows, "train.batch_size / train.microbatches", "mesh.data x mesh.fsdp"),
         (clip.text.width, fsdp, "clip.text.width", "mesh.fsdp"),
         (clip.text.heads, tensor, "clip.text.heads", "mesh.tensor"),
         (clip.vision.width, fsdp, "clip.image.width", "mesh.fsdp"),

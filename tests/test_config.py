@@ -265,7 +265,6 @@ CLIP = {"train.objective": "contrastive", "data.images": "images"}
             },
             "without data.eval_files or data.eval_images",
         ),
-        ({"train.microbatches": 2}, "train.microbatches must be 1, got 2"),
         ({"train.batch_size": 1}, "train.batch_size of at least 2"),
         (
             {"clip.temperature_start": 20.0, "clip.temperature_cap": 10.0},

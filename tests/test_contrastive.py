@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blindvalm_jax import partitioning, trees
+from blindvalm_jax import compilation, partitioning, trees
 from blindvalm_jax.config import MeshConfig
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.models import contrastive
 from blindvalm_jax.models.clip import TextTower
 from blindvalm_jax.models.contrastive import Clip, ClipConfig
 from blindvalm_jax.models.vision import VisionTower
+from blindvalm_jax.objectives import contrastive_model
 from blindvalm_jax.objectives.contrastive import recall
 from tests import small_models, test_step, test_vision
 
@@ -72,12 +73,6 @@ def compiled(config: ClipConfig, method: str) -> Any:
 def encode(config: ClipConfig, method: str, *inputs: np.ndarray) -> Any:
     arrays = [jnp.asarray(x) for x in inputs]
     return compiled(config, method)({"params": params_of(config)}, *arrays)
-
-
-def loss_of(config: ClipConfig, params: Any, *inputs: Any) -> tuple[jax.Array, Any]:
-    """The loss, and the features it is of."""
-    found: Any = Clip(config).apply({"params": params}, *inputs)
-    return contrastive.contrastive_loss(found.image_BE, found.text_BE, found.scale), found
 
 
 @BOTH
@@ -304,11 +299,16 @@ ONE = MeshConfig(data=1)
 
 
 @functools.cache
-def loss_and_gradients(mesh_config: MeshConfig) -> tuple[float, Any, Any]:
+def loss_and_gradients(mesh_config: MeshConfig, microbatches: int = 1) -> tuple[float, Any, Any]:
     """Loss, gradients, features; parameters where the rules put them, 16 rows over the devices."""
     size = mesh_config.data * mesh_config.fsdp * mesh_config.tensor
     mesh = partitioning.make_mesh(mesh_config, jax.devices()[:size])
     inputs = images_for(CONFIG, rows=16), *captions(CONFIG, rows=16)
+    model = contrastive_model.Model(Clip(CONFIG), microbatches=microbatches)
+
+    def run(params: Any, batch: contrastive_model.Batch) -> tuple[Any, Any, Any]:
+        gradients, metrics = model.gradients(params, {}, batch, jax.random.key(0))
+        return metrics["train/loss"], gradients, model.encode(params, batch)
 
     def init(key: jax.Array) -> Any:
         return Clip(CONFIG).init(key, *inputs)["params"]
@@ -316,14 +316,12 @@ def loss_and_gradients(mesh_config: MeshConfig) -> tuple[float, Any, Any]:
     placed = jax.tree.map(lambda x: x.sharding, partitioning.abstract(init, mesh))
     params = jax.device_put(params_of(CONFIG), placed)
     partitioning.check_sharded(params, mesh)
-    rows = [partitioning.put_rows(x, mesh) for x in inputs]
+    batch = contrastive_model.Batch(*(partitioning.put_rows(x, mesh) for x in inputs))
+    whole = partitioning.replicated(mesh)
     with partitioning.use(mesh):
-        run = jax.jit(
-            jax.value_and_grad(functools.partial(loss_of, CONFIG), has_aux=True),
-            out_shardings=(partitioning.replicated(mesh), placed),
-        )
-        (loss, found), gradients = run(params, *rows)
-    return float(loss), jax.device_get(gradients), jax.device_get(found)
+        found = jax.jit(run, out_shardings=(whole, placed, whole))(params, batch)
+    loss, gradients, features = jax.device_get(found)
+    return float(loss), gradients, features
 
 
 def test_gradients_reach_every_parameter() -> None:
@@ -333,12 +331,22 @@ def test_gradients_reach_every_parameter() -> None:
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(data=8), MeshConfig(data=2, fsdp=2, tensor=2)], ids=["data", "all"]
+    ("mesh", "microbatches"),
+    [
+        pytest.param(MeshConfig(data=8), 1, id="data"),
+        pytest.param(MeshConfig(data=2, fsdp=2, tensor=2), 1, id="all"),
+        pytest.param(ONE, 8, id="one-microbatches"),
+        pytest.param(MeshConfig(data=2, fsdp=2, tensor=2), 4, id="all-microbatches"),
+    ],
 )
-def test_loss_and_gradients_are_the_same_on_every_mesh(mesh: MeshConfig) -> None:
-    """To 1e-5 in fp32, sums in another order; the loss is over all 16 rows, not a device's."""
-    want, want_gradients, _ = loss_and_gradients(ONE)
-    loss, gradients, found = loss_and_gradients(mesh)
+def test_loss_and_gradients_are_the_same_on_every_mesh_and_in_parts(
+    mesh: MeshConfig, microbatches: int
+) -> None:
+    """To 1e-5 in fp32, sums in another order; the loss is over all 16 rows, not a part's."""
+    want, want_gradients, want_found = loss_and_gradients(ONE)
+    loss, gradients, found = loss_and_gradients(mesh, microbatches)
+    np.testing.assert_allclose(found.image_BE, want_found.image_BE, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found.text_BE, want_found.text_BE, rtol=0, atol=1e-5)
     assert loss == pytest.approx(want, abs=1e-5)
     jax.tree.map(
         lambda got, want: np.testing.assert_allclose(got, want, rtol=0, atol=1e-5),
@@ -353,3 +361,18 @@ def test_loss_and_gradients_are_the_same_on_every_mesh(mesh: MeshConfig) -> None
         for i in (0, 8)
     ]
     assert abs(float(sum(halves)) / 2 - want) > 0.1
+
+
+def test_parts_need_less_memory() -> None:
+    """What a backward pass needs is kept of one part at a time, by the plan of the compiler."""
+    inputs = images_for(CONFIG, rows=64), *captions(CONFIG, rows=64)
+    batch = contrastive_model.Batch(*(jnp.asarray(x) for x in inputs))
+
+    def needed(microbatches: int) -> int:
+        model = contrastive_model.Model(Clip(CONFIG), microbatches=microbatches)
+        step = jax.jit(model.gradients).lower(params_of(CONFIG), {}, batch, jax.random.key(0))
+        plan = compilation.memory_plan(step.compile())
+        assert plan is not None
+        return plan.temporary
+
+    assert needed(16) < needed(1) / 4

@@ -418,7 +418,10 @@ def test_flops_are_those_that_xla_counts(kind: str) -> None:
     ("changes", "message"),
     [
         ({"mesh__data": 3}, "mesh data=3 fsdp=1 tensor=1 does not fit 8 devices"),
-        ({"train__batch_size": 12}, "train.batch_size is 12, not a multiple of mesh.data x"),
+        (
+            {"train__batch_size": 12},
+            "train.batch_size / train.microbatches is 12, not a multiple of",
+        ),
         (
             {
                 "mesh__data": 1,

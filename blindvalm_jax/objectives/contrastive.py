@@ -51,7 +51,10 @@ class Contrastive:
         tokenizer = self._tokenizer(cache)
         self._record = packing.record(tokenizer)
         text = system.tower_shape(settings.clip.text, self._record, setting="clip.text")
-        self.model = Model(Clip(_shape(settings, text), dtype=system.DTYPES[settings.train.dtype]))
+        self.model = Model(
+            Clip(_shape(settings, text), dtype=system.DTYPES[settings.train.dtype]),
+            microbatches=settings.train.microbatches,
+        )
         partitioning.check_clip_divisible(settings, mesh, self.model.clip.config)
         self._read = pairs.Reader(
             tokenizer, settings.clip.image.size, text.context, self._record.tower_end_id

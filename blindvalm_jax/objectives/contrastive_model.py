@@ -12,6 +12,7 @@ from flax import struct
 from jax import Array
 
 from blindvalm_jax.models.contrastive import Clip, Encoded, contrastive_loss
+from blindvalm_jax.objectives import microbatches
 
 
 @struct.dataclass
@@ -25,9 +26,15 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The towers, and their loss."""
+    """The towers, and their loss.
+
+    microbatches: parts in which a batch goes through the towers. The loss is over the whole batch
+    all the same: only unit features are kept of a part, and the backward pass encodes it once more
+    (gradient caching, Gao et al. 2021, arXiv 2101.06983).
+    """
 
     clip: Clip
+    microbatches: int = 1
 
     def init(self, key: Array) -> Any:
         """Boxed parameters of both towers and the temperature."""
@@ -38,10 +45,18 @@ class Model:
 
     def encode(self, params: Any, batch: Batch) -> Encoded:
         """Unit features of images and captions."""
-        encoded: Any = self.clip.apply(
-            {"params": params}, batch.images_BHWC, batch.tokens_BS, batch.length_B
-        )
-        return encoded
+
+        def rows(part: Batch) -> Any:
+            return self.clip.apply(
+                {"params": params}, part.images_BHWC, part.tokens_BS, part.length_B
+            )
+
+        if self.microbatches == 1:
+            return rows(batch)
+        parts = microbatches.split(batch, self.microbatches)
+        found = jax.lax.map(jax.checkpoint(rows, prevent_cse=False), parts)
+        image_BE, text_BE = microbatches.join((found.image_BE, found.text_BE))
+        return Encoded(image_BE, text_BE, found.scale[0])
 
     def gradients(
         self, params: Any, frozen: Mapping[str, Any], batch: Batch, key: Array

@@ -18,6 +18,7 @@ from blindvalm_jax.grounding import text
 from blindvalm_jax.grounding.retrieval import Search
 from blindvalm_jax.models.clip import Readout, TextTower
 from blindvalm_jax.models.decoder import Decoder
+from blindvalm_jax.objectives import microbatches
 
 
 @struct.dataclass
@@ -136,10 +137,7 @@ class Model:
         if count == 1:
             grads, sums = gradient(params, batch, key)
         else:
-            # Every microbatch takes rows from every device: row i goes to microbatch i mod count.
-            parts = jax.tree.map(
-                lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch
-            )
+            parts = microbatches.split(batch, count)
 
             def accumulate(carry: tuple[Any, Sums], at: tuple[Batch, Array]) -> tuple[Any, None]:
                 part, index = at
