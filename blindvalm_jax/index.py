@@ -4,6 +4,7 @@ r"""Makes what VALM looks at: an index of images, and the neighbours of a text's
   python -m blindvalm_jax.index neighbours --clip=weights/clip --index=index --windows=windows \
       --readout=token --neighbours=4 --out=found
   python -m blindvalm_jax.index recall --index=index --neighbours=4 --queries=1024
+  python -m blindvalm_jax.index verify --index=index
 
 build: every image through the CLIP's image tower. A folder of images holds captions.jsonl, see
 data.images; with --tfds, --tfds_split, --tfds_dir, --image_field and --caption_field a TFDS dataset
@@ -13,6 +14,7 @@ grounding.search=prepared. Also --search=faiss with --nprobe and --rerank, --bat
 (the text tower computes in).
 recall: FAISS against exact search, queries being vectors of the index with noise. Also --nprobe,
 --rerank, --seed, --json.
+verify: reads every file of an index, and refuses one that is not as it was written.
 
 Train on an index with --config.grounding.source=images --config.grounding.index=DIR. build and
 neighbours go on where they stopped when the same command is given again.
@@ -59,7 +61,7 @@ _DTYPE = flags.DEFINE_string(
     "dtype", None, "build: of the vectors (float16); neighbours: the tower computes in (float32)"
 )
 _WINDOWS = flags.DEFINE_string("windows", "", "neighbours: directory that prepare wrote")
-_INDEX = flags.DEFINE_string("index", "", "neighbours, recall: directory that build wrote")
+_INDEX = flags.DEFINE_string("index", "", "neighbours, recall, verify: directory that build wrote")
 _READOUT = flags.DEFINE_enum(
     "readout", "token", ["token", "eos"], "neighbours: as grounding.readout"
 )
@@ -82,11 +84,13 @@ _TAKES: dict[str, tuple[str, ...]] = {
         *("batch_size", "dtype"),
     ),
     "recall": ("index", "neighbours", "queries", "nprobe", "rerank", "seed", "json"),
+    "verify": ("index",),
 }
 _NEEDS = {
     "build": ("clip", "out"),
     "neighbours": ("clip", "out", "windows", "index"),
     "recall": ("index",),
+    "verify": ("index",),
 }
 _ALL = sorted({name for names in _TAKES.values() for name in names})
 
@@ -97,6 +101,7 @@ def main(argv: Sequence[str]) -> int:
         "build": _build,
         "neighbours": _neighbours,
         "recall": _recall,
+        "verify": _verify,
     }
     if len(argv) < 2 or argv[1] not in commands:
         got = f"got {argv[1]!r}" if len(argv) > 1 else "got none"
@@ -225,6 +230,12 @@ def _recall() -> None:
             "versions": runs.versions(),
         }
         files.write_json(out, result)
+
+
+def _verify() -> None:
+    index = ImageIndex.open(Path(_INDEX.value).expanduser())
+    index.verify()
+    print(f"{_INDEX.value}: {index.manifest.count:,} vectors, every file as it was written")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,19 @@ def test_recall_is_one_where_every_list_is_visited_and_all_are_ranked_again(
         assert faiss["queries_per_second"] > 0
 
 
+def test_verify_finds_one_changed_bit(inputs: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(inputs / "index", tmp_path / "index")
+    vectors = copy / "vectors-00001.npy"
+    line = ["verify", f"--index={copy}"]
+    [whole] = commands(line)
+    assert whole == [0, f"{copy}: 300 vectors, every file as it was written\n", ""]
+    content = vectors.read_bytes()
+    vectors.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    [damaged] = commands(line)
+    assert damaged[0] == 1
+    assert "vectors-00001.npy has sha256" in damaged[2]
+
+
 def test_misuse_is_one_line_and_writes_nothing(inputs: Path) -> None:
     weights.save(
         inputs / "text",
@@ -148,7 +162,7 @@ def test_misuse_is_one_line_and_writes_nothing(inputs: Path) -> None:
     neighbours = [*neighbours, f"--windows={here}windows", "--batch_size=8"]
     recall = ["recall", f"--index={here}index"]
     cases = {
-        "name what to do first: build, neighbours, recall; got none": [],
+        "name what to do first: build, neighbours, recall, verify; got none": [],
         "got 'bild'": ["bild"],
         "unexpected argument 'twice'": ["build", "twice"],
         "Unknown command line flag 'picture": ["build", "--pictures=x"],
@@ -172,6 +186,7 @@ def test_misuse_is_one_line_and_writes_nothing(inputs: Path) -> None:
         "301 neighbours of 300 vectors": [*neighbours, "--neighbours=301"],
         "holds no finished image index": [*recall, f"--index={here}images"],
         "at least one query": [*recall, "--queries=0"],
+        "--queries is not for verify": ["verify", f"--index={here}index", "--queries=3"],
         "must be a file in a directory that is there": [*recall, f"--json={here}no/a.json"],
     }
     for (message, line), said in zip(cases.items(), commands(*cases.values()), strict=True):
