@@ -1,7 +1,7 @@
 # make train     trains a BLIND-VALM of the toy world: its CLIP, its language model, the probes
 # make toyworld  trains all variants over five seeds, draws the bias curve, writes the report: hours
 # make test      format, lint, types, and the tests that do not take long; needs no torch
-# make test-all  the same with torch, the slow tests, and XLA's optimizations left on in all of them
+# make test-all  the same with torch, FAISS and the slow tests, and XLA's optimizations left on in all of them
 #
 # Everything runs in $(VENV), made on first use and brought up to date when pyproject.toml or
 # constraints.txt changes. With another Python: make test PYTHON=python3.12 VENV=.venv312
@@ -21,18 +21,18 @@ VENV_VERSION = $(shell $(BIN)/python -c 'import sys; print("%d.%d" % sys.version
 PIP_INSTALL = $(BIN)/python -m pip install $(if $(filter 3.11,$(VENV_VERSION)),-c constraints.txt)
 
 .DEFAULT_GOAL := test
-.PHONY: train toyworld test test-all checks install torch
+.PHONY: train toyworld test test-all checks install extras
 
 train: $(VENV)/installed
 	$(BIN)/python -m blindvalm_jax.toyworld --workdir=runs/first --seeds=1 --variants=blind_valm_eos --steps=3000
 
 toyworld: $(VENV)/installed
-	$(BIN)/python -m blindvalm_jax.toyworld --workdir=runs/toyworld --stated_heldout=0.02,0.05,0.1,0.25,0.5
+	$(BIN)/python -m blindvalm_jax.toyworld --workdir=runs/toyworld --first_seed=5 --stated_heldout=0.02,0.05,0.1,0.25,0.5
 
 test: checks
 	$(PYTEST) -m "not slow"
 
-test-all: torch checks
+test-all: extras checks
 	OPTIMIZED_TESTS=1 $(PYTEST)
 
 checks: install
@@ -42,7 +42,7 @@ checks: install
 
 install: $(VENV)/installed-test
 
-torch: $(VENV)/installed-torch
+extras: $(VENV)/installed-extras
 
 $(VENV)/installed: pyproject.toml constraints.txt $(VENV)/created
 	$(PIP_INSTALL) -e .
@@ -52,8 +52,8 @@ $(VENV)/installed-test: pyproject.toml constraints.txt $(VENV)/created
 	$(PIP_INSTALL) -e '.[test]'
 	@touch $@
 
-$(VENV)/installed-torch: $(VENV)/installed-test
-	$(PIP_INSTALL) $(TORCH)
+$(VENV)/installed-extras: $(VENV)/installed-test
+	$(PIP_INSTALL) -e '.[test,faiss]' $(TORCH)
 	@touch $@
 
 $(VENV)/created:
