@@ -107,9 +107,10 @@ def test_without_fusion_is_what_a_mask_everywhere_gives(query_scale: str) -> Non
 
 
 def test_donors_differ_in_what_is_asked_and_share_the_split() -> None:
-    things = objects(WorldConfig(train_objects=24, dev_objects=9, heldout_objects=9))
+    config = WorldConfig(train_objects=24, dev_objects=9, heldout_objects=9)
+    things = objects(config)
     of = {thing.name: thing for thing in things}
-    probes = list(language.probes(things))
+    probes = list(language.probes(config, things))
     donors = measure.donors(things, probes)
     assert len(donors) == len(probes)
     for probe, donor in zip(probes, donors, strict=True):

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from blindvalm_jax.data.corpora import TfdsSource
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.toyworld import builders, language, render
-from blindvalm_jax.toyworld.world import Object, WorldConfig, objects, stream
+from blindvalm_jax.toyworld.world import TEXT_SPLITS, Object, WorldConfig, objects, stream
 
 CONFIG = WorldConfig(
     train_objects=6,
@@ -63,12 +63,12 @@ def files(directory: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("split", language.TEXT_SPLITS)
+@pytest.mark.parametrize("split", TEXT_SPLITS)
 def test_images_and_captions_are_read_as_they_were_made(built: Path, split: str) -> None:
     expected = {}
     captions = language.captions(CONFIG, THINGS, split)
     for index, thing in enumerate(THINGS):
-        rng = stream(CONFIG, "images", language.TEXT_SPLITS.index(split), index)
+        rng = stream(CONFIG, "images", TEXT_SPLITS.index(split), index)
         images = render.render(thing, rng, count=len(captions[index]), image_size=16)
         for image, texts in zip(images, captions[index], strict=True):
             expected[image.tobytes()] = (thing.name, thing.split, list(texts))
@@ -83,20 +83,18 @@ def test_images_and_captions_are_read_as_they_were_made(built: Path, split: str)
 
 def test_the_two_splits_share_no_image(built: Path) -> None:
     name = builders.names(CONFIG)[0]
-    train, other = (
-        {e["image"].tobytes() for e in read(name, s, built)} for s in language.TEXT_SPLITS
-    )
+    train, other = ({e["image"].tobytes() for e in read(name, s, built)} for s in TEXT_SPLITS)
     assert not train & other
 
 
-@pytest.mark.parametrize("split", language.TEXT_SPLITS)
+@pytest.mark.parametrize("split", TEXT_SPLITS)
 def test_sentences_are_read_as_a_corpus(built: Path, split: str) -> None:
     source = TfdsSource(builders.names(CONFIG)[1], split, data_dir=str(built))
     assert sorted(source.documents()) == sorted(language.sentences(CONFIG, THINGS, split))
 
 
 def test_probes_are_read_as_they_were_made(built: Path) -> None:
-    made = list(language.probes(THINGS))
+    made = list(language.probes(CONFIG, THINGS))
     for split in ("train", "dev", "heldout"):
         found = read(builders.names(CONFIG)[2], split, built)
         probes = [language.Probe(**{**e, "candidates": tuple(e["candidates"])}) for e in found]
@@ -127,7 +125,7 @@ def test_a_version_stands_for_one_content() -> None:
         language.captions(CONFIG, THINGS, "train"),
         language.sentences(CONFIG, THINGS, "train"),
     ]
-    every = repr([THINGS, *texts, list(language.probes(THINGS))])
+    every = repr([THINGS, *texts, list(language.probes(CONFIG, THINGS))])
     version = str(builders.ToyworldSentences.VERSION)
     assert hashlib.sha256(every.encode()).hexdigest()[:16] == pinned[version]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from collections import Counter
 from typing import Any
@@ -28,6 +29,7 @@ from blindvalm_jax.toyworld.world import (
     objects,
     parse_dataset_name,
     stream,
+    tfds_name,
 )
 
 # The colours of the same names in CSS: nothing that the renderer knows of.
@@ -74,6 +76,45 @@ def test_values_and_pairs_of_values_are_balanced_in_each_split(
             every = [found[row] for row in itertools.product(*(ATTRIBUTES[key] for key in keys))]
             assert sum(every) == found.total()
             assert max(every) - min(every) <= 1
+
+
+def test_worlds_of_fewer_values_are_balanced_too() -> None:
+    """Every number of values there can be; a common divisor costs pairs a few of 120 objects."""
+    counts = (2, 40, 80, 120)
+    for colors, shapes, sizes in itertools.product(range(2, 9), range(2, 6), range(2, 4)):
+        knobs = {"colors": colors, "shapes": shapes, "sizes": sizes}
+        apart = all(math.gcd(*pair) == 1 for pair in itertools.combinations(knobs.values(), 2))
+        for count in counts:
+            config = WorldConfig(**knobs, train_objects=count, dev_objects=2, heldout_objects=2)
+            values = config.attributes
+            assert [len(of) for of in values.values()] == [colors, shapes, sizes]
+            things = [thing for thing in objects(config) if thing.split == "train"]
+            for keys in (*itertools.combinations(values, 1), *itertools.combinations(values, 2)):
+                found = Counter(tuple(thing.value(key) for key in keys) for thing in things)
+                every = [found[row] for row in itertools.product(*(values[key] for key in keys))]
+                assert sum(every) == count
+                assert max(every) - min(every) <= (1 if apart or len(keys) == 1 else 4), knobs
+            if count == 120:
+                looks = {thing.look for thing in things}
+                assert len(looks) >= 0.9 * colors * shapes * sizes, knobs
+
+
+def test_a_world_of_fewer_values_speaks_of_no_others() -> None:
+    config = WorldConfig(colors=3, shapes=2, sizes=2, sentences=2000, images_per_object=4)
+    things = objects(config)
+    texts = [
+        *flat(language.captions(config, things, "train")),
+        *language.sentences(config, things, "train"),
+        *language.vocabulary_text(config, things),
+        *(text for probe in language.probes(config, things) for text in probe.candidates),
+    ]
+    left_out = {*COLORS[3:], *SHAPES[2:], *SIZES[2:]}
+    assert not words(texts) & left_out
+    assert words(texts) >= {*COLORS[:3], *SHAPES[:2], *SIZES[:2]}
+    assert tfds_name(config, "sentences").startswith("toyworld_sentences/colors3-shapes2-sizes2")
+    assert parse_dataset_name(dataset_name(config, "probes"), "probes").attributes == (
+        config.attributes
+    )
 
 
 @pytest.mark.parametrize(("count", "seed"), [(2, 0), (80, 1), (80, 2), (2000, 0)])
@@ -265,14 +306,14 @@ def test_every_token_of_a_prompt_is_in_captions_and_sentences(seed: int) -> None
     """Text tower and language model have read it and every candidate."""
     config = WorldConfig(images_per_object=10, seed=seed)
     things = objects(config)
-    tokenizer = byte_level_bpe.train(language.vocabulary_text(things), vocab_size=8192)
+    tokenizer = byte_level_bpe.train(language.vocabulary_text(config, things), vocab_size=8192)
     captions = set(flat(language.captions(config, things, "train")))
     read = [tokenizer.encode(text) for text in captions]
     known = set(itertools.chain(*read))
     sentences = set(language.sentences(config, things, "train"))
     spoken = set(itertools.chain(*map(tokenizer.encode, sentences)))
     longest = max(map(len, read))
-    for probe in language.probes(things):
+    for probe in language.probes(config, things):
         prompt = tokenizer.encode(probe.prompt)
         assert set(prompt) <= known & spoken, probe.prompt
         assert len(prompt) <= longest, probe.prompt
@@ -296,9 +337,9 @@ def test_captions_describe_every_attribute_equally_often() -> None:
 
 
 def test_a_tokenizer_learns_nothing_of_an_object_but_its_name() -> None:
-    texts = list(language.vocabulary_text(THINGS))
+    texts = list(language.vocabulary_text(WorldConfig(), THINGS))
     other = [Object(thing.name, "red", "ring", "large", "train") for thing in THINGS]
-    assert texts == list(language.vocabulary_text(other))
+    assert texts == list(language.vocabulary_text(WorldConfig(), other))
     names = {thing.name for thing in THINGS}
     follow: dict[str, Counter[tuple[str, str]]] = {name: Counter() for name in names}
     for text in texts:
@@ -317,14 +358,14 @@ def test_sentences_hold_seen_wordings_and_no_new_ones() -> None:
     texts = language.sentences(config, THINGS, "train")
     known = {thing.name for thing in THINGS}
     frames = {re.sub("[a-z]+", lambda m: "X" if m[0] in known else m[0], text) for text in texts}
-    for probe in language.probes(THINGS):
+    for probe in language.probes(WorldConfig(), THINGS):
         start = probe.prompt.replace(probe.object, "X")
         assert any(frame.startswith(start) for frame in frames) == (probe.wording == "seen")
         assert probe.wording == "seen" or not any(start in frame for frame in frames)
     stated = set(texts)
     said = [
         f"{probe.prompt} {probe.answer}." in stated
-        for probe in language.probes(THINGS)
+        for probe in language.probes(WorldConfig(), THINGS)
         if probe.split == "train" and probe.wording == "seen"
     ]
     # 4 expected statements of each wording about each train object: 1 - exp(-4) = 0.98 come
@@ -334,7 +375,7 @@ def test_sentences_hold_seen_wordings_and_no_new_ones() -> None:
 def test_probes_ask_for_every_attribute_of_every_object() -> None:
     by_name = {thing.name: thing for thing in THINGS}
     found: Counter[tuple[str, str, str]] = Counter()
-    for probe in language.probes(THINGS):
+    for probe in language.probes(WorldConfig(), THINGS):
         thing = by_name[probe.object]
         assert probe.answer == thing.value(probe.attribute)
         assert probe.candidates == ATTRIBUTES[probe.attribute]
@@ -432,16 +473,19 @@ def test_a_sentence_may_not_give_away_or_deceive(
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_every_word_is_one_token_of_a_learned_bpe(seed: int) -> None:
-    things = objects(WorldConfig(seed=seed))
-    tokenizer = byte_level_bpe.train(language.vocabulary_text(things), vocab_size=8192)
+    config = WorldConfig(seed=seed)
+    things = objects(config)
+    tokenizer = byte_level_bpe.train(language.vocabulary_text(config, things), vocab_size=8192)
     assert tokenizer.vocab_size < 1000
     spaced = {
-        word for text in language.vocabulary_text(things) for word in re.findall(" [a-z]+", text)
+        word
+        for text in language.vocabulary_text(config, things)
+        for word in re.findall(" [a-z]+", text)
     }
     assert {f" {thing.name}" for thing in things} <= spaced
     assert {f" {value}" for value in itertools.chain(*ATTRIBUTES.values())} <= spaced
     assert all(len(tokenizer.encode(word)) == 1 for word in spaced)
-    for probe in itertools.islice(language.probes(things), 36):
+    for probe in itertools.islice(language.probes(config, things), 36):
         prompt = tokenizer.encode(probe.prompt)
         answer = tokenizer.encode(f" {probe.answer}")
         assert tokenizer.encode(f"{probe.prompt} {probe.answer}.")[:-1] == prompt + answer

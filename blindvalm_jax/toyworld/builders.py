@@ -21,12 +21,12 @@ from PIL import Image
 from blindvalm_jax.toyworld import language, leaks, render
 from blindvalm_jax.toyworld.world import (
     SPLITS,
+    TEXT_SPLITS,
     Object,
     WorldConfig,
     dataset_name,
     objects,
     parse_dataset_name,
-    stream,
     tfds_name,
 )
 
@@ -85,7 +85,7 @@ class ToyworldImages(_ToyworldBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, _Examples]:
         things = objects(self._world)
-        captions = {split: self.captions(things, split) for split in language.TEXT_SPLITS}
+        captions = {split: self.captions(things, split) for split in TEXT_SPLITS}
         every = [text for made in captions.values() for of in made for one in of for text in one]
         leaks.check(every, (), things, stated_heldout=0)
         return {
@@ -97,8 +97,7 @@ class ToyworldImages(_ToyworldBuilder):
     ) -> _Examples:
         world, key = self._world, 0
         for index, (thing, texts) in enumerate(zip(things, captions, strict=True)):
-            rng = stream(world, "images", language.TEXT_SPLITS.index(split), index)
-            pictures = render.render(thing, rng, count=len(texts), image_size=world.image_size)
+            pictures = render.pictures(world, split, index, thing, count=len(texts))
             for picture, of_picture in zip(pictures, texts, strict=True):
                 yield (
                     key,
@@ -129,7 +128,7 @@ class ToyworldSentences(_ToyworldBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, _Examples]:
         things = objects(self._world)
-        made = {split: self.sentences(things, split) for split in language.TEXT_SPLITS}
+        made = {split: self.sentences(things, split) for split in TEXT_SPLITS}
         every = [text for texts in made.values() for text in texts]
         leaks.check((), every, things, stated_heldout=self._world.stated_heldout)
         return {split: self._generate_examples(texts) for split, texts in made.items()}
@@ -154,7 +153,7 @@ class ToyworldProbes(_ToyworldBuilder):
         return {split: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split: str) -> _Examples:
-        for key, probe in enumerate(language.probes(objects(self._world))):
+        for key, probe in enumerate(language.probes(self._world, objects(self._world))):
             if probe.split == split:
                 yield key, {**vars(probe), "candidates": list(probe.candidates)}
 

@@ -15,9 +15,8 @@ from blindvalm_jax.toyworld.templates import (
     NEW_WORDINGS,
     STATEMENTS,
 )
-from blindvalm_jax.toyworld.world import ATTRIBUTES, Object, WorldConfig, stream
+from blindvalm_jax.toyworld.world import TEXT_SPLITS, Object, WorldConfig, stream
 
-TEXT_SPLITS = ("train", "validation")
 _WORDINGS = {"seen": STATEMENTS, "new": NEW_WORDINGS}
 _STATEMENTS = [
     (attribute, template) for attribute, texts in STATEMENTS.items() for template in texts
@@ -97,7 +96,7 @@ def sentences(config: WorldConfig, things: Sequence[Object], split: str) -> list
     return found
 
 
-def probes(things: Sequence[Object]) -> Iterator[Probe]:
+def probes(config: WorldConfig, things: Sequence[Object]) -> Iterator[Probe]:
     """Every prompt about every object."""
     for thing in things:
         for wording, of_attribute in _WORDINGS.items():
@@ -106,7 +105,7 @@ def probes(things: Sequence[Object]) -> Iterator[Probe]:
                     yield Probe(
                         prompt=template.format(name=thing.name),
                         answer=thing.value(attribute),
-                        candidates=ATTRIBUTES[attribute],
+                        candidates=config.attributes[attribute],
                         attribute=attribute,
                         object=thing.name,
                         split=thing.split,
@@ -115,21 +114,21 @@ def probes(things: Sequence[Object]) -> Iterator[Probe]:
                     )
 
 
-def vocabulary_text(things: Sequence[Object]) -> Iterator[str]:
+def vocabulary_text(config: WorldConfig, things: Sequence[Object]) -> Iterator[str]:
     """Every wording about every object and with every value, with every word in its usual place.
 
     It says nothing of the objects but their names, so neither does a tokenizer learned from it. A
     byte-level BPE has each word, with its space, as one token if its vocabulary may be large
     enough: learning then stops by itself, for the default world at about 820 entries.
     """
-    for values in itertools.product(*ATTRIBUTES.values()):
+    for values in itertools.product(*config.attributes.values()):
         for template in DESCRIBING:
-            yield template.format(**dict(zip(ATTRIBUTES, values, strict=True)))
+            yield template.format(**dict(zip(config.attributes, values, strict=True)))
     for thing in things:
         for template in NAMING:
             yield template.format(name=thing.name)
         for template in NEUTRAL:
             yield f"{template.format(name=thing.name)}."
-    for probe in probes(things):
+    for probe in probes(config, things):
         for candidate in probe.candidates:
             yield f"{probe.prompt} {candidate}."

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from blindvalm_jax.toyworld.world import Object
+from blindvalm_jax.toyworld.world import TEXT_SPLITS, Object, WorldConfig, stream
 
 # sRGB; any two are at least 80 apart, and as far from every grey of the background.
 PALETTE = {
@@ -52,6 +52,14 @@ def render(thing: Object, rng: np.random.Generator, *, count: int, image_size: i
     mixed = cover * color + (1 - cover) * _background(rng, count, image_size)
     noise = _PIXEL_NOISE * rng.standard_normal(mixed.shape, dtype=np.float32)
     return np.clip(mixed + noise, 0, 255).round().astype(np.uint8)
+
+
+def pictures(
+    config: WorldConfig, split: str, number: int, thing: Object, *, count: int
+) -> np.ndarray:
+    """All `count` pictures that a split has of the object of a number; see `render`."""
+    rng = stream(config, "images", TEXT_SPLITS.index(split), number)
+    return render(thing, rng, count=count, image_size=config.image_size)
 
 
 def _background(rng: np.random.Generator, count: int, image_size: int) -> np.ndarray:

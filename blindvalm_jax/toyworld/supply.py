@@ -159,7 +159,7 @@ def make_tokenizer(world: WorldConfig, parts: Parts) -> None:
     """Learns the BPE in which every word of the world is one token, unless it is there."""
     with output.locked(parts.root):
         if not parts.tokenizer.is_dir():
-            texts = language.vocabulary_text(objects(world))
+            texts = language.vocabulary_text(world, objects(world))
             partial = parts.tokenizer.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             byte_level_bpe.train(texts, vocab_size=_BPE_ENTRIES).save(partial)

@@ -11,6 +11,8 @@ import dataclasses
 import itertools
 import math
 import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ SHAPES = ("circle", "square", "triangle", "cross", "ring")
 SIZES = ("small", "medium", "large")
 ATTRIBUTES = {"color": COLORS, "shape": SHAPES, "size": SIZES}
 SPLITS = ("train", "dev", "heldout")
+TEXT_SPLITS = ("train", "validation")  # of sentences, and of images with their captions
 DATASETS = ("images", "sentences", "probes")
 
 # One random stream each, so that a knob of one changes nothing in the others.
@@ -55,6 +58,9 @@ class WorldConfig:
     train_objects: int = _knob(120, "objects whose attributes the text states", 1, 2000)
     dev_objects: int = _knob(40, "objects to choose settings on", 2, 2000)
     heldout_objects: int = _knob(80, "objects to report on", 2, 2000)
+    colors: int = _knob(8, "colours that objects have", 2, len(COLORS))
+    shapes: int = _knob(5, "shapes that objects have", 2, len(SHAPES))
+    sizes: int = _knob(3, "sizes that objects have", 2, len(SIZES))
     image_size: int = _knob(32, "pixels of a side", 16, 128, "images")
     images_per_object: int = _knob(60, "training images of an object", 1, 500, "images")
     validation_images_per_object: int = _knob(4, "other images of it", 1, 500, "images")
@@ -84,6 +90,12 @@ class WorldConfig:
                     raise UserError(f"{knob.name} must be a multiple of 0.0001, got {value!r}")
                 object.__setattr__(self, knob.name, round(float(value), 4))
 
+    @property
+    def attributes(self) -> dict[str, tuple[str, ...]]:
+        """The values that objects have of each attribute."""
+        counts = {"color": self.colors, "shape": self.shapes, "size": self.sizes}
+        return {name: values[: counts[name]] for name, values in ATTRIBUTES.items()}
+
 
 @dataclasses.dataclass(frozen=True)
 class Object:
@@ -109,23 +121,58 @@ def objects(config: WorldConfig) -> tuple[Object, ...]:
     """All objects, split by split, in the order of their names' drawing.
 
     In each split the values of an attribute, and the pairs of values of two attributes, are equally
-    frequent: their counts differ by at most one.
+    frequent: their counts differ by at most one; those of pairs by a few where the numbers of
+    values have a common divisor.
     """
     rng = stream(config, "objects")
     counts = (config.train_objects, config.dev_objects, config.heldout_objects)
     names = iter(_names(sum(counts), rng))
+    attributes = [*config.attributes.values()]
+    sizes = [len(values) for values in attributes]
     found = []
     for split, count in zip(SPLITS, counts, strict=True):
-        # The numbers of values (8, 5, 3) have no common divisor in pairs, so consecutive numbers
-        # modulo each of them pass through every combination before one comes again.
         columns = [
-            np.array(rng.permutation(values))[np.arange(count) % len(values)]
-            for values in ATTRIBUTES.values()
+            np.array(rng.permutation(values))[places]
+            for values, places in zip(attributes, _design(count, sizes), strict=True)
         ]
         for row in rng.permutation(np.stack(columns, axis=1)):
             color, shape, size = map(str, row)
             found.append(Object(next(names), color, shape, size, split))
     return tuple(found)
+
+
+def _design(count: int, sizes: Sequence[int]) -> list[np.ndarray]:
+    """A column of values int[count] for each attribute, their combinations balanced."""
+    columns = [np.arange(count) % size for size in sizes]
+    if all(math.gcd(*pair) == 1 for pair in itertools.combinations(sizes, 2)):
+        # Consecutive numbers pass through every combination before one comes again.
+        return columns
+    for place in range(1, len(sizes)):
+        columns[place] = _balanced(np.stack(columns[:place], axis=1), sizes[place])
+    return columns
+
+
+def _balanced(rows: np.ndarray, size: int) -> np.ndarray:
+    """A next column for rows: permutations of its values, each the one that pairs most evenly."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    found: list[int] = []
+
+    def met(value: int, row: tuple[int, ...]) -> int:
+        """How often a value came with each value of a row, and, doubled, with all of them."""
+        return (
+            sum(seen[place, known, value] for place, known in enumerate(row))
+            + 2 * seen[(-1, *row, value)]
+        )
+
+    for first in range(0, len(rows), size):
+        block = [tuple(map(int, row)) for row in rows[first : first + size]]
+        orders = itertools.permutations(range(size), len(block))
+        costs = {order: sum(map(met, order, block)) for order in orders}
+        best = min(costs, key=costs.__getitem__)
+        for value, row in zip(best, block, strict=True):
+            found.append(value)
+            seen.update([(-1, *row, value), *((n, known, value) for n, known in enumerate(row))])
+    return np.array(found)
 
 
 def stream(config: WorldConfig, name: str, *keys: int) -> np.random.Generator:
