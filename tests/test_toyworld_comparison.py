@@ -70,7 +70,7 @@ def blind(made: tuple[Path, dict[str, Any]]) -> trained.TrainedModel:
 
 @pytest.fixture(scope="module")
 def probes() -> list[language.Probe]:
-    return [probe for probe in language.probes(objects(WORLD)) if probe.split == "heldout"]
+    return [probe for probe in language.probes(WORLD, objects(WORLD)) if probe.split == "heldout"]
 
 
 @pytest.mark.slow

@@ -15,9 +15,17 @@ import pytest
 from PIL import Image
 
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.toyworld import figures, findings, language, report
+from blindvalm_jax.toyworld import figures, findings, language, recipes, report
 from blindvalm_jax.toyworld.figures import Gallery
-from blindvalm_jax.toyworld.findings import CHANGED, GIVEN, LABELS, WORDS, Gap, half_width
+from blindvalm_jax.toyworld.findings import (
+    CHANGED,
+    GIVEN,
+    LABELS,
+    RETRIEVED,
+    WORDS,
+    Gap,
+    half_width,
+)
 from blindvalm_jax.toyworld.world import ATTRIBUTES, SPLITS, WorldConfig, objects
 
 KNOBS = {
@@ -53,7 +61,10 @@ def made_up(names: list[str], seeds: list[int]) -> dict[str, Any]:
             **{"perplexity": draw(), "surprise": draw()},
             **{"steps": [150] * len(seeds), "step_seconds": draw()},
             **{"parameters": 1000, "flops_per_token": 2e6, "curves": curves},
-            **({} if name == "gpt2" else {"attention": draw(), "linear": accuracies()}),
+            "standard_error": {prompts: accuracies() for prompts in ("all", "seen")},
+            **({} if name == "gpt2" else {"attention": draw(), "attention_if_even": draw()}),
+            **({} if name == "gpt2" else {"linear": accuracies()}),
+            **({"retrieved": {k: draw() for k in RETRIEVED}} if "valm" in name[:4] else {}),
         }
 
     grounded = [name for name in names if name != "gpt2"]
@@ -67,7 +78,7 @@ def made_up(names: list[str], seeds: list[int]) -> dict[str, Any]:
         "attribution": {
             name: {
                 "swapped": {a: {"own": draw(), "donor": draw()} for a in ATTRIBUTES},
-                **{where: accuracies() for where in CHANGED},
+                **{where: accuracies() for where in (*CHANGED, "removed")},
             }
             for name in grounded
         },
@@ -83,6 +94,7 @@ def made_up(names: list[str], seeds: list[int]) -> dict[str, Any]:
             "stated_heldout": [0.0, 0.1],
             **{n: {a: [draw(), draw()] for a in ATTRIBUTES} for n in ("gpt2", "blind_valm_eos")},
         },
+        "recipe": recipes.described(WorldConfig(**KNOBS)),
         "timed": {"language": {"seconds": 123.0, "jobs": 2}},
         **{"machine": "two cores", "versions": {"jax": "0.10.2"}},
         **{"commit": "abc", "trained_at": ["0123", "4567"]},
@@ -133,12 +145,13 @@ def means_head() -> list[str]:
 
 def test_differences_are_paired_by_seed(page: tuple[str, Path]) -> None:
     rows = next(table for table in tables(page[0]) if table[0][0] == "difference")
-    row = next(row for row in rows if row[0] == "VALM − BLIND-VALM")
+    row = next(row for row in rows if row[0] == "VALM token − BLIND-VALM token")
     pairs = (ALL["variants"][name]["color"] for name in ("valm", "blind_valm"))
     differences = np.subtract(*pairs)
     mean, half = differences.mean(), T_975[2] * differences.std(ddof=1) / np.sqrt(3)
     assert row[1].strip("*") == f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
     assert row[1].startswith("**") == (abs(mean) > half)
+    assert row[-1] == f"{(differences > 0).sum()} of 3"
 
 
 def test_the_page_in_docs_is_what_its_results_say(tmp_path: Path) -> None:
@@ -169,7 +182,7 @@ def test_tables_are_rectangular(page: tuple[str, Path]) -> None:
 
 def test_a_section_is_there_if_its_data_are(page: tuple[str, Path], tmp_path: Path) -> None:
     assert set(OPTIONAL.values()) <= set(titles(page[0]))
-    assert len(titles(page[0])) == 16
+    assert len(titles(page[0])) == 17
     results = made_up(["gpt2", "valm"], [0, 1])
     for part in ("attribution", "given", "neighbours"):
         del results[part]
@@ -185,9 +198,11 @@ def test_one_seed_and_few_variants_without_intervals(names: list[str], tmp_path:
     results = made_up(names, [7])
     for part in (*OPTIONAL, "clip", "timed", "machine", "versions", "commit", "trained_at"):
         del results[part]
+    for variant in results["variants"].values():
+        variant.pop("retrieved", None)
     text = report.write(results, tmp_path).read_text(encoding="utf-8")
     assert "seed 7" in text
-    assert not re.search(r"±|95 %|\[[+-]\d|not clearly|higher|\bnan\b", text)
+    assert not re.search(r"±|95 %|\[[+-]\d|not clear|higher|\bnan\b", text)
     assert ("cost.png" in text) == ("gpt2" in names)
     assert not set(titles(text)) & set(OPTIONAL.values())
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
@@ -209,10 +224,23 @@ def test_words_follow_the_data() -> None:
         return Gap(values)
 
     assert [gap(v).word for v in ([0.5, 0.6, 0.55], [-0.5, -0.6, -0.55])] == ["higher", "lower"]
-    assert gap([0.5, -0.6, 0.1]).word == "not clearly different"
-    assert gap([0.0, 0.0]).word == "not clearly different"
+    assert gap([0.5, -0.6, 0.1]).word == "not clear over seeds"
+    assert gap([0.0, 0.0]).word == "not clear over seeds"
     assert "one seed" in gap([0.5]).word
     assert not gap([0.5]).clear
+    assert str(Gap([0.5, 0.5], least=0.2)) == "+0.500 [+0.300, +0.700]"
+    assert not Gap([0.1, 0.1], least=0.2).clear
+
+
+def test_chance_is_left_out_only_if_objects_say_so_too() -> None:
+    """Seeds that agree by luck have no interval to speak of; the objects' own is wider."""
+    same = {"gpt2": dict.fromkeys(ATTRIBUTES, [0.09, 0.09, 0.09, 0.09])}
+    chance = dict.fromkeys(ATTRIBUTES, 0.125)
+    for error, clear in ((0.04, False), (0.03, True)):
+        errors = {"gpt2": dict.fromkeys(ATTRIBUTES, [error] * 4)}
+        gap = findings.against_chance(same, errors, chance)["gpt2"]["color"]
+        assert gap.half == pytest.approx(1.96 * error / 2)
+        assert gap.clear == clear
 
 
 @pytest.mark.parametrize("freedom", T_975)
@@ -222,12 +250,13 @@ def test_interval_is_students(freedom: int) -> None:
     assert half_width(list(values)) == pytest.approx(wanted, rel=5e-6)  # the table has six digits
 
 
-def test_summary_is_a_table_of_means() -> None:
-    lines = report.summary_table(ALL).splitlines()
+@pytest.mark.parametrize("split", ["heldout", "dev"])
+def test_summary_is_a_table_of_means(split: str) -> None:
+    lines = report.summary_table(ALL, split=split).splitlines()
     assert [line.split()[0] for line in lines[1:]] == [*ALL["variants"], "chance"]
     assert len({len(line) for line in lines[:-1]}) == 1
     for line, (name, variant) in zip(lines[1:], ALL["variants"].items(), strict=False):
-        held = variant["objects"]["heldout"]
+        held = variant["objects"][split]
         found = [held[wording][a] for a in ATTRIBUTES for wording in ("seen", "new")]
         wanted = [f"{np.mean(values):.3f}" for values in (*found, variant["perplexity"])]
         assert line.split() == [name, *wanted]
@@ -247,6 +276,8 @@ def test_summary_is_a_table_of_means() -> None:
         ("variants", "gpt2", "flops_per_token"),
         ("attribution", "valm", "swapped", "size", "donor"),
         ("attribution", "valm", "removed"),
+        ("variants", "gpt2", "standard_error", "seen", "size"),
+        ("variants", "valm", "retrieved", "look"),
         ("given", "valm", "mean_image", "color"),
         ("neighbours", "0", "prompt"),
         ("bias", "stated_heldout"),
@@ -319,14 +350,12 @@ def test_unequal_training_is_said_wherever_losses_are_compared(tmp_path: Path) -
         variant["color"] = [0.1, 0.2, 0.3]
     titles = ["What is compared", "What they answer", "Differences", "Training"]
     text = written(tmp_path, *titles, variants=variants)
-    assert "they differ in that and in what the fusion layer may attend to;" in text
+    assert "they differ in that and in what the fusion layer may attend to." in text
     assert "Perplexity clearly lower" not in text
-    both = "different numbers of updates (GPT-2 3,000; BLIND-VALM 150;"
+    both = "different numbers of updates (GPT-2 3,000; BLIND-VALM token 150;"
     for line in text.splitlines():
-        if line.startswith(("Training loss at", "Accuracy on held-out", "All models learn")):
+        if line.startswith(("Each of the", "All models learn")):
             assert both in line
-        if "GPT-2" in line and (line.startswith("- Colour, ") and " against GPT-2" in line):
-            assert "(after 150 against 3,000 updates)" in line
         if " − GPT-2" in line:
             assert "− GPT-2 (after 150 against 3,000 updates) |" in line
         elif " − " in line:
@@ -334,19 +363,23 @@ def test_unequal_training_is_said_wherever_losses_are_compared(tmp_path: Path) -
     for variant in variants.values():
         variant["steps"] = [150] * 3
     text = written(tmp_path, titles[0], titles[2], variants=variants)
-    assert "for 150 updates each: they differ in what that layer may attend to;" in text
+    assert "for 150 updates each: they differ in what that layer may attend to." in text
     assert "different numbers" not in text
-    told = re.search(r"Perplexity clearly lower than GPT-2's after as many.*: (.*)\.\n", text)
+    told = re.search(
+        r"Perplexity clearly lower than GPT-2's after as many updates, but colour not: (.*)\.\n",
+        text,
+    )
     assert told
     assert told[1].split(", ") == [LABELS[name] for name in variants if name != "gpt2"]
 
 
 def test_eos_controls_are_compared_with_their_readout(page: tuple[str, Path]) -> None:
     rows = [row[0] for table in tables(page[0]) if table[0][0] == "difference" for row in table]
-    for readout in ("", " eos"):
+    for readout in ("token", "EOS"):
         for control in ("random tower", "shuffled"):
-            assert f"BLIND-VALM{readout} − {control}{readout}" in rows
-    assert not {"BLIND-VALM eos − shuffled", "BLIND-VALM − shuffled eos"} & set(rows)
+            assert f"BLIND-VALM {readout} − {control} {readout}" in rows
+    mixed = {"BLIND-VALM EOS − shuffled token", "BLIND-VALM token − shuffled EOS"}
+    assert not mixed & set(rows)
     assert set(findings.SEES) == set(LABELS)
     assert len({findings.SEES[name] for name in LABELS}) == len(LABELS)
 
@@ -357,41 +390,55 @@ def test_who_answers_train_objects_is_said_of_each(tmp_path: Path) -> None:
         variant["objects"]["train"]["seen"] = {a: [1.0, 0.95, 0.97] for a in ATTRIBUTES}
         variant["objects"]["train"]["new"] = {a: [1.0, 0.6, 0.97] for a in ATTRIBUTES}
     variants["shuffled_eos"]["objects"]["train"]["seen"]["size"] = [1.0, 0.99, 0.9]
-    text = written(tmp_path, "What they answer", "Stated and never stated", variants=variants)
+    text = written(tmp_path, "Stated and never stated", variants=variants)
+    rows = {row[0]: row[1:] for row in tables(text)[3][2:]}
     for name in variants:
-        does = "does not answer" if name == "shuffled_eos" else "answers"
-        where = "0.900, size, seed 2" if name == "shuffled_eos" else "0.950, colour, seed 1"
-        assert (
-            f"- {LABELS[name]} (150 updates) {does} its train objects in seen wordings (lowest: "
-            f"{where}), and does not answer its train objects in new wordings (lowest: 0.600, "
-            "colour, seed 1)."
-        ) in text
-    held = variants["shuffled_eos"]["objects"]["heldout"]["seen"]["color"]
-    [beside] = re.findall(r"- Colour in seen wordings, of held-out .*", text)
-    assert f"shuffled eos {findings.mean(held)} ({findings.mean([1.0, 0.95, 0.97])})." in beside
-    assert [part.split(" 0.")[0] for part in beside.split(": ")[1].split("; ")] == [
-        LABELS[name] for name in ("gpt2", *findings.CONTROLS)
-    ]
+        seen = "0.950 (colour, seed 1)"
+        if name == "shuffled_eos":
+            seen = "0.900 ✗ (size, seed 2)"
+        assert rows[LABELS[name]] == ["150", seen, "0.600 ✗ (colour, seed 1)"]
 
 
-def test_every_variant_has_points_in_both_panels_of_the_losses() -> None:
-    results = {**ALL, "variants": lengthened({"gpt2": 3000})}
-    for panel, start in zip(figures.losses(results).axes, (0, 75), strict=True):  # half of 150
-        for line in panel.get_lines():
-            steps = np.asarray(line.get_xdata())
-            assert steps.size
-            assert steps.min() >= start
+def test_in_short_says_what_is_there(page: tuple[str, Path], tmp_path: Path) -> None:
+    """Every sentence stands only on parts that are there; links are to sections of the page."""
+    [short] = re.findall(r"## In short\n\n(.*?)\n\n##", page[0], re.DOTALL)
+    lines = short.splitlines()
+    assert len(lines) == 9
+    targets = {
+        re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles(page[0])
+    }
+    assert set(re.findall(r"\(#([^)]*)\)", short)) <= targets
+    eos = findings.mean(ALL["variants"]["blind_valm_eos"]["color"])
+    assert f"the right one in {eos} of cases" in lines[0]
+    results = made_up(["gpt2", "valm"], [0, 1])
+    for part in ("attribution", "given", "bias"):
+        del results[part]
+    text = report.write(results, tmp_path).read_text(encoding="utf-8")
+    [short] = re.findall(r"## In short\n\n(.*?)\n\n##", text, re.DOTALL)
+    assert len(short.splitlines()) == 2
+    assert "BLIND-VALM" not in short
+
+
+def test_losses_are_one_curve_and_differences_in_the_same_world() -> None:
+    variants = lengthened({"valm": 3000})
+    base = np.array([curve["loss"] for curve in variants["gpt2"]["curves"]])
+    first, second = figures.losses({**ALL, "variants": variants}).axes
+    thin = [line.get_ydata() for line in first.get_lines()]
+    np.testing.assert_allclose(thin, [*base, base.mean(axis=0)])
+    for line, variant in zip(second.get_lines(), variants.values(), strict=True):
+        losses = np.array([curve["loss"] for curve in variant["curves"]])
+        np.testing.assert_allclose(line.get_ydata(), (losses - base).mean(axis=0), atol=1e-12)
 
 
 def test_times_taken_side_by_side_are_not_paired(tmp_path: Path) -> None:
     cost = written(tmp_path, "Cost")
     assert "side by side, or not at one go" in cost
     assert written(tmp_path, "Cost", timed={}) == cost
-    assert "benchmarks/valm_cost.py" in cost
-    assert not re.search(r"±|same seed|interval", cost)
+    assert "docs/results.md" in cost
+    assert not re.search(r"same seed|interval", cost)
     rows = {row[0]: row for row in tables(cost)[0]}
     medians = [np.median(ALL["variants"][name]["step_seconds"]) for name in ("valm", "gpt2")]
-    assert rows["VALM"][3] == f"{medians[0] / medians[1]:.2f}"
+    assert rows["VALM token"][3] == f"{medians[0] / medians[1]:.2f}"
     cost = written(tmp_path, "Cost", timed={"language": {"seconds": 9.0, "jobs": 1}})
     assert "one at a time" in cost
     assert "side by side" not in cost
@@ -403,7 +450,8 @@ def test_images_given_are_those_that_are_there(page: tuple[str, Path], tmp_path:
     for kind, label in GIVEN.items():
         row = next(row for row in rows if row[0] == label)
         assert row[1] == findings.mean(ALL["given"]["gpt2"][kind]["color"])
-        assert f"- Colour, {label}, against text: " in page[0]
+        gap = Gap.between(ALL["given"]["valm"][kind]["size"], ALL["variants"]["valm"]["size"])
+        assert [row for row in rows if row[0] == f"{label} − text, VALM token"][0][3] == gap.cell
     assert "CLIP keeps images and texts apart" in page[0]
     given = {name: {"mean_image": kinds["mean_image"]} for name, kinds in ALL["given"].items()}
     text = written(tmp_path, OPTIONAL["given"], given=given)
@@ -413,20 +461,6 @@ def test_images_given_are_those_that_are_there(page: tuple[str, Path], tmp_path:
     for kinds in unknown:
         with pytest.raises(UserError, match="given must hold some of"):
             findings.check({**ALL, "given": {"valm": kinds}})
-
-
-def test_appendix_has_development_objects_if_there(page: tuple[str, Path], tmp_path: Path) -> None:
-    appendix = page[0][page[0].index("## Appendix") : page[0].index("## How this was made")]
-    _, dev = tables(appendix)
-    rows = {row[0]: row[1:] for row in dev[1:]}
-    for name, variant in ALL["variants"].items():
-        found = variant["objects"]["dev"]
-        columns = [found[wording][a] for a in ATTRIBUTES for wording in ("seen", "new")]
-        assert rows[LABELS[name]] == [findings.each(values) for values in columns]
-    variants = copy.deepcopy(ALL["variants"])
-    for variant in variants.values():
-        del variant["objects"]["dev"]
-    assert "Development objects" not in written(tmp_path, "Appendix: every seed", variants=variants)
 
 
 def test_command_is_the_one_given(page: tuple[str, Path], tmp_path: Path) -> None:
@@ -441,8 +475,7 @@ def test_bias_is_against_the_least_share_and_says_updates(tmp_path: Path) -> Non
     bias: dict[str, Any] = {"stated_heldout": [0.0, 0.1], "gpt2": ALL["bias"]["gpt2"]}
     text = written(tmp_path, OPTIONAL["bias"], variants=variants, bias=bias)
     gap = Gap.between(*bias["gpt2"]["color"][::-1])
-    told = f"10 % {gap.word} {gap}."
-    assert f"- Colour, GPT-2 (3,000 updates), against 0 % stated: {told}" in text
+    assert f"| 10 % − 0 %, GPT-2 | {gap.cell} |" in text
     head, _, *rows = next(table for table in tables(text) if table[0][0] == "stated")
     assert head[4:] == [f"{word}, GPT-2 (3,000 updates)" for word in WORDS.values()]
     assert rows[0][1:4] == ["0.00 (0.0)"] * 3
@@ -462,7 +495,7 @@ def test_what_text_reaches_is_counted_from_the_text(tmp_path: Path) -> None:
     sentences = Counter(language.sentences(config, things, "train"))
     for cell, attribute in zip(row[1:4], ATTRIBUTES, strict=True):
         of = {thing.name: 0 for thing in things if thing.split == "heldout"}
-        for probe in language.probes(things):
+        for probe in language.probes(config, things):
             if probe.object in of and (probe.attribute, probe.wording) == (attribute, "seen"):
                 of[probe.object] += sentences[f"{probe.prompt} {probe.answer}."]
         reached = np.mean([count > 0 for count in of.values()])
@@ -473,9 +506,9 @@ def test_removed_and_nowhere_agree_or_how_far_they_do_not(tmp_path: Path) -> Non
     found = {name: copy.deepcopy(ALL["attribution"][name]) for name in ("blind_valm", "valm")}
     for variant in found.values():
         variant["removed"] = copy.deepcopy(variant["nowhere"])
-    assert "nowhere agree: no accuracy differs." in written(
+    assert "nowhere, and do: no accuracy here differs." in written(
         tmp_path, OPTIONAL["attribution"], attribution=found
     )
     found["valm"]["removed"]["size"][1] = found["valm"]["nowhere"]["size"][1] + 0.25
     text = written(tmp_path, OPTIONAL["attribution"], attribution=found)
-    assert "nowhere differ, by at most 0.25 (VALM, size, seed 1)." in text
+    assert "nowhere, but differ by up to 0.25 (VALM token, size, seed 1)." in text

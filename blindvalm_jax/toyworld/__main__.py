@@ -8,6 +8,7 @@ same command again goes on where it stopped. Every knob of the world is a flag.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,10 @@ from blindvalm_jax.toyworld.world import WorldConfig
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the comparison")
 _SEEDS = flags.DEFINE_integer("seeds", 5, "worlds, each with models of its own", lower_bound=1)
+_FIRST = flags.DEFINE_integer("first_seed", 0, "seed of the first of them", lower_bound=0)
+_TABLE = flags.DEFINE_enum(
+    "table", "heldout", ["heldout", "dev"], "objects of the printed table; choose settings on dev"
+)
 _VARIANTS = flags.DEFINE_list("variants", list(recipes.VARIANTS), "what is trained, with commas")
 _STATED = flags.DEFINE_list(
     "stated_heldout", [], "shares of statements about held-out objects for the bias curve"
@@ -48,7 +53,8 @@ def main(argv: Sequence[str]) -> None:
         stated = sorted(float(share) for share in _STATED.value)
     except ValueError as error:
         raise UserError(f"--stated_heldout must be numbers, got {_STATED.value}") from error
-    worlds = [WorldConfig(seed=seed, **_KNOBS()) for seed in range(_SEEDS.value)]
+    seeds = range(_FIRST.value, _FIRST.value + _SEEDS.value)
+    worlds = [WorldConfig(seed=seed, **_KNOBS()) for seed in seeds]
     for share in stated:
         WorldConfig(stated_heldout=share)  # refuses what is out of range
     if 0 in stated or len(set(stated)) < len(stated):
@@ -66,10 +72,18 @@ def main(argv: Sequence[str]) -> None:
         jobs=_JOBS.value or _cores(),
     )
     path = report.write(results, root)
-    print(report.summary_table(results))
-    print(f"\nheld-out objects: no sentence states what they look like. The report: {path}")
+    print(report.summary_table(results, split=_TABLE.value))
+    kind = {"heldout": "held-out", "dev": "development"}[_TABLE.value]
+    print(f"\n{kind} objects: no sentence states what they look like. The report: {path}")
     if set(_VARIANTS.value) != set(recipes.VARIANTS):
-        print("all variants and controls: python -m blindvalm_jax.toyworld --workdir=runs/toyworld")
+        command = "-m blindvalm_jax.toyworld --workdir=runs/toyworld"
+        print(f"all variants and controls: {_python()} {command}")
+
+
+def _python() -> str:
+    """This interpreter, as one would call it from here."""
+    here = Path(sys.executable)
+    return str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here)
 
 
 def _cores() -> int:

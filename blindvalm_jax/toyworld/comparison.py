@@ -82,58 +82,45 @@ def run(
     """
     parts = {world.seed: Parts(root / f"seed_{world.seed}") for world in worlds}
 
-    def job(world: WorldConfig, variant: str, share: float = 0.0) -> Job:
-        biased = dataclasses.replace(world, stated_heldout=share)
-        return Job(parts[world.seed], biased, variant, steps.language)
+    def every_seed(variant: str, share: float = 0.0) -> list[Job]:
+        of = [dataclasses.replace(world, stated_heldout=share) for world in worlds]
+        return [Job(parts[world.seed], world, variant, steps.language) for world in of]
 
-    compared = [job(world, variant) for world in worlds for variant in variants]
-    swept = [
-        [[job(world, variant, share) for world in worlds] for share in (0.0, *stated)]
-        for variant in BIAS_VARIANTS
-        if stated
-    ]
-    rest = [one for shares in swept for row in shares for one in row if one not in compared]
+    shares = (0.0, *stated) if stated else ()
+    compared = {variant: every_seed(variant) for variant in variants}
+    swept = {v: {share: every_seed(v, share) for share in shares} for v in BIAS_VARIANTS}
+    main = [one for of in compared.values() for one in of]
+    rest = [one for at in swept.values() for of in at.values() for one in of if one not in main]
+    main.sort(key=lambda one: one.world.seed)
     stages: dict[str, list[tuple[Any, ...]]] = {
         "world_and_clip": [
             (f"seed {w.seed}, world and CLIP", _make_world, parts[w.seed], w, steps.clip)
             for w in worlds
         ],
-        "language": [(one.label, _train_and_measure, one) for one in compared],
+        "language": [(one.label, _train_and_measure, one) for one in main],
         "bias": [(one.label, _train_and_measure, one) for one in rest],
     }
     done, timed = {}, {}
     for stage, calls in stages.items():
-        if calls:
-            done[stage], timed[stage] = _timed(calls, root / f"{stage}_seconds.json", jobs)
-    found = [*done["language"], *done.get("bias", [])]
-    measured = dict(zip([*compared, *rest], found, strict=True))
-    shown: list[dict[str, Any]] = []
-    if "blind_valm_eos" in variants:
-        first = job(worlds[0], "blind_valm_eos")
-        [shown] = _all([("nearest images", _neighbours, first)], jobs)
+        done[stage], timed[stage] = _timed(calls, root / f"{stage}_seconds.json", jobs)
+    measured = dict(zip([*main, *rest], done["language"] + done["bias"], strict=True))
     results: dict[str, Any] = {
         "seeds": [world.seed for world in worlds],
         "world": dataclasses.asdict(worlds[0]),
-        "chance": {name: 1 / len(values) for name, values in ATTRIBUTES.items()},
-        **_gathered({v: [measured[job(world, v)] for world in worlds] for v in variants}),
+        "chance": {k: 1 / len(values) for k, values in worlds[0].attributes.items()},
+        **_gathered({name: [measured[one] for one in of] for name, of in compared.items()}),
         "clip": _listed(done["world_and_clip"]),
-        **({"neighbours": shown} if shown else {}),
+        "recipe": recipes.described(worlds[0]),
         "timed": {stage: record for stage, record in timed.items() if record is not None},
         "trained_at": sorted({str(row["commit"]) for row in measured.values()}),
         "command": " ".join(["python", "-m", "blindvalm_jax.toyworld", *sys.argv[1:]]),
         **_where(),
     }
+    if "blind_valm_eos" in compared:
+        first = compared["blind_valm_eos"][0]
+        [results["neighbours"]] = _all([("nearest images", _neighbours, first)], jobs)
     if stated:
-        results["bias"] = {"stated_heldout": [0.0, *stated]} | {
-            variant: {
-                name: [
-                    [measured[one]["objects"]["heldout"]["seen"][name] for one in row]
-                    for row in shares
-                ]
-                for name in ATTRIBUTES
-            }
-            for variant, shares in zip(BIAS_VARIANTS, swept, strict=True)
-        }
+        results["bias"] = _bias_curves(swept, measured, shares)
     files.write_json(root / "results.json", results)
     return results
 
@@ -181,7 +168,7 @@ def _train_and_measure(job: Job) -> dict[str, Any]:
         before = files.read_object(stored)
         if before.get("of") == of:
             return before["measured"]
-    measured = measure.measure(job.workdir, job.world, index=job.parts.index)
+    measured = measure.measure(job.workdir, job.world, job.parts)
     files.write_json(stored, {"of": of, "measured": measured})
     return measured
 
@@ -208,6 +195,21 @@ def _gathered(measured: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any
 
 
 _CONSTANT = ("parameters", "flops_per_token")
+
+
+def _bias_curves(
+    swept: Mapping[str, Mapping[float, Sequence[Job]]],
+    measured: Mapping[Job, dict[str, Any]],
+    shares: Sequence[float],
+) -> dict[str, Any]:
+    """Accuracy on held-out objects, seen wordings: variant -> attribute -> share -> seed."""
+
+    def curve(at: Mapping[float, Sequence[Job]], attribute: str) -> list[list[float]]:
+        answers = [[measured[one]["objects"]["heldout"]["seen"] for one in at[x]] for x in shares]
+        return [[seed[attribute] for seed in seeds] for seeds in answers]
+
+    curves = {v: {name: curve(at, name) for name in ATTRIBUTES} for v, at in swept.items()}
+    return {"stated_heldout": list(shares), **curves}
 
 
 def _listed(rows: Sequence[Any]) -> Any:
@@ -270,6 +272,8 @@ def _timed(
     calls: Sequence[tuple[Any, ...]], record: Path, jobs: int
 ) -> tuple[list[Any], dict[str, float] | None]:
     """What `_all` found; its seconds and jobs, kept in a file, or None if it took several goes."""
+    if not calls:
+        return [], None
     of = [call[0] for call in calls]
     fresh = not any(_directory(call[2]).exists() for call in calls)
     begin = time.perf_counter()

@@ -15,13 +15,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.toyworld import render
 from blindvalm_jax.toyworld.findings import LABELS, WORDS, Conditions, half_width, mean, swept
-from blindvalm_jax.toyworld.render import render
-from blindvalm_jax.toyworld.world import ATTRIBUTES, Object, WorldConfig, objects, stream
+from blindvalm_jax.toyworld.world import ATTRIBUTES, Object, WorldConfig, objects
 
-# In Okabe and Ito's colours, which the colour-blind can tell apart: text warm, images blue, eos
+# In Okabe and Ito's colours, which the colour-blind can tell apart: text warm, images blue, EOS
 # darker.
-_COLOR_OF = {
+COLOR_OF = {
     "gpt2": "#666666",
     "blind_valm": "#E69F00",
     "blind_valm_eos": "#D55E00",
@@ -47,12 +47,8 @@ class Gallery:
 
     def pictures(self, index: int) -> np.ndarray:
         """uint8[images_per_object, image_size, image_size, 3] of the object of an index."""
-        return render(
-            self.things[index],
-            stream(self.config, "images", 0, index),
-            count=self.config.images_per_object,
-            image_size=self.config.image_size,
-        )
+        count = self.config.images_per_object
+        return render.pictures(self.config, "train", index, self.things[index], count=count)
 
     def find(self, image: str) -> tuple[int, int]:
         """Indices of the object and of its picture, of an image id such as train:123.
@@ -97,7 +93,8 @@ def sample(gallery: Gallery, indices: Sequence[int]) -> Figure:
         thing, pictures = gallery.things[index], gallery.pictures(index)
         title = f"{thing.name}\n{thing.size} {thing.color}\n{thing.shape}"
         grid[0, column].set_title(title, fontsize=10)
-        grid[-1, column].set_xlabel("train" if thing.split == "train" else "held out", fontsize=9)
+        split = "train" if thing.split == "train" else "held-out"
+        grid[-1, column].set_xlabel(split, fontsize=9)
         for row in range(rows):
             _picture(grid[row, column], pictures[row])
     return figure
@@ -112,7 +109,7 @@ def accuracy(results: Mapping[str, Any]) -> Figure:
         for place, (name, variant) in enumerate(variants.items()):
             for offset, wording, alpha in ((-0.2, "seen", 1.0), (0.2, "new", 0.45)):
                 values = variant["objects"]["heldout"][wording][attribute]
-                x, color = place + offset, _COLOR_OF[name]
+                x, color = place + offset, COLOR_OF[name]
                 panel.bar(x, np.mean(values), 0.38, color=color, alpha=alpha, zorder=2)
                 _spread(panel, x, values, color=_INK, vertical=True, beside=0.09)
         panel.axhline(results["chance"][attribute], zorder=3, **_CHANCE)
@@ -120,7 +117,7 @@ def accuracy(results: Mapping[str, Any]) -> Figure:
         panel.grid(axis="y", zorder=0, **_GRID)
     margin = 0.6 + max(0, 4 - len(variants)) / 2  # few bars are not broader ones
     panels[-1].set_xlim(-margin, len(variants) - 1 + margin)
-    titles = [LABELS[name].replace(" ", "\n") for name in variants]
+    titles = [LABELS[name].replace(" ", "\n").replace("D-V", "D-\nV") for name in variants]
     panels[-1].set_xticks(range(len(variants)), titles, fontsize=9)
     seen_and_new = (("wordings seen in sentences", 1.0), ("new wordings", 0.45))
     handles = [Patch(color="0.3", alpha=alpha, label=label) for label, alpha in seen_and_new]
@@ -140,11 +137,11 @@ def conditions(results: Mapping[str, Any], rows: Conditions) -> Figure:
             for name, of_attribute in row.items():
                 values = of_attribute[attribute]
                 at = place + step * (names.index(name) - (len(names) - 1) / 2)
-                _spread(panel, at, values, color=_COLOR_OF[name], vertical=False, beside=step / 2)
+                _spread(panel, at, values, color=COLOR_OF[name], vertical=False, beside=step / 2)
         for edge in range(1, len(rows)):
             panel.axhline(edge - 0.5, **_GRID)
         panel.axvline(results["chance"][attribute], zorder=1, **_CHANCE)
-        panel.set(xlim=(-0.04, 1.04), xlabel="share", title=WORDS[attribute])
+        panel.set(xlim=(-0.04, 1.04), xlabel="share of answers", title=WORDS[attribute])
         panel.grid(axis="x", **_GRID)
     panels[0].set_yticks(range(len(rows)), list(rows))
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
@@ -153,51 +150,69 @@ def conditions(results: Mapping[str, Any], rows: Conditions) -> Figure:
 
 
 def losses(results: Mapping[str, Any]) -> Figure:
-    """Training loss: all updates, and those after half of the shortest run on a scale apart."""
+    """Training loss of one variant, and how far the others are from it, seed by seed.
+
+    Both are means over seeds of a tenth of a run.
+    """
     figure = Figure((_WIDTH, 3.8), layout="constrained")
     panels = figure.subplots(1, 2)
-    half = min(c["step"][-1] for v in results["variants"].values() for c in v["curves"]) / 2
-    parts = (("all", 0), (f"from update {half:,.0f}", half))
-    for panel, (title, start) in zip(panels, parts, strict=True):
-        for name, variant in results["variants"].items():
-            curves = [dict(zip(c["step"], c["loss"], strict=True)) for c in variant["curves"]]
-            steps = [x for x in curves[0] if x >= start and all(x in curve for curve in curves)]
-            values = np.array([[curve[x] for x in steps] for curve in curves], float)
-            panel.plot(steps, values.T, color=_COLOR_OF[name], linewidth=0.6, alpha=0.3)
-            style: dict[str, Any] = {"linewidth": 1.6, "marker": "o" if len(steps) == 1 else ""}
-            panel.plot(steps, values.mean(axis=0), color=_COLOR_OF[name], **style)
-        panel.set(xlabel="updates", ylabel="training loss (nats per token)", title=title)
+    variants = results["variants"]
+    base = next(iter(variants))
+    smooth = {k: _smoothed(v["curves"]) for k, v in variants.items()}
+    steps, values = smooth[base]
+    panels[0].plot(steps, values.T, color=COLOR_OF[base], linewidth=0.6, alpha=0.5)
+    panels[0].plot(steps, values.mean(axis=0), color=COLOR_OF[base], linewidth=1.8)
+    panels[0].set(title=LABELS[base], ylabel="training loss (nats per token)")
+    for name, (at, found) in smooth.items():
+        shared = min(found.shape[1], values.shape[1])
+        apart = (found[:, :shared] - values[:, :shared]).mean(axis=0)
+        panels[1].plot(at[:shared], apart, color=COLOR_OF[name], linewidth=1.4)
+    panels[1].set(title=f"less that of {LABELS[base]}", ylabel="difference (nats per token)")
+    for panel in panels:
+        panel.set(xlabel="updates")
         panel.grid(**_GRID)
-    _legend(figure, _names(results["variants"]), chance=False, seeds=None)
+    _legend(figure, _names(variants), chance=False, seeds=None)
     return figure
+
+
+def _smoothed(curves: Sequence[Mapping[str, Sequence[float]]]) -> tuple[np.ndarray, np.ndarray]:
+    """Updates [n], and running means [seeds, n] of the loss over a tenth of the shortest run."""
+    count = min(len(curve["step"]) for curve in curves)
+    width = max(1, count // 10)
+    kernel = np.full(width, 1 / width)
+    steps = np.convolve(np.asarray(curves[0]["step"][:count], float), kernel, "valid")
+    return steps, np.array([np.convolve(c["loss"][:count], kernel, "valid") for c in curves])
 
 
 def bars(
     values: Mapping[str, Sequence[float]],
     label: str,
     *,
-    flops: Sequence[float] = (),
-    spread: bool = True,
+    marks: Mapping[str, float],
+    marked: str,
+    intervals: bool = True,
+    line: float | None = None,
 ) -> Figure:
-    """A bar per variant, with the spread over seeds if wanted; `flops` are marked beside."""
+    """A bar per variant with every seed, and a mark beside it.
+
+    intervals: of the mean over seeds, where seeds are comparable; line: a value to compare with.
+    """
     figure = Figure((_WIDTH * 0.8, 1.3 + 0.36 * len(values)), layout="constrained")
     panel = figure.subplots()
     for place, (name, numbers) in enumerate(values.items()):
-        panel.barh(place, np.mean(numbers), 0.7, color=_COLOR_OF[name], alpha=0.85, zorder=2)
-        if spread:
-            _spread(panel, place, numbers, color=_INK, vertical=False, beside=0.18)
+        panel.barh(place, np.mean(numbers), 0.7, color=COLOR_OF[name], alpha=0.85, zorder=2)
+        _spread(panel, place, numbers, color=_INK, vertical=False, beside=0.18, interval=intervals)
     panel.set_yticks(range(len(values)), [LABELS[name] for name in values])
     panel.invert_yaxis()
     panel.grid(axis="x", zorder=0, **_GRID)
     panel.set_xlabel(label)
-    handles: list[Any] = []
-    if flops:
-        style: dict[str, Any] = {"marker": "D", "color": "white", "markeredgecolor": "black"}
-        panel.plot(flops, range(len(flops)), ls="", zorder=5, **style)
-        panel.axvline(1, color="0.35", linewidth=1.0)
-        handles = [Patch(color="0.3", label="time"), Line2D([], [], ls="", label="FLOPs", **style)]
-    seeds = len(next(iter(values.values()))) if spread else None
-    _legend(figure, handles, chance=False, seeds=seeds)
+    style: dict[str, Any] = {"marker": "D", "color": "white", "markeredgecolor": "black"}
+    panel.plot([marks[name] for name in values], range(len(values)), ls="", zorder=5, **style)
+    if line is not None:
+        panel.axvline(line, color="0.35", linewidth=1.0)
+    handles = [Line2D([], [], ls="", label=marked, **style)]
+    seeds = len(next(iter(values.values())))
+    _legend(figure, handles, chance=False, seeds=seeds, intervals=intervals)
     return figure
 
 
@@ -237,10 +252,10 @@ def bias(results: Mapping[str, Any]) -> Figure:
     for panel, attribute in zip(panels, ATTRIBUTES, strict=True):
         for name in names:
             means = [np.mean(values) for values in found[name][attribute]]
-            panel.plot(places, means, "-", color=_COLOR_OF[name], linewidth=1.4)
+            panel.plot(places, means, "-", color=COLOR_OF[name], linewidth=1.4)
             for place, values in zip(places, found[name][attribute], strict=True):
                 _spread(
-                    panel, float(place), values, color=_COLOR_OF[name], vertical=True, beside=0.12
+                    panel, float(place), values, color=COLOR_OF[name], vertical=True, beside=0.12
                 )
         panel.axhline(results["chance"][attribute], **_CHANCE)
         panel.set_xticks(places, [f"{100 * share:g}" for share in shares])
@@ -251,7 +266,7 @@ def bias(results: Mapping[str, Any]) -> Figure:
         "sentences about a held-out object that state an attribute (%), not to scale"
     )
     style: dict[str, Any] = {"marker": "o", "ls": ""}
-    handles = [Line2D([], [], color=_COLOR_OF[k], label=names[k], **style) for k in names]
+    handles = [Line2D([], [], color=COLOR_OF[k], label=names[k], **style) for k in names]
     _legend(figure, handles, chance=True, seeds=len(results["seeds"]))
     return figure
 
@@ -301,10 +316,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _spread(
-    panel: Axes, place: float, values: Sequence[float], *, color: str, vertical: bool, beside: float
+    panel: Axes,
+    place: float,
+    values: Sequence[float],
+    *,
+    color: str,
+    vertical: bool,
+    beside: float,
+    interval: bool = True,
 ) -> None:
     """The mean's interval, and `beside` it every seed as a dot; the mean too if in color."""
-    half, mean = half_width(values), float(np.mean(values))
+    half, mean = half_width(values) if interval else None, float(np.mean(values))
     dots = [(place + beside, value) for value in values]
     ends = [(place, mean - half), (place, mean + half)] if half is not None else []
     for points, style in (
@@ -326,15 +348,22 @@ def _picture(panel: Axes, image: np.ndarray) -> None:
 
 
 def _names(names: Iterable[str], **style: Any) -> list[Any]:
-    return [Line2D([], [], color=_COLOR_OF[k], label=LABELS[k], **style) for k in names]
+    return [Line2D([], [], color=COLOR_OF[k], label=LABELS[k], **style) for k in names]
 
 
-def _legend(figure: Figure, handles: list[Any], *, chance: bool, seeds: int | None) -> None:
+def _legend(
+    figure: Figure,
+    handles: list[Any],
+    *,
+    chance: bool,
+    seeds: int | None,
+    intervals: bool = True,
+) -> None:
     """A legend under the panels; `seeds` None: no dots and intervals to explain."""
     handles = [*handles, *([Line2D([], [], label="chance", **_CHANCE)] if chance else [])]
     if seeds is not None:
         handles.append(Line2D([], [], marker=".", ls="", color="0.3", label="one seed"))
-    if seeds is not None and seeds > 1:
+    if intervals and seeds is not None and seeds > 1:
         handles.append(Line2D([], [], color="black", label="95 % interval"))
     long = any(len(handle.get_label()) > 20 for handle in handles)
     columns = min(3 if long else 5, len(handles))

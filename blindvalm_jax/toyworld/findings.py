@@ -24,7 +24,6 @@ CHANGED = {
     "last": "last position only",
     "not_last": "all other positions",
     "nowhere": "nowhere",
-    "removed": "fusion removed",
 }
 GIVEN = {
     "one_image": "one image",
@@ -34,14 +33,14 @@ GIVEN = {
 }
 LABELS = {
     "gpt2": "GPT-2",
-    "blind_valm": "BLIND-VALM",
-    "blind_valm_eos": "BLIND-VALM eos",
-    "valm": "VALM",
-    "valm_eos": "VALM eos",
-    "random_tower": "random tower",
-    "random_tower_eos": "random tower eos",
-    "shuffled": "shuffled",
-    "shuffled_eos": "shuffled eos",
+    "blind_valm": "BLIND-VALM token",
+    "blind_valm_eos": "BLIND-VALM EOS",
+    "valm": "VALM token",
+    "valm_eos": "VALM EOS",
+    "random_tower": "random tower token",
+    "random_tower_eos": "random tower EOS",
+    "shuffled": "shuffled token",
+    "shuffled_eos": "shuffled EOS",
 }
 SEES = {
     "gpt2": "nothing; it has the text alone",
@@ -53,6 +52,10 @@ SEES = {
     "random_tower_eos": "the embedding that such a tower gives the text so far (control)",
     "shuffled": "the tower's output at the tokens of another text of the batch (control)",
     "shuffled_eos": "the tower's embedding of another text of the batch so far (control)",
+}
+# What a picture has in common with the object of a prompt; results.json's name -> in words.
+RETRIEVED = {"object": "the object itself", "look": "one that looks the same"} | {
+    attribute: f"the same {word}" for attribute, word in WORDS.items()
 }
 CONTROLS = ("random_tower", "random_tower_eos", "shuffled", "shuffled_eos")
 PAIRS = (
@@ -123,8 +126,8 @@ def swept(results: Mapping[str, Any]) -> dict[str, str]:
     return {name: LABELS[name] + known.get(name, "") for name in names}
 
 
-def summary_table(results: Mapping[str, Any]) -> str:
-    """Accuracy on held-out objects and perplexity, mean over seeds, as plain text.
+def summary_table(results: Mapping[str, Any], *, split: str = "heldout") -> str:
+    """Accuracy on objects of a split, and perplexity, mean over seeds, as plain text.
 
     Raises:
       UserError: as `check`.
@@ -133,7 +136,7 @@ def summary_table(results: Mapping[str, Any]) -> str:
     columns = [(attribute, wording) for attribute in ATTRIBUTES for wording in WORDINGS]
     rows = [["", *(f"{WORDS[a]} {wording}" for a, wording in columns), "perplexity"]]
     for name, variant in results["variants"].items():
-        found = [variant["objects"]["heldout"][wording][a] for a, wording in columns]
+        found = [variant["objects"][split][wording][a] for a, wording in columns]
         rows.append([name, *(f"{np.mean(v):.3f}" for v in (*found, variant["perplexity"]))])
     rows.append(["chance", *(f"{results['chance'][a]:.3f}" for a, _ in columns), ""])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -157,9 +160,13 @@ def half_width(values: Sequence[float]) -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class Gap:
-    """Differences, one per seed: of two variants, two conditions, or to chance."""
+    """Differences, one per seed: of two variants, two conditions, or to chance.
+
+    least: the mean's interval reaches at least as far as this to both sides.
+    """
 
     values: list[float]
+    least: float = 0.0
 
     @classmethod
     def between(cls, mine: Sequence[float], base: Sequence[float]) -> Gap:
@@ -167,22 +174,36 @@ class Gap:
         return cls([a - b for a, b in zip(mine, base, strict=True)])
 
     @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return float(np.mean(self.values))
+
+    @property
+    def half(self) -> float | None:
+        """Half of the 95 % interval; None for a single seed."""
+        half = half_width(self.values)
+        return None if half is None else max(half, self.least)
+
+    @property
     def clear(self) -> bool:
         """Whether the 95 % interval leaves out zero; never of a single seed."""
-        half = half_width(self.values)
-        return half is not None and abs(float(np.mean(self.values))) > half
+        return self.half is not None and abs(self.mean) > self.half
 
     @property
     def word(self) -> str:
         """Higher or lower where that is clear; of a single seed, what it shows."""
-        mean = float(np.mean(self.values))
         if len(self.values) == 1:
-            return f"{'above' if mean > 0 else 'below' if mean else 'equal'} in the one seed"
-        return ("higher" if mean > 0 else "lower") if self.clear else "not clearly different"
+            return f"{'above' if self.mean > 0 else 'below' if self.mean else 'equal'} in one seed"
+        return ("higher" if self.mean > 0 else "lower") if self.clear else "not clear over seeds"
+
+    @property
+    def cell(self) -> str:
+        """Mean and interval, bold where it leaves out zero."""
+        return f"**{self}**" if self.clear else str(self)
 
     def __str__(self) -> str:
         """Mean and interval."""
-        mean, half = float(np.mean(self.values)), half_width(self.values)
+        mean, half = self.mean, self.half
         return (
             f"{mean:+.3f}"
             if half is None
@@ -221,7 +242,7 @@ def differences(variants: Mapping[str, Any]) -> list[Difference]:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Of variants: seconds of an update, by seed or, `beside`, the median; MFLOPs; ratios to GPT-2.
+    """Of variants: seconds of an update by seed; MFLOPs; ratios to GPT-2.
 
     beside: runs were timed side by side, or it is not known, so that seeds are no pairs.
     """
@@ -236,14 +257,14 @@ class Costs:
         variants, timed = results["variants"], results.get("timed", {}).get("language")
         beside = timed is None or timed["jobs"] > 1
         seconds = {k: v["step_seconds"] for k, v in variants.items()}
-        if beside:
-            seconds = {k: [float(np.median(v))] for k, v in seconds.items()}
         return cls(beside, seconds, {k: v["flops_per_token"] / 1e6 for k, v in variants.items()})
 
     @property
     def times(self) -> dict[str, list[float]]:
-        """Seconds over GPT-2's."""
+        """Seconds over GPT-2's: those of the same seed, or, `beside`, their median."""
         base = self.seconds["gpt2"]
+        if self.beside:
+            base = [float(np.median(base))] * len(base)
         return {k: [a / b for a, b in zip(v, base, strict=True)] for k, v in self.seconds.items()}
 
     @property
@@ -252,18 +273,30 @@ class Costs:
         return {k: value / self.mflops["gpt2"] for k, value in self.mflops.items()}
 
 
-def against(mine: Condition, base: Condition) -> str:
-    """Colour in one condition against another, by variant."""
-    return grouped({name: Gap.between(mine[name]["color"], base[name]["color"]) for name in base})
+def against(mine: Condition, base: Condition) -> dict[str, dict[str, Gap]]:
+    """One condition against another: variant -> attribute -> difference."""
+    return {
+        name: {a: Gap.between(mine[name][a], base[name][a]) for a in ATTRIBUTES} for name in base
+    }
 
 
-def grouped(gaps: Mapping[str, Gap]) -> str:
-    """Variants by the word that their difference deserves."""
-    words = dict.fromkeys(gap.word for gap in gaps.values())
-    return "; ".join(
-        f"{word}: " + ", ".join(f"{LABELS[k]} {gap}" for k, gap in gaps.items() if gap.word == word)
-        for word in words
-    )
+def against_chance(
+    found: Condition, errors: Condition, chance: Mapping[str, float]
+) -> dict[str, dict[str, Gap]]:
+    """Accuracies against guessing: variant -> attribute -> difference.
+
+    errors: standard errors of the accuracies over objects. Seeds that happen to agree tell nothing
+    of luck that is common to the few objects of each, so the wider of both intervals is taken.
+    """
+
+    def gap(values: Sequence[float], spread: Sequence[float], guessed: float) -> Gap:
+        least = 1.96 * float(np.sqrt(np.sum(np.square(spread)))) / len(spread)
+        return Gap([value - guessed for value in values], least)
+
+    return {
+        name: {a: gap(of[a], errors[name][a], chance[a]) for a in ATTRIBUTES}
+        for name, of in found.items()
+    }
 
 
 def mean(values: Sequence[float], digits: int = 3) -> str:
@@ -316,17 +349,20 @@ def farthest(mine: Condition, base: Condition, seeds: Sequence[int]) -> tuple[fl
 def _per_seed(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """Paths of all that must be one number per seed."""
     for name, variant in results["variants"].items():
-        optional = {"attention"} & set(variant)
-        if "linear" in variant:
-            yield from (("variants", name, "linear", attribute) for attribute in ATTRIBUTES)
+        optional = ("attention", "attention_if_even") if "attention" in variant else ()
+        for part, keys in (("linear", ATTRIBUTES), ("retrieved", RETRIEVED)):
+            if part in variant:
+                yield from (("variants", name, part, key) for key in keys)
         for key in (*ATTRIBUTES, "perplexity", "surprise", "steps", "step_seconds", *optional):
             yield "variants", name, key
+        for prompts, attribute in itertools.product(("all", "seen"), ATTRIBUTES):
+            yield "variants", name, "standard_error", prompts, attribute
         splits = ("train", *sorted({"dev"} & set(_at(variant, "objects"))), "heldout")
         for where in itertools.product(splits, WORDINGS, ATTRIBUTES):
             yield "variants", name, "objects", *where
     swapped = itertools.product(("swapped",), ATTRIBUTES, ("own", "donor"))
     wanted: dict[str, list[tuple[str, ...]]] = {
-        "attribution": [*swapped, *itertools.product(CHANGED, ATTRIBUTES)]
+        "attribution": [*swapped, *itertools.product((*CHANGED, "removed"), ATTRIBUTES)]
     }
     if "given" in results:
         wanted["given"] = [*itertools.product(given_kinds(results), ATTRIBUTES)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,25 +14,30 @@ import numpy as np
 
 from blindvalm_jax import files, system, trained
 from blindvalm_jax.grounding.index import ImageIndex
-from blindvalm_jax.toyworld import language, probing
+from blindvalm_jax.interop import clip_model
+from blindvalm_jax.models.vision import VisionTower
+from blindvalm_jax.toyworld import language, probing, render
 from blindvalm_jax.toyworld.language import Probe
+from blindvalm_jax.toyworld.supply import Parts
 from blindvalm_jax.toyworld.world import ATTRIBUTES, SPLITS, Object, WorldConfig, objects
 from blindvalm_jax.trained import TrainedModel
 
 Accuracies = dict[str, float]
 _WORDINGS = ("seen", "new")
 _SHOWN = 6  # objects whose neighbours are shown
+_NEAREST = 4  # images of a prompt
 _RIDGE = 1.0  # on features of unit variance
 
 
-def measure(workdir: Path, world: WorldConfig, *, index: Path | None = None) -> dict[str, Any]:
+def measure(workdir: Path, world: WorldConfig, parts: Parts | None = None) -> dict[str, Any]:
     """What results.json holds of a variant and seed, each list's entry alone.
 
-    index: of the world's images, for what a model makes of images in the place of text.
+    parts: CLIP and index of the world, for what a model makes of images in the place of text, and
+    for which of them are nearest to it.
     """
     model = trained.load(workdir)
     things = objects(world)
-    probes = list(language.probes(things))
+    probes = list(language.probes(world, things))
     heldout = [probe for probe in probes if probe.split == "heldout"]
     answers = probing.ask(model, probes)
     right = answers.said == np.array([probe.answer for probe in probes])
@@ -40,6 +46,10 @@ def measure(workdir: Path, world: WorldConfig, *, index: Path | None = None) -> 
     found: dict[str, Any] = {
         **_accuracies(heldout, right[held]),
         "surprise": float(np.mean(answers.nats[held & seen])),
+        "standard_error": {
+            "all": _standard_errors(heldout, right[held]),
+            "seen": _standard_errors(np.array(probes)[held & seen], right[held & seen]),
+        },
         "objects": _by_split(probes, right),
         **_training(workdir),
     }
@@ -47,14 +57,18 @@ def measure(workdir: Path, world: WorldConfig, *, index: Path | None = None) -> 
     if grounding.source == "none":
         return found
     found["attention"] = float(np.mean(answers.share[held]))
+    found["attention_if_even"] = _even_share(model, heldout)
     if grounding.control != "shuffled":  # whose features are those of another text
         found["linear"] = _linear(model, [probe for probe in probes if probe.wording == "seen"])
     if grounding.control == "none":
         found["attribution"] = _attribution(model, things, heldout)
-        if index is not None and grounding.source == "text":
-            images = ImageIndex.open(index)
+        if parts is not None:
+            images = ImageIndex.open(parts.index)
             images.check_tower(str(tower_sha256(workdir)))
-            found["given"] = _given(model, images, world, things, heldout)
+            if grounding.source == "text":
+                found["given"] = _given(model, parts, world, things, heldout)
+            else:
+                found["retrieved"] = _retrieved(model, images, world, things, heldout)
     return found
 
 
@@ -63,10 +77,12 @@ def neighbours(workdir: Path, world: WorldConfig, index: Path) -> list[dict[str,
     model, images = trained.load(workdir), ImageIndex.open(index)
     images.check_tower(str(tower_sha256(workdir)))
     chosen = [thing for thing in objects(world) if thing.split == "heldout"][:_SHOWN]
-    prompts = [next(p.prompt for p in language.probes([thing])) for thing in chosen]
-    queries = probing.features(model, prompts)
-    scores = queries @ images.vectors[0 : len(images.vectors)].T
-    nearest = np.argsort(-scores, axis=1, kind="stable")[:, :4]
+    asked = itertools.cycle(ATTRIBUTES)
+    prompts = [
+        next(p.prompt for p in language.probes(world, [thing]) if p.attribute == attribute)
+        for thing, attribute in zip(chosen, asked, strict=False)
+    ]
+    nearest = _nearest(model, images, prompts)
     return [
         {
             **{name: value for name, value in vars(thing).items() if name in ATTRIBUTES},
@@ -76,6 +92,37 @@ def neighbours(workdir: Path, world: WorldConfig, index: Path) -> list[dict[str,
         }
         for thing, prompt, row in zip(chosen, prompts, nearest, strict=True)
     ]
+
+
+def _nearest(model: TrainedModel, images: ImageIndex, prompts: Sequence[str]) -> np.ndarray:
+    """Places int[n, K] in the index of the images nearest to what the tower says of prompts."""
+    scores = probing.features(model, prompts) @ images.vectors[0 : len(images.vectors)].T
+    return np.argsort(-scores, axis=1, kind="stable")[:, :_NEAREST]
+
+
+def _retrieved(
+    model: TrainedModel,
+    images: ImageIndex,
+    world: WorldConfig,
+    things: Sequence[Object],
+    probes: Sequence[Probe],
+) -> dict[str, float]:
+    """What the images nearest to prompts show, as shares of all such images."""
+    nearest = _nearest(model, images, [probe.prompt for probe in probes])
+    place = {thing.name: number for number, thing in enumerate(things)}
+    own = np.array([place[probe.object] for probe in probes])[:, None]
+    shown = nearest // world.images_per_object
+    looks = {a: np.array([thing.value(a) for thing in things]) for a in ATTRIBUTES}
+    same = {a: value[shown] == value[own] for a, value in looks.items()}
+    same = {"object": shown == own, "look": np.all([*same.values()], axis=0), **same}
+    return {what: float(np.mean(found)) for what, found in same.items()}
+
+
+def _even_share(model: TrainedModel, probes: Sequence[Probe]) -> float:
+    """The grounding's share if attention were even over it and the text behind the start token."""
+    keys = model.settings.grounding.neighbours
+    sizes = [1 + len(model.tokenizer.encode_lm(probe.prompt)) for probe in probes]
+    return float(np.mean([keys / (keys + size) for size in sizes]))
 
 
 def tower_sha256(workdir: Path) -> str | None:
@@ -91,6 +138,19 @@ def _accuracies(probes: Sequence[Probe], right: np.ndarray) -> Accuracies:
     }
 
 
+def _standard_errors(probes: Sequence[Probe], right: np.ndarray) -> Accuracies:
+    """Of accuracies, as those of a draw of objects: answers about one object hang together."""
+    found = {}
+    for attribute in ATTRIBUTES:
+        of_object: dict[str, list[bool]] = {}
+        for probe, hit in zip(probes, right, strict=True):
+            if probe.attribute == attribute:
+                of_object.setdefault(probe.object, []).append(hit)
+        shares = [np.mean(hits) for hits in of_object.values()]
+        found[attribute] = float(np.std(shares, ddof=1) / np.sqrt(len(shares)))
+    return found
+
+
 def _by_split(probes: Sequence[Probe], right: np.ndarray) -> dict[str, dict[str, Accuracies]]:
     table: dict[str, dict[str, Accuracies]] = {}
     for split in SPLITS:
@@ -104,10 +164,11 @@ def _by_split(probes: Sequence[Probe], right: np.ndarray) -> dict[str, dict[str,
 def _linear(model: TrainedModel, probes: Sequence[Probe]) -> Accuracies:
     """What a linear map makes of the features behind prompts: learned on train objects."""
     found = {}
-    for attribute, values in ATTRIBUTES.items():
+    for attribute in ATTRIBUTES:
         asked = [probe for probe in probes if probe.attribute == attribute]
         train, held = (np.array([p.split == x for p in asked]) for x in ("train", "heldout"))
         features = probing.features(model, [probe.prompt for probe in asked])
+        values = asked[0].candidates
         answer = np.array([values.index(probe.answer) for probe in asked])
         said = ridge_answers(features[train], answer[train], features[held], classes=len(values))
         found[attribute] = float(np.mean(said == answer[held]))
@@ -200,24 +261,24 @@ def without_fusion(model: TrainedModel) -> TrainedModel:
 
 def _given(
     model: TrainedModel,
-    index: ImageIndex,
+    parts: Parts,
     world: WorldConfig,
     things: Sequence[Object],
     probes: Sequence[Probe],
 ) -> dict[str, Accuracies]:
     """Accuracy when every position has an image's embedding in the place of the text's.
 
-    CLIP keeps images and texts apart in its space. "shifted" moves images by the difference of the
-    two means, taken over train objects.
+    The images are validation images, which CLIP was not trained on. CLIP keeps images and texts
+    apart in its space. "shifted" moves images by the difference of the two means, taken over train
+    objects.
     """
-    vectors = index.vectors[0 : len(index.vectors)]
-    of_object = vectors.reshape(len(things), world.images_per_object, -1)
+    of_object = _embedded(parts, world, things)
     known = [thing.split == "train" for thing in things]
-    prompts = [p.prompt for p in language.probes([t for t in things if t.split == "train"])]
+    prompts = [p.prompt for p in language.probes(world, [t for t in things if t.split == "train"])]
     gap = probing.features(model, prompts).mean(axis=0) - of_object[known].mean(axis=(0, 1))
     place = {thing.name: number for number, thing in enumerate(things)}
     rows = np.array([place[probe.object] for probe in probes])
-    drawn = np.random.default_rng(0).integers(world.images_per_object, size=len(probes))
+    drawn = np.random.default_rng(0).integers(of_object.shape[1], size=len(probes))
     answer = np.array([probe.answer for probe in probes])
     one, mean = of_object[rows, drawn], of_object.mean(axis=1)[rows]
     given = {
@@ -232,6 +293,20 @@ def _given(
         said = probing.ask(model, probes, given=unit[:, None]).said
         found[name] = _accuracies(probes, said == answer)
     return found
+
+
+def _embedded(parts: Parts, world: WorldConfig, things: Sequence[Object]) -> np.ndarray:
+    """CLIP's vectors float[objects, images, E] of the validation images."""
+    clip = clip_model.load_clip(parts.clip)
+    count = world.validation_images_per_object
+    tower = jax.jit(VisionTower(clip.config.vision).apply)
+    params = {"params": clip.params["vision"]}
+    return np.stack(
+        [
+            tower(params, render.pictures(world, "validation", number, thing, count=count))
+            for number, thing in enumerate(things)
+        ]
+    )
 
 
 def _training(workdir: Path) -> dict[str, Any]:

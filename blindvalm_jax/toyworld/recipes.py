@@ -6,6 +6,7 @@ Chosen on the development objects of a world that no report shows: docs/toyworld
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -103,6 +104,20 @@ def language(world: WorldConfig, variant: str, *, steps: int = 0) -> ConfigDict:
     elif variant.startswith(("random_tower", "shuffled")):
         grounding.control = variant.removesuffix("_eos")
     return config
+
+
+def described(world: WorldConfig) -> dict[str, Any]:
+    """What readers of a comparison want to know of its models: sizes and batches."""
+    read, said = clip(world), language(world, "valm")
+    decoder = {key: said.decoder[key] for key in ("layers", "width", "heads")}
+    text = {key: read.clip.text[key] for key in ("layers", "width", "heads")}
+    image = {"kind": read.clip.image.kind}
+    return {
+        "decoder": {**decoder, "fused": said.decoder.layers + said.decoder.fusion_layers[0]},
+        "windows": [said.train.batch_size, said.data.sequence_length],
+        "clip": {"text": text, "image": image, "pairs": read.train.batch_size},
+        "neighbours": said.grounding.neighbours,
+    }
 
 
 def _shared(world: WorldConfig) -> ConfigDict:

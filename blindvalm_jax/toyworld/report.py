@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from blindvalm_jax import files
-from blindvalm_jax.toyworld import figures, findings, language, report_probes
+from blindvalm_jax.toyworld import figures, findings, language, report_probes, report_short
 from blindvalm_jax.toyworld.figures import table
-from blindvalm_jax.toyworld.findings import LABELS, WORDINGS, WORDS, mean, summary_table
+from blindvalm_jax.toyworld.findings import LABELS, WORDINGS, mean, summary_table
 from blindvalm_jax.toyworld.world import ATTRIBUTES, SPLITS, attribute_of
 
 __all__ = ["summary_table", "write"]
@@ -64,9 +64,15 @@ def _world(page: figures.Page) -> list[str]:
         said = dict.fromkeys(text for text in texts if thing.name in re.findall(r"\w+", text))
         who = f"{thing.name}, {thing.size} {thing.color} {thing.shape} ({thing.split})"
         rows.append([who, *("<br>".join([*found][:6]) for found in (named, said))])
-    probes = {p.wording: p for p in language.probes([thing]) if p.attribute == "color"}
+    probes = {
+        p.wording: p
+        for p in language.probes(page.gallery.config, [thing])
+        if p.attribute == "color"
+    }
     seen, new = (probes[wording] for wording in WORDINGS)
-    counts = ", ".join(f"{len(found)} {split}" for split, found in first.items())
+    counts = ", ".join(
+        f"{len(found)} {split.replace('heldout', 'held-out')}" for split, found in first.items()
+    )
     looks = {thing.look for thing in things if thing.split == "train"}
     twins = sum(things[i].look in looks for i in first["heldout"])
     caption = "Objects of the first seed, four pictures each. All objects have pictures and names."
@@ -76,11 +82,11 @@ def _world(page: figures.Page) -> list[str]:
         f"what is reported below. Of {len(texts)} training sentences, {len(about)} are about "
         f"held-out objects, and {stated} of these state an attribute. {twins} of the "
         f"{len(first['heldout'])} held-out objects look exactly like some train object, so that "
-        "only their names are new.",
+        "only their names are new: nothing here asks for a new combination of attributes.",
         *page.figure("world", figures.sample(page.gallery, shown), caption),
         "What CLIP reads of an object's images, and what a language model reads of it:",
         *table(["object", "captions", "sentences"], rows),
-        "A probe is such a text, cut off before the attribute. The model's answer is the candidate "
+        "A probe is a sentence, cut off before the attribute. The model's answer is the candidate "
         f"that it finds likeliest to come next. In a wording that sentences have: "
         f"“{seen.prompt} …”; in one that they never have: “{new.prompt} …”. The right "
         f"answer to both is “{seen.answer}”, one of {', '.join(seen.candidates)}.",
@@ -97,66 +103,114 @@ def _compared(page: figures.Page) -> list[str]:
         differ = "they differ in what that layer may attend to"
     if "gpt2" in page.variants:
         differ += (
-            "; GPT-2's plain layer in its place also divides queries by the root of the head "
-            "width, not of the model width (the controls have the fusion layer)"
+            ". GPT-2 has a plain layer in its place, which also divides queries by the root of the "
+            "head width, not of the model width; the controls have the fusion layer"
         )
-    return [
+    lines = [
         "All models learn from the same sentences, with the same decoder but for one fusion layer, "
         f"for {findings.durations(page.variants)}: {differ}.",
-        *table(["model", "name", "what the fusion layer sees", "parameters", "updates"], rows),
+    ]
+    if "recipe" in page.results:
+        lines += ["", *_sizes(page)]
+    head = ["model", "name", "what the fusion layer sees", "parameters", "updates"]
+    return [*lines, *table(head, rows)]
+
+
+def _sizes(page: figures.Page) -> list[str]:
+    recipe, config = page.results["recipe"], page.gallery.config
+    decoder, read, (rows, length) = recipe["decoder"], recipe["clip"], recipe["windows"]
+    every = len(page.gallery.things) * config.images_per_object
+    return [
+        "Decoder: {layers} layers of width {width}, {heads} heads; the fusion layer is number "
+        "{fused}, counted from 0. ".format(**decoder)
+        + f"An update reads {rows} windows of {length} tokens. CLIP: a text tower of "
+        "{layers} layers of width {width}, ".format(**read["text"])
+        + f"a {read['image']['kind']} image tower, {read['pairs']} pairs an update. VALM searches "
+        f"{every:,} images exactly, those of held-out objects among them, and sees the "
+        f"{recipe['neighbours']} nearest.",
     ]
 
 
 def _training(page: figures.Page) -> list[str]:
-    caption = "Training loss. Thick: mean over seeds; thin: one seed."
-    ends = {k: mean([c["loss"][-1] for c in v["curves"]]) for k, v in page.variants.items()}
+    base = next(iter(page.variants))
+    caption = (
+        f"Training loss of {LABELS[base]} (thick: mean over seeds; thin: one seed), and how far "
+        "the others are from it in the same world; running means over a tenth of the updates."
+    )
+    ends = {
+        name: mean([np.mean(c["loss"][-max(1, len(c["loss"]) // 10) :]) for c in v["curves"]])
+        for name, v in page.variants.items()
+    }
     last = ", ".join(f"{LABELS[name]} {end}" for name, end in ends.items())
     return [
-        "Training loss at the last record, nats per token, after "
-        f"{findings.durations(page.variants)}: {last}.",
+        f"Training loss over the last tenth of the updates, nats per token: {last}.",
         *page.figure("loss", figures.losses(page.results), caption),
     ]
 
 
 def _nearest(page: figures.Page) -> list[str]:
     lines = []
+    gallery = page.gallery
     if "clip" in page.results:
         found = [(k, v) for k, v in page.results["clip"].items() if k != "seconds"]
         named = "; ".join(f"{key.replace('_', ' ')} {mean(values)}" for key, values in found)
-        count = len(page.gallery.things) * page.gallery.config.validation_images_per_object
+        count = len(gallery.things) * gallery.config.validation_images_per_object
         lines = [
-            f"CLIP on {count} validation images, each with one of its captions: {named}. Recall by "
-            f"chance at 1 would be {1 / count:.4f}. It stays low by its nature: a caption is true "
-            "of all images of its object, and a description of all that look alike.",
+            f"CLIP on {count} validation images, each with one of its captions: {named}. By chance "
+            f"recall at 1 would be {1 / count:.4f}, at 5 {5 / count:.4f}. It stays low by its "
+            "nature: a caption is true of all images of its object, and a description of all that "
+            "look alike.",
             "",
         ]
+    retrieved = {k: v["retrieved"] for k, v in page.variants.items() if "retrieved" in v}
+    if retrieved:
+        by_chance = _by_chance(gallery)
+        rows = [
+            [LABELS[k], *(mean(v[key]) for key in findings.RETRIEVED)] for k, v in retrieved.items()
+        ]
+        rows.append(["any picture", *(f"{by_chance[key]:.3f}" for key in findings.RETRIEVED)])
+        lines += [
+            "What the pictures show that are nearest to the features behind all prompts about "
+            "held-out objects, as shares of them:",
+            *table(["nearest to the features of", *findings.RETRIEVED.values()], rows),
+        ]
     if "neighbours" in page.results:
-        rows, gallery = page.results["neighbours"], page.gallery
+        rows = page.results["neighbours"]
         pictures, shares = gallery.shown(rows)
-        same = ", ".join(f"the same {word} {shares[a]:.3f}" for a, word in WORDS.items())
-        base = np.mean([figures.alike(thing, row) for row in rows for thing in gallery.things])
-        distinct = list({row["object"]: row for row in reversed(rows)}.values())[::-1]
+        alike = round(shares["look"] * pictures)
         caption = "Prompts and their nearest pictures, nearest first; ✓: looks like its object."
         lines += [
-            f"Of the {pictures} pictures nearest to prompts about held-out objects ({len(rows)} "
-            f"prompts, seed {gallery.config.seed}), a share of {shares['object']:.3f} show the "
-            f"object itself, {shares['look']:.3f} one that looks the same (of all pictures "
-            f"{base:.3f} do); shares with {same}.",
-            *page.figure("neighbours", figures.neighbours(gallery, distinct[:5]), caption),
+            f"Some held-out objects of seed {gallery.config.seed}, each with the pictures nearest "
+            f"to the EOS feature of a prompt about it: {alike} of {pictures} look like the object.",
+            *page.figure("neighbours", figures.neighbours(gallery, rows), caption),
         ]
     return lines
 
 
+def _by_chance(gallery: figures.Gallery) -> dict[str, float]:
+    """What a picture drawn at random has in common with a held-out object, as shares."""
+    things = gallery.things
+    held = [thing for thing in things if thing.split == "heldout"]
+    pairs = [(one, other) for one in held for other in things]
+    same = {"object": [one is other for one, other in pairs]}
+    same |= {"look": [one.look == other.look for one, other in pairs]}
+    same |= {a: [one.value(a) == other.value(a) for one, other in pairs] for a in ATTRIBUTES}
+    return {what: float(np.mean(found)) for what, found in same.items()}
+
+
 def _cost(page: figures.Page) -> list[str]:
     costs = findings.Costs.of(page.results)
+    config = page.gallery.config
+    every = len(page.gallery.things) * config.images_per_object
     lines = [
         "FLOPs are those of matrix products, counted from shapes, with the frozen tower's and an "
-        "exact search's. An update spends time on more than that, so the two need not agree.\n",
+        f"exact search's, here of {every:,} images: much for decoders as small as these. An update "
+        "spends time on more than that, so the two need not agree.\n",
     ]
     if costs.beside:
         lines.append(
-            "Runs were timed side by side, or not at one go: times are rough, medians over seeds. "
-            "`benchmarks/valm_cost.py` is the measurement."
+            "Runs were timed side by side, or not at one go: times are rough, and models of equal "
+            "FLOPs show how rough. docs/results.md has the careful measurement."
         )
     else:
         lines.append("Runs were timed one at a time.")
@@ -169,29 +223,19 @@ def _cost(page: figures.Page) -> list[str]:
         head += ["time / GPT-2's", "FLOPs / GPT-2's"]
         times, flops = costs.times, costs.flops
         for k, row in rows.items():
-            row += [mean(times[k], 2), f"{flops[k]:.2f}"]
+            row += [f"{np.median(times[k]):.2f}", f"{flops[k]:.2f}"]
         of = "GPT-2's median" if costs.beside else "GPT-2 of the same seed"
-        caption = f"Median seconds of an update, and FLOPs, relative to {of}."
+        caption = f"Seconds of an update relative to {of}, and FLOPs (◇)."
         label = "relative to GPT-2 (GPT-2 = 1)"
-        drawn = figures.bars(times, label, flops=[*flops.values()], spread=not costs.beside)
+        drawn = figures.bars(
+            times, label, marks=flops, marked="FLOPs", intervals=not costs.beside, line=1.0
+        )
         lines += page.figure("cost", drawn, caption)
     return [*lines, *table(head, rows.values())]
 
 
 def _every_seed(page: figures.Page) -> list[str]:
-    lines = ["Held-out objects and sentences:", *report_probes.held_out(page, findings.each)]
-    names = [k for k, v in page.variants.items() if "dev" in v["objects"]]
-    head = [f"{WORDS[a]}, {wording} wordings" for a in ATTRIBUTES for wording in WORDINGS]
-    rows = []
-    for name in names:
-        dev = page.variants[name]["objects"]["dev"]
-        rows.append(
-            [LABELS[name], *(findings.each(dev[w][a]) for a in ATTRIBUTES for w in WORDINGS)]
-        )
-    if rows:
-        lines += ["Development objects of these worlds, which settings may be chosen on:"]
-        lines += table(["model", *head], rows)
-    return lines
+    return ["Held-out objects and sentences:", *report_probes.held_out(page, findings.each)]
 
 
 def _made(page: figures.Page) -> list[str]:
@@ -216,6 +260,7 @@ def _made(page: figures.Page) -> list[str]:
 # Title -> what makes the section, and the part of the results without which there is none.
 SECTIONS: dict[str, tuple[Callable[[figures.Page], list[str]], str]] = {
     "The question": (lambda page: [_QUESTION], "seeds"),
+    "In short": (report_short.in_short, "variants"),
     "The world": (_world, "world"),
     "What is compared": (_compared, "variants"),
     "What they answer": (report_probes.answers, "variants"),

@@ -5,24 +5,34 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from blindvalm_jax.toyworld import figures, findings, language
 from blindvalm_jax.toyworld.figures import table
-from blindvalm_jax.toyworld.findings import LABELS, WORDINGS, WORDS, against, mean
-from blindvalm_jax.toyworld.world import ATTRIBUTES, attribute_of
+from blindvalm_jax.toyworld.findings import LABELS, WORDINGS, WORDS, mean
+from blindvalm_jax.toyworld.world import ATTRIBUTES, TEXT_SPLITS, attribute_of
 
 
 def answers(page: figures.Page) -> list[str]:
     """Accuracy on held-out objects, against chance and by wording."""
-    variants = page.variants
-    seen, new = ({k: v["objects"]["heldout"][w] for k, v in variants.items()} for w in WORDINGS)
-    train = {k: v["objects"]["train"]["seen"]["color"] for k, v in variants.items()}
+    variants, chance = page.variants, page.results["chance"]
     caption = "Accuracy on held-out objects by attribute and wording."
+    asked = Counter(
+        (p.attribute, p.wording)
+        for p in language.probes(page.gallery.config, page.gallery.things)
+        if p.split == "heldout"
+    )
+    seen, new = (asked["color", wording] for wording in WORDINGS)
+    things = sum(thing.split == "heldout" for thing in page.gallery.things)
+    luck = np.sqrt(chance["color"] * (1 - chance["color"]) / things)
     lines = [
-        "Accuracy on held-out objects, over all prompts unless the column says otherwise, after "
+        f"Each of the {things} held-out objects is asked about each attribute in "
+        f"{seen // things} seen and {new // things} new wordings. A model that guesses an object's "
+        f"colour, the same in all wordings, is right about {chance['color']:.3f} of them, with a "
+        f"standard deviation of {luck:.3f} from world to world. Accuracy over all prompts unless "
+        "the column says otherwise, after "
         f"{findings.durations(variants)}: "
         + (
             "mean ± standard deviation over seeds, as everywhere on this page; figures draw every "
@@ -33,36 +43,43 @@ def answers(page: figures.Page) -> list[str]:
         *held_out(page, mean),
         _surprise(page),
         *page.figure("accuracy", figures.accuracy(page.results), caption),
-        "" if page.seeds > 1 else "One seed gives no interval: a difference may be luck.\n",
     ]
-    if page.seeds > 1:
-        lines.append(
-            "Against chance, mean and 95 % t interval over seeds. One such interval in twenty is "
-            f"expected to leave out zero by luck; here are {len(variants) * len(ATTRIBUTES)}.\n"
-        )
-    for a, chance in page.results["chance"].items():
-        gaps = {k: findings.Gap([value - chance for value in v[a]]) for k, v in variants.items()}
-        lines.append(f"- {WORDS[a].capitalize()} against chance: {findings.grouped(gaps)}.")
-    lines.append(f"- Colour, seen wordings against new ones: {against(seen, new)}.")
-    base = [name for name in variants if name in ("gpt2", *findings.CONTROLS)]
-    pairs = [f"{LABELS[k]} {mean(seen[k]['color'])} ({mean(train[k])})" for k in base]
-    told = "Colour in seen wordings, of held-out objects (of train objects)"
-    return [*lines, f"- {told}: {'; '.join(pairs)}."] if pairs else lines
+    if page.seeds == 1:
+        return [*lines, "One seed gives no interval: a difference may be luck."]
+    held = {k: v["objects"]["heldout"]["seen"] for k, v in variants.items()}
+    errors = {k: v["standard_error"] for k, v in variants.items()}
+    gaps = [
+        findings.against_chance(of, {k: v[prompts] for k, v in errors.items()}, chance)
+        for of, prompts in ((variants, "all"), (held, "seen"))
+    ]
+    head = ["less chance", *(f"{WORDS[a]}{of}" for of in ("", ", seen wordings") for a in chance)]
+    rows = [[LABELS[k], *(of[k][a].cell for of in gaps for a in chance)] for k in variants]
+    return [
+        *lines,
+        "Less what guessing gives, mean over seeds and the wider of two 95 % intervals: the t "
+        "interval over seeds, and the one from how objects differ within a seed, since answers "
+        "about one object in several wordings hang together. Bold: it leaves out zero. Of "
+        f"{len(rows) * (len(head) - 1)} intervals some would by luck alone, one in twenty where "
+        "there is nothing.",
+        *table(head, rows),
+    ]
 
 
 def _surprise(page: figures.Page) -> str:
     """What the last two columns of the main table are."""
     texts = {
-        x: language.sentences(page.gallery.config, page.gallery.things, x)
-        for x in language.TEXT_SPLITS
+        x: language.sentences(page.gallery.config, page.gallery.things, x) for x in TEXT_SPLITS
     }
     known = set(texts["train"])
+    even = np.mean([np.log(len(values)) for values in page.gallery.config.attributes.values()])
     share = np.mean([text in known for text in texts["validation"]])
     return (
         "*Perplexity* is that of validation sentences. These are drawn like the training ones "
         f"({100 * share:.0f} % of them are among these in the first seed) and state nothing of "
         "held-out objects either, so it cannot reward knowing what they look like. *Surprise* "
-        "does: nats of the right word, among all tokens, behind seen wordings about them.\n"
+        "does: nats of the right word, among all tokens, behind seen wordings about them. Who "
+        f"knows the kind of word and guesses evenly has {even:.3f} nats; more is to be wrong with "
+        "confidence.\n"
     )
 
 
@@ -86,25 +103,23 @@ def differences(page: figures.Page) -> list[str]:
     keys = [*found[0].gaps]
     rows, lines = [], []
     for one in found:
-        cells = [f"**{gap}**" if gap.clear else f"{gap}" for gap in one.gaps.values()]
-        mine, base, color = LABELS[one.mine], LABELS[one.base], one.gaps["color"]
-        rows.append([f"{mine} − {base}{one.after}", *cells])
-        above = sum(value > 0 for value in color.values)
-        word = color.word + f"; above in {above} of {page.seeds} seeds" * (page.seeds > 1)
-        lines.append(f"- Colour, {mine} against {base}{one.after}: {word}.")
+        above = sum(value > 0 for value in one.gaps["color"].values)
+        name = f"{LABELS[one.mine]} − {LABELS[one.base]}{one.after}"
+        cells = [gap.cell for gap in one.gaps.values()]
+        rows.append([name, *cells, f"{above} of {page.seeds}"])
     if fooled := [LABELS[one.mine] for one in found if one.base == "gpt2" and one.fools]:
         lines.append(
-            "- Perplexity clearly lower than GPT-2's after as many updates, but colour not clearly "
-            f"different from its: {', '.join(fooled)}."
+            "- Perplexity clearly lower than GPT-2's after as many updates, but colour not: "
+            f"{', '.join(fooled)}."
         )
     how = (
-        "In brackets: the 95 % t interval of the mean over seeds, bold where it leaves out zero. "
-        f"There are {len(rows) * len(keys)} of them, and one in twenty is expected to miss."
+        "In brackets: the 95 % t interval of the mean over seeds, bold where it leaves out zero; "
+        "one in twenty would by luck alone. "
     )
     return [
         "A seed decides world, CLIP and language model, so differences are taken by seed. "
-        f"{how if page.seeds > 1 else ''}",
-        *table(["difference", *(WORDS.get(key, key) for key in keys)], rows),
+        f"{how * (page.seeds > 1)}Last: in how many seeds colour is above.",
+        *table(["difference", *(WORDS.get(key, key) for key in keys), "above in"], rows),
         *lines,
     ]
 
@@ -123,40 +138,45 @@ def stated(page: figures.Page) -> list[str]:
         "held-out objects, new wordings": held_new,
     }
     caption = "Accuracy on objects that sentences describe, and on those they do not."
-    lines = []
+    told = []
     for name, v in page.variants.items():
-        told = [
-            f"{'answers' if lowest >= findings.LEARNED else 'does not answer'} its train objects "
-            f"in {wording} wordings (lowest: {lowest:.3f}, {where})"
-            for wording, found in (("seen", seen), ("new", new))
-            for lowest, where in [findings.least(found[name], page.results["seeds"])]
-        ]
-        lines.append(f"- {LABELS[name]} ({findings.updates(v)} updates) {', and '.join(told)}.")
+        lowest = [findings.least(found[name], page.results["seeds"]) for found in (seen, new)]
+        told.append([LABELS[name], findings.updates(v)])
+        for value, where in lowest:
+            told[-1].append(f"{value:.3f}{'' if value >= findings.LEARNED else ' ✗'} ({where})")
     return [
         "Does a model know more than what was stated? The text states the attributes of train "
-        "objects in the seen wordings. A control that has not learned even these proves nothing by "
-        "failing on held-out objects, and one that fails in new wordings on train objects proves "
-        "little by failing there.",
+        "objects in the seen wordings. The less of these a control has learned, the less its "
+        "failure on held-out objects shows; and where it fails in new wordings on train objects "
+        "too, it fails at the wording.",
         *page.conditions("stated", rows, caption),
-        "A model answers its train objects if every attribute's accuracy on them reaches "
-        f"{findings.LEARNED} in every seed.\n",
-        *lines,
-        f"- Colour in seen wordings, train objects against held-out ones: {against(seen, held)}.",
+        f"The lowest accuracy on train objects, of all attributes and seeds; ✗: under "
+        f"{findings.LEARNED}, from which on a model counts as having learned what was stated.",
+        *table(["model", "updates", "seen wordings", "new wordings"], told),
+        "Seen wordings, train objects less held-out ones:",
+        *_gaps({LABELS[k]: gaps for k, gaps in findings.against(seen, held).items()}),
     ]
 
 
 def attention(page: figures.Page) -> list[str]:
     """How much of it goes to the grounding."""
-    shares = {k: v["attention"] for k, v in page.variants.items() if "attention" in v}
-    if not shares:
+    found = {k: v for k, v in page.variants.items() if "attention" in v}
+    if not found:
         return []
-    caption = "Attention on the grounding where the answer is given."
-    drawn = figures.bars(shares, "share of attention on the grounding")
+    shares = {k: v["attention"] for k, v in found.items()}
+    even = {k: float(np.mean(v["attention_if_even"])) for k, v in found.items()}
+    caption = "Attention on the grounding where the answer is given; ◇: if it were even."
+    drawn = figures.bars(
+        shares, "share of attention on the grounding", marks=even, marked="if even"
+    )
+    rows = [[LABELS[k], mean(values), f"{even[k]:.3f}"] for k, values in shares.items()]
     return [
         "The share of the fusion layer's attention that goes to the grounding, not to the text, at "
-        "the last position of held-out probes. It does not tell what the grounding is used for.",
+        "the last position of held-out probes, beside what it would be if attention were even over "
+        "the text and the grounding, which is one vector, or of VALM as many as it retrieves. It "
+        "does not tell what the grounding is used for: random features get their share too.",
         *page.figure("attention", drawn, caption),
-        *table(["model", "share"], [[LABELS[k], mean(values)] for k, values in shares.items()]),
+        *table(["model", "share", "if even"], rows),
     ]
 
 
@@ -174,8 +194,35 @@ def linear(page: figures.Page) -> list[str]:
         "answer, fitted on train objects and asked about held-out ones. For VALM the feature is "
         "what it searches with.",
         *page.conditions("linear", rows, caption),
-        f"- Colour, the model's answers against the linear map: {against(said, hold)}.",
+        "The model's answers less the linear map's:",
+        *_gaps({LABELS[k]: gaps for k, gaps in findings.against(said, hold).items()}),
+        *_by_seed(page, hold, said),
     ]
+
+
+def _by_seed(page: figures.Page, hold: findings.Condition, said: findings.Condition) -> list[str]:
+    """Colour, seed by seed, of what the features hold and what is made of it."""
+    if page.seeds == 1:
+        return []
+    order = sorted(range(page.seeds), key=lambda n: next(iter(hold.values()))["color"][n])
+    rows = [
+        [f"{what}, {LABELS[k]}", *(f"{of[k]['color'][n]:.3f}" for n in order)]
+        for k in hold
+        for what, of in (("linear map", hold), ("answers", said))
+        if k not in findings.CONTROLS
+    ]
+    seeds = [f"seed {page.results['seeds'][n]}" for n in order]
+    return [
+        f"Colour by seed, in the order of what the features of {LABELS[next(iter(hold))]} hold "
+        "(those of VALM with the same readout are the same):",
+        *table(["colour, seen wordings", *seeds], rows),
+    ]
+
+
+def _gaps(rows: Mapping[str, Mapping[str, findings.Gap]]) -> list[str]:
+    """A table of differences by attribute; bold: the interval leaves out zero."""
+    cells = [[name, *(gaps[a].cell for a in ATTRIBUTES)] for name, gaps in rows.items()]
+    return table(["difference", *WORDS.values()], cells)
 
 
 def attribution(page: figures.Page) -> list[str]:
@@ -189,22 +236,26 @@ def attribution(page: figures.Page) -> list[str]:
     changed = {
         text: {k: v[key] for k, v in found.items()} for key, text in findings.CHANGED.items()
     }
+    removed = {k: v["removed"] for k, v in found.items()}
     rows = {"as trained": trained, "swapped: own value": own, "swapped: donor's": donor, **changed}
+    gaps = {"swapped, donor's − own": findings.against(donor, own)} | {
+        f"{what} − as trained": findings.against(of, trained) for what, of in changed.items()
+    }
     caption = "Held-out objects, all prompts, while the grounding is changed after training."
-    nowhere, removed = (changed[findings.CHANGED[key]] for key in ("nowhere", "removed"))
+    nowhere = changed[findings.CHANGED["nowhere"]]
     most, where = findings.farthest(removed, nowhere, page.results["seeds"])
+    agree = (
+        f"but differ by up to {most:.3g} ({where})" if most else "and do: no accuracy here differs"
+    )
     return [
         "Where do the answers come from? *Swapped*: the tower reads the prompt of another object "
         "with another value (the donor), the decoder its own; shown is how often the answer is the "
-        "own value and how often the donor's. *Last position only*, *all other positions* and "
-        "*nowhere*: a mask hides the grounding from all positions but these. *Fusion removed*: the "
-        "fusion block is turned into a plain one with the same text attention, so that nothing of "
-        "the grounding is left. *Nowhere* and *fusion removed* should agree.",
+        "own value and how often the donor's; who follows the donor says the own value less often "
+        "than chance. *Last position only*, *all other positions* and *nowhere*: a mask hides the "
+        "grounding from all positions but these. A model whose fusion block is turned into a plain "
+        f"one with the same text attention should answer as with the grounding nowhere, {agree}.",
         *page.conditions("attribution", rows, caption),
-        "- Fusion removed and nowhere "
-        + (f"differ, by at most {most:.3g} ({where})." if most else "agree: no accuracy differs."),
-        f"- Colour when swapped, the donor's value against the own: {against(donor, own)}.",
-        *(f"- Colour, {k}, against as trained: {against(changed[k], trained)}." for k in changed),
+        *_gaps({f"{what}, {LABELS[k]}": of[k] for what, of in gaps.items() for k in of}),
     ]
 
 
@@ -225,7 +276,13 @@ def given(page: figures.Page) -> list[str]:
         + shift
         * any(kind.endswith("_shifted") for kind in kinds),
         *page.conditions("given", rows, caption),
-        *(f"- Colour, {k}, against text: {against(row, text)}." for k, row in images.items()),
+        *_gaps(
+            {
+                f"{what} − text, {LABELS[k]}": gaps
+                for what, row in images.items()
+                for k, gaps in findings.against(row, text).items()
+            }
+        ),
     ]
 
 
@@ -244,13 +301,14 @@ def bias(page: figures.Page) -> list[str]:
     head = ["stated", *(f"{WORDS[a]} reached" for a in ATTRIBUTES)]
     head += [f"{WORDS[a]}, {label}" for a in ATTRIBUTES for label in names.values()]
     caption = "Accuracy on held-out objects, seen wordings, as text begins to state what they are."
-    lines = []
-    for name, label in names.items():
-        first, *others = found[name]["color"]
-        gaps = [findings.Gap.between(values, first) for values in others]
-        told = [f"{share} {gap.word} {gap}" for share, gap in zip(shares[1:], gaps, strict=True)]
-        if told:
-            lines.append(f"- Colour, {label}, against {shares[0]} stated: {'; '.join(told)}.")
+    gaps = {
+        f"{share} − {shares[0]}, {LABELS[k]}": {
+            a: findings.Gap.between(found[k][a][place], found[k][a][0]) for a in ATTRIBUTES
+        }
+        for k in names
+        for place, share in enumerate(shares)
+        if place
+    }
     return [
         "How much would the text have to say? The share of sentences about a held-out object that "
         "state one of its attributes grows from left to right, in steps that are not to scale. "
@@ -259,7 +317,7 @@ def bias(page: figures.Page) -> list[str]:
         "seed): who remembers all that is stated and guesses the rest can do little better.",
         *page.figure("bias", figures.bias(page.results), caption),
         *table(head, rows),
-        *lines,
+        *_gaps(gaps),
     ]
 
 
