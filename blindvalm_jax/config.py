@@ -213,7 +213,11 @@ class OptimizerConfig:
         choices=("uncorrected", "corrected"),
     )
     weight_decay: float = field(0.01, "decoupled, times the learning rate", low=0.0)
-    decay: str = field("all", "what is decayed", choices=("all", "matrices"))
+    decay: str = field(
+        "all",
+        "what is decayed: matrices and embeddings, or gains and biases too; no temperature",
+        choices=("all", "matrices"),
+    )
     clip_norm: float = field(2.0, "largest global gradient norm; 0: no clipping", low=0.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -10,9 +11,10 @@ import optax
 
 from blindvalm_jax.config import OptimizerConfig
 
-# Parameters that `decay=matrices` decays; the rest are norms and biases. By name, because stacked
-# blocks give every parameter an extra axis.
-_MATRICES = ("kernel", "kv_kernel", "wte", "wpe")
+# Ends of the names of what is neither a matrix nor an embedding. By name, because stacked blocks
+# give every parameter an extra axis.
+_VECTORS = ("bias", "scale")
+_TEMPERATURE = "logit_scale"
 
 
 def schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
@@ -42,25 +44,52 @@ def schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
     return rate
 
 
-def decay_mask(params: Any) -> Any:
-    """True for the matrices and embeddings."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: getattr(path[-1], "key", None) in _MATRICES, params
-    )
+def decay_mask(params: Any, *, decay: str) -> Any:
+    """True for what a setting of `optimizer.decay` decays.
+
+    matrices: matrices and embeddings, and no gain or bias, as in CLIP (Radford et al. 2021, section
+    2.5). all: as in fairseq, also those. The logarithm of CLIP's temperature is never decayed.
+    """
+
+    def decayed(path: Any, _: Any) -> bool:
+        name = str(getattr(path[-1], "key", ""))
+        return name != _TEMPERATURE if decay == "all" else not name.endswith(_VECTORS)
+
+    return jax.tree_util.tree_map_with_path(decayed, params)
 
 
 def make(config: OptimizerConfig, *, steps: int) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW; decay is decoupled and scaled by the learning rate."""
     adam = optax.scale_by_adam if config.epsilon_beside == "corrected" else scale_by_fairseq_adam
-    mask = None if config.decay == "all" else decay_mask
     adamw = optax.chain(
         adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
-        optax.add_decayed_weights(config.weight_decay, mask),
+        _add_decay(config),
         optax.scale_by_learning_rate(schedule(config, steps=steps)),
     )
     if config.clip_norm == 0:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def _add_decay(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adds `weight_decay` times the parameters that are decayed to their updates."""
+    mask = functools.partial(decay_mask, decay=config.decay)
+    if config.decay == "matrices":
+        return optax.add_decayed_weights(config.weight_decay, mask)
+
+    # Not by optax's mask: it makes a state of another shape, which checkpoints of runs with
+    # decay=all do not hold.
+    def add(updates: Any, params: Any) -> Any:
+        return jax.tree.map(
+            lambda decayed, update, value: (
+                update + config.weight_decay * value if decayed else update
+            ),
+            mask(params),
+            updates,
+            params,
+        )
+
+    return optax.stateless(add)
 
 
 def scale_by_fairseq_adam(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:

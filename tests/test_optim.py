@@ -15,9 +15,11 @@ import numpy as np
 import optax
 import pytest
 
-from blindvalm_jax import optim
+from blindvalm_jax import optim, trees
 from blindvalm_jax.config import FusionConfig, OptimizerConfig
-from tests import small_models
+from blindvalm_jax.models.contrastive import Clip, ClipConfig
+from blindvalm_jax.objectives.contrastive_model import Model
+from tests import small_models, test_contrastive
 
 GOLDEN = Path(__file__).parent / "golden" / "reference"
 STEPS = 1000
@@ -96,28 +98,82 @@ def grounded_params() -> Any:
     return small_models.decoder_params(model)
 
 
-@pytest.mark.parametrize("decay", ["all", "matrices"])
-def test_decay_takes_what_it_says_by_rate_times_weight_and_nothing_else(decay: str) -> None:
-    """With no gradient, AdamW only decays."""
-    config = dataclasses.replace(PAPER, decay=decay, weight_decay=0.5, warmup_init=1e-2)
+# Kernels and biases, gains and biases: of all blocks, wherever the stack is cut.
+BLOCK = {
+    f"{part}/{name}"
+    for part in ("attn/qkv", "attn/out", "c_fc", "c_proj")
+    for name in ("kernel", "bias")
+}
+NORMS = {f"{part}/{name}" for part in ("ln_1", "ln_2") for name in ("scale", "bias")}
+KERNELS = {name for name in BLOCK if name.endswith("/kernel")}
+
+
+def within(prefix: str, names: set[str]) -> set[str]:
+    return {f"{prefix}/{name}" for name in names}
+
+
+def decayed(config: OptimizerConfig, params: Any) -> set[str]:
+    """Names of what an update without a gradient changes: AdamW then only decays, by rate x weight.
+
+    To 1e-5 of each value: fp32's rounding of the product.
+    """
     optimizer = optim.make(config, steps=STEPS)
-    params = grounded_params()
 
     @jax.jit
     def update(params: Any) -> Any:
         zero = jax.tree.map(jnp.zeros_like, params)
         return optimizer.update(zero, optimizer.init(params), params)[0]
 
-    found = jax.tree_util.tree_leaves_with_path(update(params))
-    decayed = set()
-    for (path, change), value in zip(found, jax.tree.leaves(params), strict=True):
-        if (np.asarray(change) != 0).any():
-            decayed.add(path[-1].key)
-            np.testing.assert_allclose(change, -1e-2 * 0.5 * value, rtol=1e-5, atol=1e-9)
-    names = {path[-1].key for path, _ in found}
-    vectors = {"scale", "bias", "kv_bias", "logit_bias"}
-    assert names == {"kernel", "kv_kernel", "wte", "wpe"} | vectors
-    assert decayed == (names if decay == "all" else names - vectors)
+    values, found = trees.flatten(params), set()
+    for name, change in trees.flatten(update(params)).items():
+        if np.asarray(change).any():
+            found.add(name)
+            expected = -config.warmup_init * config.weight_decay * values[name]
+            np.testing.assert_allclose(change, expected, rtol=1e-5, atol=1e-9)
+    return found
+
+
+@pytest.mark.parametrize("decay", ["all", "matrices"])
+def test_decay_of_a_decoder_takes_what_it_says(decay: str) -> None:
+    params = grounded_params()
+    memory = {"attn/memory/adapter/kernel", "attn/memory/kv_kernel"}
+    plain = [f"h/{name}" for name in ("blocks_0_0", "blocks_2_2", "fusion_1")]
+    matrices = {"wte", "wpe"} | within("h/fusion_1", memory)
+    matrices = matrices.union(*(within(block, KERNELS) for block in plain))
+    vectors = within("h/fusion_1/attn/memory", {"adapter/bias", "kv_bias", "logit_bias"})
+    vectors |= within("h/fusion_1/attn/memory/norm", {"scale", "bias"})
+    vectors |= within("ln_f", {"scale", "bias"})
+    vectors = vectors.union(*(within(block, BLOCK - KERNELS | NORMS) for block in plain))
+    assert set(trees.flatten(params)) == matrices | vectors
+    config = dataclasses.replace(PAPER, decay=decay, weight_decay=0.5, warmup_init=1e-2)
+    assert decayed(config, params) == (matrices | vectors if decay == "all" else matrices)
+
+
+@pytest.mark.parametrize("decay", ["all", "matrices"])
+@test_contrastive.BOTH
+def test_decay_of_a_clip_takes_what_it_says_and_never_the_temperature(
+    config: ClipConfig, decay: str
+) -> None:
+    params = small_models.random_params(Model(Clip(config)).init, seed=0)
+    text = within("h/blocks_0_1", KERNELS)
+    text |= {"token_embedding", "position_embedding", "text_projection"}
+    vectors = within("h/blocks_0_1", BLOCK - KERNELS | NORMS) | {"ln_final/scale", "ln_final/bias"}
+    matrices, vectors = within("text", text), within("text", vectors)
+    layers = config.vision.layers
+    if config.vision.kind == "vit":
+        image = {"patch_embedding", "class_embedding", "position_embedding", "visual_projection"}
+        image |= within(f"h/blocks_0_{layers - 1}", KERNELS)
+        others = within(f"h/blocks_0_{layers - 1}", BLOCK - KERNELS | NORMS)
+        others |= {f"{norm}/{name}" for norm in ("ln_pre", "ln_post") for name in ("scale", "bias")}
+    else:
+        parts = [*(f"conv_{n}" for n in range(len(config.vision.channels))), "hidden"]
+        image = {"visual_projection", *(f"{part}/kernel" for part in parts)}
+        others = {f"{part}/bias" for part in parts}
+    matrices, vectors = matrices | within("vision", image), vectors | within("vision", others)
+    assert set(trees.flatten(params)) == matrices | vectors | {"logit_scale"}
+    assert params["logit_scale"] != 0
+    given = dataclasses.replace(PAPER, decay=decay, weight_decay=0.5, warmup_init=1e-2)
+    assert decayed(given, params) == (matrices | vectors if decay == "all" else matrices)
 
 
 def first_update(config: OptimizerConfig, grads: Any, params: Any) -> Any:
