@@ -40,7 +40,7 @@ from blindvalm_jax.models.vision import VisionConfig
 from blindvalm_jax.objectives.contrastive import Contrastive
 from blindvalm_jax.objectives.contrastive_model import Batch, Model
 from blindvalm_jax.objectives.language import Language
-from tests import small_images, small_models, test_train, tiny_tokenizers
+from tests import small_images, small_models, test_images, test_train, tiny_tokenizers
 
 STEPS, ROWS = 60, 32
 
@@ -452,6 +452,18 @@ def test_misfits_are_refused_before_compilation(
     assert "compiled" not in capsys.readouterr().out
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_blank_caption_of_a_dataset_is_refused_at_the_start(
+    finished: Path, tmp_path: Path
+) -> None:
+    """Also where the tokenizer is a file, so that nothing is learned from captions."""
+    test_images.TinyPictures(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    named = {"data__tfds": "tiny_pictures", "data__tfds_dir": str(tmp_path)}
+    values = settings(Path(), **named, data__images="", data__caption_field="spaces")
+    values.tokenizer.path = str(tokenizer_of(finished))
+    with pytest.raises(UserError, match=r"train:\d: field 'spaces' .*; none may be blank"):
+        train.train(config.parse(values), tmp_path / "run", dry_run=True)
 
 
 def test_nothing_need_be_held_out(world: Path, tmp_path: Path) -> None:

@@ -49,6 +49,9 @@ class Contrastive:
                 "no images are held out: name some (data.eval_images, data.tfds_eval_split), set "
                 "data.eval_fraction, or evaluate never (eval.every_steps=0)"
             )
+        if settings.data.tfds:  # a folder's captions are checked when it is opened
+            for source in filter(None, (self._source, self._held_out)):
+                images.check_captions(source, known=cache / "read_captions.json")
         tokenizer = self._tokenizer(cache)
         self._record = packing.record(tokenizer)
         text = system.tower_shape(settings.clip.text, self._record, setting="clip.text")
