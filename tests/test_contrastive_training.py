@@ -163,6 +163,35 @@ def test_resume_on_other_images_is_refused(finished: Path, world: Path, tmp_path
         runs.check_resume(workdir, config.parse(settings(world, clip__image__width=64)))
 
 
+def test_microbatches_may_change(
+    finished: Path, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is drawn in them: they change rounding only."""
+    values = config.parse(settings(world))
+    parts = dataclasses.replace(values.train, microbatches=4)
+    assert runs.check_resume(finished, dataclasses.replace(values, train=parts)) == STEPS
+    assert "train.microbatches: 1 -> 4" in capsys.readouterr().out
+
+
+def test_a_finished_run_that_has_moved_knows_where_its_data_are(
+    finished: Path, world: Path, tmp_path: Path
+) -> None:
+    """And keeps the record of what trained it. A dry run, and one in place, write nothing."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    before = json.loads((workdir / "run.json").read_text())
+    assert before["data"]["directory"].startswith(str(finished))
+    train.train(config.parse(settings(world)), workdir, dry_run=True)
+    assert json.loads((workdir / "run.json").read_text()) == before
+    test_train.run(settings(world), workdir)
+    after = json.loads((workdir / "run.json").read_text())
+    directory = before["data"]["directory"].replace(str(finished), str(workdir))
+    assert after == {**before, "data": {**before["data"], "directory": directory}}
+    times = [(workdir / name).stat().st_mtime_ns for name in ("run.json", "config.json")]
+    test_train.run(settings(world), workdir)
+    assert times == [(workdir / name).stat().st_mtime_ns for name in ("run.json", "config.json")]
+
+
 def test_cache_is_shared_and_a_tokenizer_left_half_written_is_made_whole(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
