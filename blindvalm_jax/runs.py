@@ -23,12 +23,14 @@ from blindvalm_jax.errors import UserError
 from blindvalm_jax.trees import flatten
 
 # May differ when a run is resumed: none of them changes what is computed, beyond rounding. Paths of
-# data and tokenizer are among them because their contents are compared (`check_data`).
+# data, tokenizer, tower and index are among them because their contents are compared (`check_data`,
+# and the tower where it is read).
 _FREE = (
     *("log", "eval", "checkpoint", "mesh", "data.workers", "data.cache", "data.files"),
     *("data.eval_files", "data.windows", "data.tfds", "data.tfds_split", "data.tfds_eval_split"),
     *("data.tfds_dir", "data.images", "data.eval_images", "tokenizer.path"),
-    *("grounding.tokenizer", "train.remat", "train.scan_unroll", "train.loss_chunk"),
+    *("grounding.tokenizer", "grounding.tower", "grounding.index"),
+    *("train.remat", "train.scan_unroll", "train.loss_chunk"),
 )
 MARKER = ".blindvalm_run"
 _WRITTEN = (
@@ -109,6 +111,24 @@ def check_data(workdir: Path, about: Mapping[str, Any]) -> None:
         )
 
 
+def given_before(workdir: Path) -> Any:
+    """The settings that the run in `workdir` was last started with, as nested dicts."""
+    return _record(workdir)["config_as_given"]
+
+
+def keep_places(workdir: Path, about: Mapping[str, Any], *, resolved: Config) -> None:
+    """Writes where data, tower and index of a finished run lie now, where they have moved.
+
+    about: as `write_record` gets it, after `check_data`.
+    """
+    places = {name: about[name] for name in ("data", "images") if name in about}
+    paths = _plain(resolved)["grounding"]
+    for name, now in (("run.json", places), ("config.json", {"grounding": paths})):
+        before = files.read_object(workdir / name)
+        if before != {**before, **now}:
+            files.write_json(workdir / name, {**before, **now})
+
+
 def _index_key(record: Mapping[str, Any]) -> str | None:
     """Key of the image index of a run, None where it has none; older records say nothing of it."""
     images = record.get("images")
@@ -135,6 +155,8 @@ def _plain(config: Config) -> Any:
 def _is_free(key: str, config: Config) -> bool:
     if key == "train.steps":
         return config.optimizer.schedule == "inverse_sqrt"  # the others depend on the length
+    if key == "train.microbatches":  # of a language model they draw dropout, and are shuffled
+        return config.train.objective == "contrastive"
     return any(key == free or key.startswith(f"{free}.") for free in _FREE)
 
 

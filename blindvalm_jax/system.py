@@ -84,6 +84,18 @@ def tower_context(config: Config, tower: Tower | None) -> int:
     return config.grounding.random.context if tower is None else tower.config.context
 
 
+def new_tower(config: Config, tower: Tower | None, *, vocabulary: TokenizerRecord) -> Tower:
+    """The tower of a new run: the one that was read, or a fresh one where settings say so."""
+    if tower is not None and config.grounding.control != "random_tower":
+        return tower
+    if tower is None:
+        shape = tower_shape(config.grounding.random, vocabulary, setting="grounding.random")
+        return fresh_tower(shape, seed=config.seed)
+    return dataclasses.replace(
+        fresh_tower(tower.config, seed=config.seed), tokenizer=tower.tokenizer
+    )
+
+
 def prepare_tower(
     config: Config,
     tower: Tower | None,
@@ -98,18 +110,10 @@ def prepare_tower(
     Raises:
       UserError: the tower has another vocabulary than the tokens it is to read.
     """
-    grounding = config.grounding
-    if grounding.source == "none":
+    if config.grounding.source == "none":
         return None
-    if tower is None or (grounding.control == "random_tower" and not resuming):
-        if tower is None:
-            shape = tower_shape(grounding.random, vocabulary, setting="grounding.random")
-        else:
-            shape = tower.config
-        tower = dataclasses.replace(
-            fresh_tower(shape, seed=config.seed),
-            tokenizer=None if tower is None else tower.tokenizer,
-        )
+    if tower is None or not resuming:
+        tower = new_tower(config, tower, vocabulary=vocabulary)
     known = tower.tokenizer
     if known is not None and known["fingerprint"] != vocabulary.fingerprint:
         raise UserError(

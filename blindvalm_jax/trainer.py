@@ -67,6 +67,8 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
     if resuming:
         runs.check_data(workdir, about)
     if saved is not None and saved >= settings.train.steps:
+        if not dry_run:
+            runs.keep_places(workdir, about, resolved=objective.resolved())
         say(f"nothing to do: {workdir} has {saved} of {settings.train.steps} steps")
         return 0
     start = None if resuming else objective.read_start(planned.params)

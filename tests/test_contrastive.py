@@ -268,6 +268,24 @@ def test_recall_takes_equal_captions_for_one_text() -> None:
     assert apart.image_to_text == apart.text_to_image == pytest.approx(4 / 6)
 
 
+def test_recall_in_blocks_of_queries_is_that_of_all_at_once() -> None:
+    """Whole numbers, so that no sum is rounded and many rivals are exactly as near."""
+    rng = np.random.default_rng(0)
+    image, text = rng.integers(-2, 3, (2, 101, 6)).astype(np.float32)
+    text[:60] = image[:60] + rng.integers(-1, 2, (60, 6))
+    tokens = rng.integers(0, 40, (101, 1))
+    cosine = image @ text.T
+    right = tokens == tokens.T
+    for rank in (1, 5):
+        whole = []
+        for scores in (cosine, cosine.T):
+            best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
+            whole.append(float(np.mean(np.sum(~right & (scores >= best), axis=1) < rank)))
+        assert 0.05 < min(whole) <= max(whole) < 0.95
+        for block in (1, 25, 100, 101, 1000):
+            assert recall(image, text, tokens, rank=rank, block=block) == tuple(whole)
+
+
 @pytest.mark.parametrize("value", [1.0, np.nan])
 def test_recall_of_equal_features_is_zero(value: float) -> None:
     equal = np.full((5, 4), value)

@@ -40,7 +40,7 @@ from blindvalm_jax.models.vision import VisionConfig
 from blindvalm_jax.objectives.contrastive import Contrastive
 from blindvalm_jax.objectives.contrastive_model import Batch, Model
 from blindvalm_jax.objectives.language import Language
-from tests import small_images, small_models, test_train, tiny_tokenizers
+from tests import small_images, small_models, test_images, test_train, tiny_tokenizers
 
 STEPS, ROWS = 60, 32
 
@@ -161,6 +161,35 @@ def test_resume_on_other_images_is_refused(finished: Path, world: Path, tmp_path
         train.train(config.parse(settings(tmp_path / "images")), workdir)
     with pytest.raises(UserError, match=r"clip\.image\.width: 32 -> 64"):
         runs.check_resume(workdir, config.parse(settings(world, clip__image__width=64)))
+
+
+def test_microbatches_may_change(
+    finished: Path, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is drawn in them: they change rounding only."""
+    values = config.parse(settings(world))
+    parts = dataclasses.replace(values.train, microbatches=4)
+    assert runs.check_resume(finished, dataclasses.replace(values, train=parts)) == STEPS
+    assert "train.microbatches: 1 -> 4" in capsys.readouterr().out
+
+
+def test_a_finished_run_that_has_moved_knows_where_its_data_are(
+    finished: Path, world: Path, tmp_path: Path
+) -> None:
+    """And keeps the record of what trained it. A dry run, and one in place, write nothing."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    before = json.loads((workdir / "run.json").read_text())
+    assert before["data"]["directory"].startswith(str(finished))
+    train.train(config.parse(settings(world)), workdir, dry_run=True)
+    assert json.loads((workdir / "run.json").read_text()) == before
+    test_train.run(settings(world), workdir)
+    after = json.loads((workdir / "run.json").read_text())
+    directory = before["data"]["directory"].replace(str(finished), str(workdir))
+    assert after == {**before, "data": {**before["data"], "directory": directory}}
+    times = [(workdir / name).stat().st_mtime_ns for name in ("run.json", "config.json")]
+    test_train.run(settings(world), workdir)
+    assert times == [(workdir / name).stat().st_mtime_ns for name in ("run.json", "config.json")]
 
 
 def test_cache_is_shared_and_a_tokenizer_left_half_written_is_made_whole(
@@ -455,6 +484,18 @@ def test_misfits_are_refused_before_compilation(
     assert "compiled" not in capsys.readouterr().out
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_blank_caption_of_a_dataset_is_refused_at_the_start(
+    finished: Path, tmp_path: Path
+) -> None:
+    """Also where the tokenizer is a file, so that nothing is learned from captions."""
+    test_images.TinyPictures(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    named = {"data__tfds": "tiny_pictures", "data__tfds_dir": str(tmp_path)}
+    values = settings(Path(), **named, data__images="", data__caption_field="spaces")
+    values.tokenizer.path = str(tokenizer_of(finished))
+    with pytest.raises(UserError, match=r"train:\d: field 'spaces' .*; none may be blank"):
+        train.train(config.parse(values), tmp_path / "run", dry_run=True)
 
 
 def test_nothing_need_be_held_out(world: Path, tmp_path: Path) -> None:

@@ -272,6 +272,7 @@ class TinyPictures(tfds.core.GeneratorBasedBuilder):
             "title": tfds.features.Text(),
             "label": tfds.features.Scalar(np.int32),
             "mostly": tfds.features.Sequence(tfds.features.Text()),
+            "spaces": tfds.features.Text(),
         }
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), description="tiny"
@@ -293,6 +294,7 @@ class TinyPictures(tfds.core.GeneratorBasedBuilder):
                     "title": f"{index} der Titel",
                     "label": index,
                     "mostly": ["x"] * (index % 2),
+                    "spaces": " " if index == 2 else "x",
                 },
             )
 
@@ -399,6 +401,45 @@ def test_tfds_images_without_a_caption_are_named(tfds_dir: Path) -> None:
 
     with pytest.raises(UserError, match=r"train:\d: field 'mostly' .*got \[\]"):
         read()
+
+
+class Counted(images.TfdsImages):
+    """A source that counts how often captions were read."""
+
+    reads = 0
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        self.reads += 1
+        return super().captions(index)
+
+
+def test_captions_are_read_through_once(tfds_dir: Path, tmp_path: Path) -> None:
+    """Of each source: another field, or a part, is another one; a damaged record costs time."""
+    known = tmp_path / "cache" / "known.json"
+    opened: dict[str, Any] = {"name": "tiny_pictures", "split": "train", "data_dir": str(tfds_dir)}
+
+    def reads(field: str = "captions", *, part: bool = False) -> int:
+        source = Counted(**opened, image_field="image", caption_field=field)
+        images.check_captions(
+            images.Part(source, np.array([1, 2])) if part else source, known=known
+        )
+        return source.reads
+
+    assert [reads(), reads(), reads("title"), reads(part=True)] == [4, 0, 4, 2]
+    assert [reads(), reads("title"), reads(part=True)] == [0, 0, 0]
+    known.write_text("{")
+    assert [reads(), reads()] == [4, 0]
+
+
+def test_a_blank_caption_is_found_before_it_is_drawn(tfds_dir: Path, tmp_path: Path) -> None:
+    known = tmp_path / "known.json"
+    source = pictures(tfds_dir, caption_field="spaces")
+    with pytest.raises(
+        UserError, match=r"train:\d: field 'spaces' .*must be text.*; none may be blank"
+    ) as e:
+        images.check_captions(source, known=known)
+    assert "\n" not in str(e.value)
+    assert not known.exists()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -100,6 +101,29 @@ def test_the_same_again_trains_nothing(made: tuple[Path, dict[str, Any]]) -> Non
     assert [path.read_bytes() for path in runs] == before
     assert again == results  # with how long it took when it was done
     assert set(results["timed"]) == {"world_and_clip", "language"}
+
+
+@pytest.mark.slow
+def test_a_comparison_may_move_and_be_named_by_another_path(
+    made: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is trained or built again, and a VALM finds its index where it lies now."""
+    shutil.copytree(made[0], tmp_path / "moved")
+    seed = tmp_path / "moved" / "seed_0"
+    written = [seed / name / "metrics.jsonl" for name in ("clip", *VARIANTS)]
+    written.append(seed / "index" / "manifest.json")
+    before = [path.read_bytes() for path in written]
+    monkeypatch.chdir(tmp_path)
+    assert compare(Path("moved")) == made[1]
+    assert [path.read_bytes() for path in written] == before
+    monkeypatch.chdir(seed)
+    valm = trained.load("valm")
+    assert valm.images is not None
+    assert valm.images.index.directory == seed / "index"
+    for name in VARIANTS:
+        record = json.loads((seed / name / "run.json").read_text())
+        assert Path(record["data"]["directory"]).is_relative_to(seed)
+    assert compare(tmp_path / "moved") == made[1]
 
 
 @pytest.mark.slow

@@ -306,6 +306,44 @@ def test_tower_from_files_and_tokenizers_from_files(text: Path, tmp_path: Path, 
         assert run(values, tmp_path / "run")["train/loss"] == metrics["train/loss"]
 
 
+@pytest.mark.parametrize("control", ["none", "random_tower"])
+def test_a_tower_may_move_and_be_no_other(
+    text: Path, tmp_path: Path, control: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the control, whose tower is random, the shape that is named must be the same."""
+    vocab, merges = tiny_tokenizers.clip_parts()
+    tower = write_tower(tmp_path / "tower", vocab_size=len(vocab))
+    tiny_tokenizers.write_pair(tower, vocab, merges)
+    changes = {"tokenizer__kind": "clip", "train__steps": 1, "grounding__control": control}
+
+    def on(tower: Path | str) -> ml_collections.ConfigDict:
+        path = tmp_path / "moved" if (tmp_path / "moved").exists() else tmp_path / "tower"
+        return settings(text, grounding__tower=str(tower), tokenizer__path=str(path), **changes)
+
+    run(on(tower), tmp_path / "run")
+    tower.rename(tmp_path / "moved")
+    run(on(tower), tmp_path / "run")  # what is named as before is not looked for
+    run(on(tmp_path / "moved"), tmp_path / "run")
+    assert f"grounding.tower: '{tower}' -> '{tmp_path / 'moved'}'" in capsys.readouterr().out
+    known = json.loads((tmp_path / "run" / "config.json").read_text())["grounding"]["tower"]
+    assert known == str(tmp_path / "moved")
+    other = write_tower(tmp_path / "other", vocab_size=len(vocab) + 1)
+    for name, message in (
+        (other, f"was trained with another tower .* than grounding.tower={other} is: name that"),
+        ("random", "was trained with another tower .* than grounding.tower=random is: name that"),
+        (tmp_path / "nowhere", "nowhere does not exist"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            train.train(config.parse(on(name)), tmp_path / "run")
+        assert "\n" not in str(caught.value)
+
+
+def test_microbatches_are_part_of_a_language_model_s_run(finished: Path, text: Path) -> None:
+    """Each draws its own dropout."""
+    with pytest.raises(UserError, match=r"train\.microbatches: 1 -> 2"):
+        runs.check_resume(finished, config.parse(settings(text, train__microbatches=2)))
+
+
 def test_a_tower_that_lies_where_a_run_keeps_its_own_is_left_alone(
     text: Path, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from blindvalm_jax import config, files, indexing, partitioning, runs, train
+from blindvalm_jax import config, files, indexing, partitioning, runs, train, trained
 from blindvalm_jax.config import MeshConfig
 from blindvalm_jax.data import images
 from blindvalm_jax.errors import UserError
@@ -132,6 +132,41 @@ def test_a_run_that_was_cut_ends_bit_identical(
     assert sorted(whole["train/loss"]) == [1, 2, 3, 4]
     assert len(set(whole["train/loss"].values())) == 4
     assert all(0 < share < 1 for share in whole["train/grounding_attention"].values())
+
+
+def test_a_moved_run_ends_bit_identical_and_is_read_from_anywhere(
+    inputs: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tower, index and windows lie elsewhere, and are named from there."""
+    shutil.copytree(inputs, tmp_path / "inputs")
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    monkeypatch.chdir(tmp_path)
+    metrics = test_train.run(settings(Path("inputs")), Path("run"))
+    assert test_train.computed(metrics) == test_train.computed(test_train.read_metrics(finished))
+    grounding = files.read_object(tmp_path / "run" / "config.json")["grounding"]
+    assert grounding["tower"] == str(tmp_path / "inputs" / "clip")
+    assert grounding["index"] == str(tmp_path / "inputs" / "index")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    found = trained.load("../run")
+    assert found.images is not None
+    assert found.images.index.directory == tmp_path / "inputs" / "index"
+
+
+def test_another_tower_or_index_than_a_run_s_is_refused(
+    inputs: Path, finished: Path, tmp_path: Path
+) -> None:
+    other = small_valm.write_clip(tmp_path / "clip", seed=1)
+    small_valm.write_images(tmp_path / "images", count=20)
+    build_index(tmp_path / "index", tmp_path / "images", inputs / "clip")
+    for changes, message in (
+        ({"grounding__tower": str(other)}, r"with another tower \(made for a test\) than .*/clip"),
+        ({"grounding__index": str(tmp_path / "index")}, "trained on another image index than"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            train.train(config.parse(settings(inputs, **changes)), finished)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_run_does_not_resume_on_another_index_at_the_same_place(

@@ -7,6 +7,7 @@ TensorFlow.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -20,9 +21,11 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
+from blindvalm_jax import files
 from blindvalm_jax.config import DataConfig
 from blindvalm_jax.data.corpora import open_tfds
 from blindvalm_jax.data.file_hashes import file_hashes, readable
+from blindvalm_jax.data.workers import Progress
 from blindvalm_jax.errors import UserError, first_line
 
 CAPTIONS_FILE = "captions.jsonl"
@@ -57,6 +60,30 @@ class ImageSource(Protocol):
 def fingerprint(source: ImageSource) -> str:
     """sha256 in hex over what a source holds."""
     return hashlib.sha256(json.dumps(source.describe(), sort_keys=True).encode()).hexdigest()
+
+
+def check_captions(source: ImageSource, *, known: Path) -> None:
+    """Reads all captions of a source, so that a wrong one is found before any is drawn.
+
+    known: a file that keeps the fingerprints of sources whose captions were read: each once.
+
+    Raises:
+      UserError: the first caption that is blank or cannot be read.
+    """
+    own = fingerprint(source)
+    try:
+        kept = {str(name) for name in json.loads(known.read_bytes())}
+    except (OSError, ValueError, TypeError):
+        kept = set()
+    if own in kept:
+        return
+    with Progress("read captions", total=len(source), unit="img") as progress:
+        for index in range(len(source)):
+            source.captions(index)
+            progress.advance(1)
+    with contextlib.suppress(OSError):  # a read-only cache only costs time
+        known.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(known, sorted({*kept, own}))
 
 
 class FolderImages:
@@ -140,6 +167,9 @@ class TfdsImages:
         self._fields = image_field, caption_field
         self._builder, self._examples = open_tfds(name, split, data_dir)
         self[0]  # finds a wrong field before anything is computed
+        self._undecoded = self._builder.as_data_source(
+            split=split, decoders=_undecoded(image_field)
+        )
 
     def __len__(self) -> int:
         """Number of images."""
@@ -163,8 +193,8 @@ class TfdsImages:
         return Captioned(f"{self._split}:{index}", image, self._captions(example, index))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """The captions of one of them."""
-        return self._captions(self._examples[index], index)
+        """The captions of one of them; its image is not decoded."""
+        return self._captions(self._undecoded[index], index)
 
     def describe(self) -> dict[str, Any]:
         """Name, split and fields, and size and SHA-256 of the files."""
@@ -188,7 +218,8 @@ class TfdsImages:
         if not values or not all(isinstance(x, str | bytes) and x.strip() for x in values):
             raise UserError(
                 f"TFDS {self._name}, {self._split}:{index}: field {self._fields[1]!r} "
-                f"(data.caption_field) must be text or a list of texts, got {values}"
+                f"(data.caption_field) must be text or a list of texts, got {values}; "
+                "none may be blank"
             )
         try:
             return tuple(x.decode() if isinstance(x, bytes) else x for x in values)
@@ -294,6 +325,16 @@ def _open_tfds(data: DataConfig, split: str, digests: Path | None) -> TfdsImages
         caption_field=data.caption_field,
         digests=digests,
     )
+
+
+def _undecoded(field: str) -> Any:
+    """Decoders of TFDS, by feature, that leave the bytes of an image as they are."""
+    import tensorflow_datasets as tfds  # here: it takes seconds, and most runs read files
+
+    decoders: Any = tfds.decode.SkipDecoding()
+    for part in reversed(field.split("/")):
+        decoders = {part: decoders}
+    return decoders
 
 
 def _rgb(image: PIL.Image.Image) -> np.ndarray:

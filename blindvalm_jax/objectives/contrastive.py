@@ -27,6 +27,7 @@ from blindvalm_jax.objectives.contrastive_model import Batch, Model
 from blindvalm_jax.objectives.objective import Scalars
 
 _RANKS = (1, 5)
+_BLOCK = 256  # rows of cosines held at once: 100 MB of 50,000 pairs in float64
 
 
 class Contrastive:
@@ -48,6 +49,9 @@ class Contrastive:
                 "no images are held out: name some (data.eval_images, data.tfds_eval_split), set "
                 "data.eval_fraction, or evaluate never (eval.every_steps=0)"
             )
+        if settings.data.tfds:  # a folder's captions are checked when it is opened
+            for source in filter(None, (self._source, self._held_out)):
+                images.check_captions(source, known=cache / "read_captions.json")
         tokenizer = self._tokenizer(cache)
         self._record = packing.record(tokenizer)
         text = system.tower_shape(settings.clip.text, self._record, setting="clip.text")
@@ -193,23 +197,43 @@ class Recall(NamedTuple):
 
 
 def recall(
-    image_NE: np.ndarray, text_NE: np.ndarray, tokens_NS: np.ndarray, *, rank: int
+    image_NE: np.ndarray,
+    text_NE: np.ndarray,
+    tokens_NS: np.ndarray,
+    *,
+    rank: int,
+    block: int = _BLOCK,
 ) -> Recall:
     """Recall at `rank` among N pairs, row i of one side belonging to row i of the other.
 
     Captions of equal tokens_NS are one text: it does not matter which image it came with. A rival
-    that is exactly as near counts as nearer, so that equal features find nothing.
+    that is exactly as near counts as nearer, so that equal features find nothing. block: queries
+    that are compared with all N at a time.
     """
     _, label_N = np.unique(tokens_NS, axis=0, return_inverse=True)
     label_N = label_N.reshape(-1)
-    right_NN = label_N[:, None] == label_N[None, :]
-    cosine_NN = np.asarray(image_NE, np.float64) @ np.asarray(text_NE, np.float64).T
-    shares = []
-    for scores_NN in (cosine_NN, cosine_NN.T):
-        best_N1 = np.max(scores_NN, axis=1, where=right_NN, initial=-np.inf, keepdims=True)
-        rivals_N = np.sum(~right_NN & ~(scores_NN < best_N1), axis=1)  # NaN finds nothing either
-        shares.append(float(np.mean(rivals_N < rank)))
-    return Recall(*shares)
+    image_NE, text_NE = np.asarray(image_NE, np.float64), np.asarray(text_NE, np.float64)
+    found = []
+    for query_NE, key_NE in ((image_NE, text_NE), (text_NE, image_NE)):
+        rivals = [
+            _rivals(query_NE[first : first + block], key_NE, label_N, first=first)
+            for first in range(0, len(query_NE), block)
+        ]
+        found.append(float(np.mean(np.concatenate(rivals) < rank)))
+    return Recall(*found)
+
+
+def _rivals(
+    query_QE: np.ndarray, key_NE: np.ndarray, label_N: np.ndarray, *, first: int
+) -> np.ndarray:
+    """For the queries from row `first` on: how many wrong keys are as near as the best right one.
+
+    Keys of a query's own label_N are right.
+    """
+    scores_QN = query_QE @ key_NE.T
+    right_QN = label_N[first : first + len(query_QE), None] == label_N[None, :]
+    best_Q1 = np.max(scores_QN, axis=1, where=right_QN, initial=-np.inf, keepdims=True)
+    return np.sum(~right_QN & ~(scores_QN < best_Q1), axis=1)  # NaN finds nothing either
 
 
 def _captions(source: ImageSource) -> Generator[str, None, None]:

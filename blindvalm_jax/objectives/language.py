@@ -16,6 +16,7 @@ from blindvalm_jax import config, flops, partitioning, runs, system
 from blindvalm_jax.console import say
 from blindvalm_jax.data import pipeline, prepared
 from blindvalm_jax.data.windows import Windows
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding.images import Images
 from blindvalm_jax.grounding.text import TowerInput
 from blindvalm_jax.models.clip import TextTower, TowerConfig
@@ -49,6 +50,8 @@ class Language:
         self._tower = system.prepare_tower(
             settings, tower, vocabulary=self._windows.manifest.tower_record, resuming=resuming
         )
+        if resuming and self._tower is not None:
+            self._check_named_tower(self._tower)
         shape = None if self._tower is None else self._tower.config
         partitioning.check_divisible(settings, mesh, shape)
         self._images = None
@@ -79,6 +82,22 @@ class Language:
             say(
                 f"images: the {about['neighbours']} nearest of {about['vectors']:,} "
                 f"({settings.grounding.index}), search: {about['search']}"
+            )
+
+    def _check_named_tower(self, kept: system.Tower) -> None:
+        """Refuses to resume under the name of another tower than the run has kept.
+
+        A tower that is named as before need not be there any more.
+        """
+        name = self._settings.grounding.tower
+        if name == runs.given_before(self._workdir)["grounding"]["tower"]:
+            return
+        read = system.read_tower(self._settings, None)
+        vocabulary = self._windows.manifest.tower_record
+        if system.new_tower(self._settings, read, vocabulary=vocabulary).sha256 != kept.sha256:
+            raise UserError(
+                f"{self._workdir} was trained with another tower ({kept.source}) than "
+                f"grounding.tower={name} is: name that tower, or take another --workdir"
             )
 
     def abstract_frozen(self) -> dict[str, Any]:
@@ -185,10 +204,11 @@ class Language:
         }
 
     def resolved(self) -> config.Config:
-        """The settings with vocabulary, mesh and layers filled in."""
-        return config.resolve(
+        """The settings with vocabulary, mesh and layers filled in, and where the grounding lies."""
+        resolved = config.resolve(
             self._settings, vocab_size=self._vocabulary.vocab_size, mesh=self._mesh.shape
         )
+        return dataclasses.replace(resolved, grounding=_placed(resolved.grounding))
 
     def _with_images(self, windows: Windows, split: str) -> pipeline.WindowSource:
         """The windows, with features where those were found ahead of time."""
@@ -239,6 +259,22 @@ def make_batch(arrays: Mapping[str, Any]) -> Batch:
         tower = TowerInput(arrays["tower_tokens"], arrays["tower_starts"], index)
     return Batch(
         arrays["tokens"], arrays["targets"], arrays["weights"], tower, arrays.get("features")
+    )
+
+
+def _placed(grounding: config.GroundingConfig) -> config.GroundingConfig:
+    """With absolute paths: a run may be read from elsewhere than it was started in."""
+
+    def place(name: str) -> str:
+        path = Path(name).expanduser()
+        named = name in ("", "random") or not path.exists()  # a hub id, or gone
+        return name if named else str(path.resolve())
+
+    return dataclasses.replace(
+        grounding,
+        tower=place(grounding.tower),
+        index=place(grounding.index),
+        prepared=place(grounding.prepared),
     )
 
 

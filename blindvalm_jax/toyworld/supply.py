@@ -181,6 +181,7 @@ def make_clip(world: WorldConfig, parts: Parts, *, train: Train, steps: int = 0)
 def make_index(parts: Parts) -> None:
     """Embeds the training images of the world with its CLIP, unless that is done."""
     data = schema.from_dict(files.read_object(parts.clip / "config.json")).data
+    data = dataclasses.replace(data, tfds_dir=str(parts.datasets))  # the world may have moved
     source, _ = images.open_sources(data)
     clip = clip_model.load_clip(parts.clip)
     indexing.build(parts.index, source, clip, name=data.tfds, batch_size=_BATCH, dtype="float32")
