@@ -7,7 +7,8 @@ r"""Makes what VALM looks at: an index of images, and the neighbours of a text's
 
 build: every image through the CLIP's image tower. A folder of images holds captions.jsonl, see
 data.images; with --tfds, --tfds_split, --tfds_dir, --image_field and --caption_field a TFDS dataset
-is read instead. Also --batch_size, --shard_size, --dtype (of the vectors).
+is read instead. Also --batch_size, --shard_size, --dtype (of the vectors). --skip_damaged leaves
+out images that are missing or cannot be decoded, and names them beside the vectors.
 neighbours: for each token of windows (see prepare) the K nearest images, for
 grounding.search=prepared. Also --search=faiss with --nprobe and --rerank, --batch_size, --dtype
 (the text tower computes in).
@@ -55,6 +56,9 @@ _BATCH = flags.DEFINE_integer(
     "batch_size", _BATCH_SIZE, "images, or windows, at once; a multiple of the devices"
 )
 _SHARD_SIZE = flags.DEFINE_integer("shard_size", index_build.SHARD_SIZE, "build: images of a file")
+_SKIP_DAMAGED = flags.DEFINE_bool(
+    "skip_damaged", False, "build: leave out images of a folder that cannot be decoded"
+)
 _DTYPE = flags.DEFINE_string(
     "dtype", None, "build: of the vectors (float16); neighbours: the tower computes in (float32)"
 )
@@ -76,7 +80,10 @@ _JSON = flags.DEFINE_string("json", "", "recall: also write the numbers to this 
 _TFDS_ALONE = ("tfds_split", "tfds_dir", "image_field", "caption_field")
 # What each subcommand takes, and what of it must be given.
 _TAKES: dict[str, tuple[str, ...]] = {
-    "build": ("clip", "out", "images", "tfds", *_TFDS_ALONE, "batch_size", "shard_size", "dtype"),
+    "build": (
+        *("clip", "out", "images", "tfds", *_TFDS_ALONE, "batch_size", "shard_size", "dtype"),
+        "skip_damaged",
+    ),
     "neighbours": (
         *("clip", "out", "windows", "index", "readout", "neighbours", "search", "nprobe", "rerank"),
         *("batch_size", "dtype"),
@@ -131,6 +138,9 @@ def _build() -> None:
     for name in _TFDS_ALONE:
         if flags.FLAGS[name].present and not _TFDS.value:
             raise UserError(f"--{name} goes with --tfds")
+    if _SKIP_DAMAGED.value and not _IMAGES.value:
+        raise UserError("--skip_damaged goes with --images")
+    out = Path(_OUT.value).expanduser()
     source = images.open_source(
         DataConfig(
             images=_IMAGES.value,
@@ -139,20 +149,25 @@ def _build() -> None:
             tfds_dir=_TFDS_DIR.value,
             image_field=_IMAGE_FIELD.value,
             caption_field=_CAPTION_FIELD.value,
-        )
+        ),
+        digests=out / index_build.HASHES_FILE,
+        may_miss=_SKIP_DAMAGED.value,
     )
     clip = clip_model.load_clip(_CLIP.value)
     begin = time.monotonic()
     made = indexing.build(
-        Path(_OUT.value).expanduser(),
+        out,
         source,
         clip,
         name=_IMAGES.value or f"TFDS {_TFDS.value}, {_TFDS_SPLIT.value}",
         batch_size=_BATCH.value,
         shard_size=_SHARD_SIZE.value,
         dtype=dtype,
+        skip_damaged=_SKIP_DAMAGED.value,
     )
     seconds = time.monotonic() - begin
+    if made.damaged:
+        print(f"{made.damaged:,} damaged images were left out, see {out}/damaged-*.jsonl")
     print(
         f"{_OUT.value}: {made.count:,} vectors of width {made.width} in {made.dtype}, "
         f"{seconds:.1f} s, {made.count / max(seconds, 1e-9):,.1f} images/s"

@@ -44,7 +44,11 @@ class TowerImages:
         """size: height and width in pixels."""
         self._source, self._size = source, size
         self._captions: dict[int, str] = {}
-        self.fingerprint = f"{images.fingerprint(source)} at {size} pixels"
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the source and the size; reads every image, unless its hash is known."""
+        return f"{images.fingerprint(self._source)} at {self._size} pixels"
 
     def __len__(self) -> int:
         """Number of images."""
@@ -102,8 +106,11 @@ def build(
     batch_size: int,
     shard_size: int = index_build.SHARD_SIZE,
     dtype: str = "float16",
+    skip_damaged: bool = False,
 ) -> IndexManifest:
     """Writes the index of a source's images by a CLIP's image tower; name: the source in words.
+
+    skip_damaged: see `index_build.build`. A build goes on with the same batches and devices only.
 
     Raises:
       UserError: the batch cannot be split over the devices; and as `index_build.build`.
@@ -123,6 +130,8 @@ def build(
         shard_size=shard_size,
         dtype=dtype,
         caption=pictures.caption,
+        skip_damaged=skip_damaged,
+        rounding={"devices": mesh.size, "device_kind": mesh.devices.flat[0].device_kind},
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +14,14 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from blindvalm_jax import indexing
 from blindvalm_jax.data import images
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding.index import ImageIndex
 from blindvalm_jax.grounding.neighbours import Neighbours
 from blindvalm_jax.interop import clip_model, weights
 from blindvalm_jax.models.vision import VisionTower
-from tests import small_valm
+from tests import dying, small_valm
 
 ROOT = Path(__file__).resolve().parents[1]
 K = 3
@@ -110,6 +114,104 @@ def test_both_say_what_was_made(inputs: Path) -> None:
     assert f"{inputs}/index: 300 vectors of width 16 in float16" in built[1]
     assert "images/s" in built[1]
     assert f"{inputs}/found/eval: {K} neighbours" in found[1]
+
+
+def test_a_build_that_goes_on_reads_no_image_again_to_know_it(inputs: Path, tmp_path: Path) -> None:
+    """An image of other bytes, but the same size and time of change, is known by its kept hash."""
+    for name in ("clip", "images"):
+        shutil.copytree(inputs / name, tmp_path / name)
+    line = build(tmp_path, "index", "--shard_size=100")
+    assert commands(line)[0][0] == 0
+    hashes = tmp_path / "index" / "file_hashes.json"
+    assert len(json.loads(hashes.read_bytes())) == small_valm.IMAGES
+    path = tmp_path / "images" / "7.png"
+    before = path.stat()
+    path.write_bytes(b"x" * before.st_size)
+    os.utime(path, ns=(before.st_mtime_ns, before.st_mtime_ns))
+    assert commands(line)[0][0] == 0
+    known = images.FolderImages(tmp_path / "images", digests=hashes)
+    read = images.FolderImages(tmp_path / "images")
+    assert images.fingerprint(known) != images.fingerprint(read)
+
+
+def test_damaged_and_missing_images_are_left_out_where_that_is_allowed(
+    inputs: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(inputs / "clip", tmp_path / "clip")
+    small_valm.write_images(tmp_path / "images", count=20)
+    cut = tmp_path / "images" / "12.png"
+    cut.write_bytes(cut.read_bytes()[:60])
+    line = build(tmp_path, "index", "--shard_size=5", "--batch_size=4")
+    missing = tmp_path / "images" / "3.png"
+    refused = commands(line)[0]
+    assert len(list((tmp_path / "index").glob("vectors-*.npy"))) == 2
+    (tmp_path / "gone").mkdir()
+    shutil.copytree(tmp_path / "images", tmp_path / "gone" / "images")
+    shutil.copytree(tmp_path / "clip", tmp_path / "gone" / "clip")
+    (tmp_path / "gone" / "images" / missing.name).unlink()
+    without = build(tmp_path / "gone", "index", "--shard_size=5", "--batch_size=4")
+    went_on, absent, both, again = commands(
+        [*line, "--skip_damaged"], without, [*without, "--skip_damaged"], line
+    )
+    assert (refused[0], absent[0], again[0]) == (1, 1, 1)
+    assert f"error: {cut} cannot be read as an image" in refused[2]
+    assert "captions.jsonl:4: there is no image" in absent[2]
+    assert "names damaged images that were left out" in again[2]
+    for said, out, lost in ((went_on, tmp_path, ["12"]), (both, tmp_path / "gone", ["3", "12"])):
+        assert said[0] == 0, said
+        assert f"{len(lost)} damaged images were left out" in said[1]
+        opened = ImageIndex.open(out / "index")
+        assert opened.manifest.damaged == len(lost)
+        names = [record["id"] for record in opened.items(np.arange(len(opened.vectors)))]
+        assert names == [f"{n}.png" for n in range(20) if str(n) not in lost]
+        records = [path.read_text() for path in sorted((out / "index").glob("damaged-*.jsonl"))]
+        assert records == [json.dumps({"id": f"{n}.png"}) + "\n" for n in lost]
+
+
+KILLED = """
+import contextlib, io, jax
+from absl import flags
+from blindvalm_jax import index, indexing
+jax.config.update("jax_num_cpu_devices", int(sys.argv.pop(1)))
+make = indexing.image_encoder
+indexing.image_encoder = lambda *arguments: dying(make(*arguments))
+with contextlib.redirect_stdout(io.StringIO()):
+    index.main(flags.FLAGS(["index", *sys.argv[1:]]))
+"""
+
+
+def test_a_build_with_a_real_tower_killed_midway_goes_on_to_the_same_bytes(
+    inputs: Path, tmp_path: Path
+) -> None:
+    """With the batches and devices that it began with; with others it is refused."""
+    whole: dict[str, Any] = {"shard_size": 48, "batch_size": 16, "dtype": "float32"}
+
+    def line(out: str) -> list[str]:
+        given = {"clip": inputs / "clip", "images": inputs / "images", "out": tmp_path / out}
+        return ["build", *(f"--{name}={value}" for name, value in (given | whole).items())]
+
+    def files(out: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (tmp_path / out).glob("*.*")}
+
+    moments = dying.moments(KILLED, 2, *line("whole"))
+    dying.kill(moments // 2, KILLED, 2, *line("killed"))
+    assert 0 < len(list((tmp_path / "killed").glob("vectors-*.npy"))) < 7
+    assert not (tmp_path / "killed" / "manifest.json").exists()
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, "made with devices 2, expected 8"),
+        ({"batch_size": 8}, "made with batch_size 16, expected 8"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(UserError, match=message):
+            indexing.build(
+                tmp_path / "killed",
+                images.FolderImages(inputs / "images"),
+                clip_model.load_clip(inputs / "clip"),
+                name="in another process",
+                **{**whole, **changes},
+            )
+    dying.moments(KILLED, 2, *line("killed"))
+    assert files("killed") == files("whole")
 
 
 @pytest.mark.faiss

@@ -238,7 +238,8 @@ def test_the_product_is_in_the_dtype_of_the_keys(queries: str, keys: str) -> Non
 def test_bfloat16_keys_lose_little_of_the_exact_answer() -> None:
     """Two operands rounded by 2^-8 at most move a score of unit vectors by 2^-7.
 
-    So a vector found in place of another is at most 2^-6 worse. Measured: recall 0.992, and 0.996 with keys alone rounded.
+    So a vector found in place of another is at most 2^-6 worse.
+    Measured: recall 0.992, and 0.996 with keys alone rounded.
     """
     rng = np.random.default_rng(0)
     queries_QE, keys_ME = (rng.standard_normal((n, 64)).astype(np.float32) for n in (128, 4096))
