@@ -232,7 +232,7 @@ def test_a_begun_build_goes_on_with_what_rounds_alike(whole: Path, tmp_path: Pat
 class Broken(small_index.Pictures):
     """Pictures of which those at some places are damaged."""
 
-    places = (0, 5, 17, 18, 48, 49)
+    places: tuple[int, ...] = (0, 5, 17, 18, 48, 49)
 
     def __getitem__(self, place: int) -> tuple[str, np.ndarray]:
         name, image = super().__getitem__(place)

@@ -251,7 +251,7 @@ def _encode(job: _Job, pictures: list[_Picture]) -> np.ndarray:
     """The vectors [n, E] of at most a batch, in the dtype they are kept in."""
     batch = np.zeros((job.batch_size, *job.shape), np.uint8)
     for row, picture in enumerate(pictures):
-        batch[row] = picture.image
+        batch[row] = np.asarray(picture.image)
     found = np.asarray(job.encode(batch))
     if found.ndim != 2 or len(found) != job.batch_size:
         raise UserError(
