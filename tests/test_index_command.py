@@ -297,11 +297,6 @@ def test_queries_of_text_are_what_the_tower_says_at_real_tokens(
         tokens, starts = (jnp.asarray(row[f"tower_{name}"])[None] for name in ("tokens", "starts"))
         said = say(tower.params, text.TowerInput(tokens, starts))
         np.testing.assert_allclose(vector, said[0, position, 0], rtol=0, atol=1e-5)
-    again = indexing.text_queries(
-        index, inputs / "windows", tower, 37, readout=readout, batch_size=16, seed=3
-    )
-    np.testing.assert_allclose(again.vectors, asked.vectors, rtol=0, atol=1e-5)
-    assert again.about == asked.about
     assert len(np.unique(asked.vectors.round(3), axis=0)) > 20
 
 
