@@ -248,6 +248,16 @@ def _faiss_settings(index: ImageIndex) -> FaissSettings | None:
     return default_settings(count, width, lists=_LISTS.value, code_bytes=_CODE_BYTES.value)
 
 
+def _check_text_flags() -> None:
+    if bool(_CLIP.value) != bool(_WINDOWS.value):
+        raise UserError(
+            "--clip and --windows go together: the queries are the CLIP's at their text"
+        )
+    for name in _TEXT_ALONE:
+        if flags.FLAGS[name].present and not _WINDOWS.value:
+            raise UserError(f"--{name} goes with --clip and --windows")
+
+
 def _queries(index: ImageIndex) -> indexing.Queries:
     if not _WINDOWS.value:
         return indexing.noisy_queries(index, _QUERIES.value, seed=_SEED.value)
@@ -267,13 +277,7 @@ def _recall() -> None:
     out = Path(_JSON.value).expanduser()
     if _JSON.value and (out.is_dir() or not out.parent.is_dir()):
         raise UserError(f"--json={_JSON.value} must be a file in a directory that is there")
-    if bool(_CLIP.value) != bool(_WINDOWS.value):
-        raise UserError(
-            "--clip and --windows go together: the queries are the CLIP's at their text"
-        )
-    for name in _TEXT_ALONE:
-        if flags.FLAGS[name].present and not _WINDOWS.value:
-            raise UserError(f"--{name} goes with --clip and --windows")
+    _check_text_flags()
     index = ImageIndex.open(Path(_INDEX.value).expanduser())
     queries = _queries(index)
     measured = indexing.measure_recall(

@@ -116,7 +116,8 @@ class FolderImages:
         name, captions = self._items[index]
         path = self._folder / name
         try:
-            with PIL.Image.open(path) as image:
+            # Opened here: PIL leaves a file open where reading its first bytes fails.
+            with path.open("rb") as stream, PIL.Image.open(stream) as image:
                 return Captioned(name, _rgb(image), captions)
         except Exception as error:  # a damaged file makes its decoder raise what it likes
             message = f"{path} cannot be read as an image: {first_line(error)}"
