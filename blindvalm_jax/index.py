@@ -3,17 +3,22 @@ r"""Makes what VALM looks at: an index of images, and the neighbours of a text's
   python -m blindvalm_jax.index build --clip=weights/clip --images=photos --out=index
   python -m blindvalm_jax.index neighbours --clip=weights/clip --index=index --windows=windows \
       --readout=token --neighbours=4 --out=found
-  python -m blindvalm_jax.index recall --index=index --neighbours=4 --queries=1024
+  python -m blindvalm_jax.index recall --index=index --neighbours=4 --queries=1024 \
+      --clip=weights/clip --windows=windows --readout=token
   python -m blindvalm_jax.index verify --index=index
 
 build: every image through the CLIP's image tower. A folder of images holds captions.jsonl, see
 data.images; with --tfds, --tfds_split, --tfds_dir, --image_field and --caption_field a TFDS dataset
-is read instead. Also --batch_size, --shard_size, --dtype (of the vectors).
+is read instead. Also --batch_size, --shard_size, --dtype (of the vectors). --skip_damaged leaves
+out images that are missing or cannot be decoded, and names them beside the vectors.
 neighbours: for each token of windows (see prepare) the K nearest images, for
-grounding.search=prepared. Also --search=faiss with --nprobe and --rerank, --batch_size, --dtype
-(the text tower computes in).
-recall: FAISS against exact search, queries being vectors of the index with noise. Also --nprobe,
---rerank, --seed, --json.
+grounding.search=prepared. Also --search=faiss with --nprobe, --rerank, --lists and --code_bytes,
+--batch_size, --dtype (the text tower computes in).
+recall: FAISS against exact search on what VALM asks, the text tower's features at tokens of
+windows. Without --clip and --windows the queries are vectors of the index with noise, which lie
+nearer to images than text does: good for a first look, not for choosing settings. Also --nprobe,
+--rerank, --lists, --code_bytes, --rebuild, --batch_size, --dtype, --seed, --json.
+FAISS's index is made by whoever needs it first, with --lists and --code_bytes, and kept.
 verify: reads every file of an index, and refuses one that is not as it was written.
 
 Train on an index with --config.grounding.source=images --config.grounding.index=DIR. build and
@@ -34,7 +39,12 @@ from blindvalm_jax.config import DataConfig
 from blindvalm_jax.data import images
 from blindvalm_jax.errors import UserError, run_main
 from blindvalm_jax.grounding import index_build, retrieval
-from blindvalm_jax.grounding.faiss_engine import PAPER_NPROBE, FaissEngine
+from blindvalm_jax.grounding.faiss_engine import (
+    PAPER_NPROBE,
+    FaissEngine,
+    FaissSettings,
+    default_settings,
+)
 from blindvalm_jax.grounding.index import DTYPES, ImageIndex
 from blindvalm_jax.interop import clip_model, clip_text
 from blindvalm_jax.models.clip import Readout
@@ -57,13 +67,16 @@ _BATCH = flags.DEFINE_integer(
     "batch_size", _BATCH_SIZE, "images, or windows, at once; a multiple of the devices"
 )
 _SHARD_SIZE = flags.DEFINE_integer("shard_size", index_build.SHARD_SIZE, "build: images of a file")
-_DTYPE = flags.DEFINE_string(
-    "dtype", None, "build: of the vectors (float16); neighbours: the tower computes in (float32)"
+_SKIP_DAMAGED = flags.DEFINE_bool(
+    "skip_damaged", False, "build: leave out images of a folder that cannot be decoded"
 )
-_WINDOWS = flags.DEFINE_string("windows", "", "neighbours: directory that prepare wrote")
+_DTYPE = flags.DEFINE_string(
+    "dtype", None, "build: of the vectors (float16); else what the text tower computes in (float32)"
+)
+_WINDOWS = flags.DEFINE_string("windows", "", "neighbours, recall: directory that prepare wrote")
 _INDEX = flags.DEFINE_string("index", "", "neighbours, recall, verify: directory that build wrote")
 _READOUT = flags.DEFINE_enum(
-    "readout", "token", ["token", "eos"], "neighbours: as grounding.readout"
+    "readout", "token", ["token", "eos"], "neighbours, recall: as grounding.readout"
 )
 _NEIGHBOURS = flags.DEFINE_integer("neighbours", 4, "neighbours, recall: K")
 _SEARCH = flags.DEFINE_enum(
@@ -71,19 +84,32 @@ _SEARCH = flags.DEFINE_enum(
 )
 _NPROBE = flags.DEFINE_integer("nprobe", PAPER_NPROBE, "FAISS: lists visited a query")
 _RERANK = flags.DEFINE_integer("rerank", 0, "FAISS: candidates ranked again exactly; 0: none")
+_LISTS = flags.DEFINE_integer("lists", 0, "FAISS: lists of a new index; 0: by its size")
+_CODE_BYTES = flags.DEFINE_integer(
+    "code_bytes", 0, "FAISS: bytes of a code of a new index; 0: by its width, at most 64"
+)
+_REBUILD = flags.DEFINE_bool("rebuild", False, "recall: make FAISS's index again")
 _QUERIES = flags.DEFINE_integer("queries", 1024, "recall: how many")
 _SEED = flags.DEFINE_integer("seed", 0, "recall: of the queries")
 _JSON = flags.DEFINE_string("json", "", "recall: also write the numbers to this file")
 
+_FAISS_ALONE = ("nprobe", "rerank", "lists", "code_bytes")
+_TEXT_ALONE = ("readout", "batch_size", "dtype")
 _TFDS_ALONE = ("tfds_split", "tfds_dir", "image_field", "caption_field")
 # What each subcommand takes, and what of it must be given.
 _TAKES: dict[str, tuple[str, ...]] = {
-    "build": ("clip", "out", "images", "tfds", *_TFDS_ALONE, "batch_size", "shard_size", "dtype"),
+    "build": (
+        *("clip", "out", "images", "tfds", *_TFDS_ALONE, "batch_size", "shard_size", "dtype"),
+        "skip_damaged",
+    ),
     "neighbours": (
         *("clip", "out", "windows", "index", "readout", "neighbours", "search", "nprobe", "rerank"),
-        *("batch_size", "dtype"),
+        *("lists", "code_bytes", "batch_size", "dtype"),
     ),
-    "recall": ("index", "neighbours", "queries", "nprobe", "rerank", "seed", "json"),
+    "recall": (
+        *("index", "neighbours", "queries", "nprobe", "rerank", "lists", "code_bytes", "rebuild"),
+        *("clip", "windows", "readout", "batch_size", "dtype", "seed", "json"),
+    ),
     "verify": ("index",),
 }
 _NEEDS = {
@@ -136,6 +162,9 @@ def _build() -> None:
     for name in _TFDS_ALONE:
         if flags.FLAGS[name].present and not _TFDS.value:
             raise UserError(f"--{name} goes with --tfds")
+    if _SKIP_DAMAGED.value and not _IMAGES.value:
+        raise UserError("--skip_damaged goes with --images")
+    out = Path(_OUT.value).expanduser()
     source = images.open_source(
         DataConfig(
             images=_IMAGES.value,
@@ -144,20 +173,25 @@ def _build() -> None:
             tfds_dir=_TFDS_DIR.value,
             image_field=_IMAGE_FIELD.value,
             caption_field=_CAPTION_FIELD.value,
-        )
+        ),
+        digests=out / index_build.HASHES_FILE,
+        may_miss=_SKIP_DAMAGED.value,
     )
     clip = clip_model.load_clip(_CLIP.value)
     begin = time.monotonic()
     made = indexing.build(
-        Path(_OUT.value).expanduser(),
+        out,
         source,
         clip,
         name=_IMAGES.value or f"TFDS {_TFDS.value}, {_TFDS_SPLIT.value}",
         batch_size=_BATCH.value,
         shard_size=_SHARD_SIZE.value,
         dtype=dtype,
+        skip_damaged=_SKIP_DAMAGED.value,
     )
     seconds = time.monotonic() - begin
+    if made.damaged:
+        print(f"{made.damaged:,} damaged images were left out, see {out}/damaged-*.jsonl")
     print(
         f"{_OUT.value}: {made.count:,} vectors of width {made.width} in {made.dtype}, "
         f"{seconds:.1f} s, {made.count / max(seconds, 1e-9):,.1f} images/s"
@@ -167,14 +201,19 @@ def _build() -> None:
 def _neighbours() -> None:
     dtype = _dtype(_COMPUTE)
     faiss = _SEARCH.value == "faiss"
-    if not faiss and (_NPROBE.present or _RERANK.present):
-        raise UserError("--nprobe and --rerank go with --search=faiss")
+    given = [name for name in _FAISS_ALONE if flags.FLAGS[name].present]
+    if given and not faiss:
+        raise UserError(f"--{given[0]} goes with --search=faiss")
     index = ImageIndex.open(Path(_INDEX.value).expanduser())
 
     def engine(mesh: retrieval.Mesh) -> retrieval.Engine:
         if faiss:
             return FaissEngine(
-                index, neighbours=_NEIGHBOURS.value, nprobe=_NPROBE.value, candidates=_RERANK.value
+                index,
+                neighbours=_NEIGHBOURS.value,
+                nprobe=_NPROBE.value,
+                candidates=_RERANK.value,
+                settings=_faiss_settings(index),
             )
         return retrieval.ExactEngine(
             index.vectors,
@@ -183,7 +222,6 @@ def _neighbours() -> None:
             index_key=index.manifest.key,
         )
 
-    readout: Readout = "eos" if _READOUT.value == "eos" else "token"
     tower = clip_text.load_tower(_CLIP.value)
     begin = time.monotonic()
     made = indexing.find_neighbours(
@@ -191,7 +229,7 @@ def _neighbours() -> None:
         Path(_WINDOWS.value).expanduser(),
         index,
         tower,
-        readout=readout,
+        readout=_readout(),
         batch_size=_BATCH.value,
         dtype=dtype,
         engine=engine,
@@ -203,19 +241,64 @@ def _neighbours() -> None:
     print(f"{seconds:.1f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s")
 
 
+def _readout() -> Readout:
+    return "eos" if _READOUT.value == "eos" else "token"
+
+
+def _faiss_settings(index: ImageIndex) -> FaissSettings | None:
+    """What flags say of FAISS's index, None where they say nothing."""
+    if not (_LISTS.present or _CODE_BYTES.present):
+        return None
+    count, width = index.vectors.shape
+    return default_settings(count, width, lists=_LISTS.value, code_bytes=_CODE_BYTES.value)
+
+
+def _check_text_flags() -> None:
+    if bool(_CLIP.value) != bool(_WINDOWS.value):
+        raise UserError(
+            "--clip and --windows go together: the queries are the CLIP's at their text"
+        )
+    for name in _TEXT_ALONE:
+        if flags.FLAGS[name].present and not _WINDOWS.value:
+            raise UserError(f"--{name} goes with --clip and --windows")
+
+
+def _queries(index: ImageIndex) -> indexing.Queries:
+    if not _WINDOWS.value:
+        return indexing.noisy_queries(index, _QUERIES.value, seed=_SEED.value)
+    return indexing.text_queries(
+        index,
+        Path(_WINDOWS.value).expanduser(),
+        clip_text.load_tower(_CLIP.value),
+        _QUERIES.value,
+        readout=_readout(),
+        batch_size=_BATCH.value,
+        dtype=_dtype(_COMPUTE),
+        seed=_SEED.value,
+    )
+
+
 def _recall() -> None:
     out = Path(_JSON.value).expanduser()
     if _JSON.value and (out.is_dir() or not out.parent.is_dir()):
         raise UserError(f"--json={_JSON.value} must be a file in a directory that is there")
+    _check_text_flags()
     index = ImageIndex.open(Path(_INDEX.value).expanduser())
+    queries = _queries(index)
     measured = indexing.measure_recall(
         index,
+        queries,
         neighbours=_NEIGHBOURS.value,
-        queries=_QUERIES.value,
         nprobe=_NPROBE.value,
         rerank=_RERANK.value,
-        seed=_SEED.value,
+        settings=_faiss_settings(index),
+        rebuild=_REBUILD.value,
     )
+    asked = f"{len(queries.vectors):,} queries: "
+    if queries.about["kind"] == "text":
+        print(f"{asked}features of the text tower ({_READOUT.value}) at tokens of {_WINDOWS.value}")
+    else:
+        print(f"{asked}vectors of the index with noise of norm {queries.about['noise']}, no text")
     print(f"{'engine':8} {'queries/s':>11} {f'recall@{_NEIGHBOURS.value}':>10}")
     for row in measured:
         print(f"{row.engine:8} {row.queries_per_second:11,.0f} {row.recall:10.3f}")
@@ -224,8 +307,7 @@ def _recall() -> None:
             "index": index.manifest.key,
             "vectors": index.manifest.count,
             "neighbours": _NEIGHBOURS.value,
-            "queries": _QUERIES.value,
-            "seed": _SEED.value,
+            "queries": queries.about,
             "searches": [dataclasses.asdict(row) for row in measured],
             "versions": runs.versions(),
         }

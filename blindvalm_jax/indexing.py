@@ -24,7 +24,7 @@ from blindvalm_jax.data.images import ImageSource
 from blindvalm_jax.data.windows import Windows
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import index_build, neighbours, text
-from blindvalm_jax.grounding.faiss_engine import PAPER_NPROBE, FaissEngine
+from blindvalm_jax.grounding.faiss_engine import PAPER_NPROBE, FaissEngine, FaissSettings
 from blindvalm_jax.grounding.index import ClipHashes, ImageIndex, IndexManifest
 from blindvalm_jax.grounding.neighbours import NeighboursManifest
 from blindvalm_jax.grounding.retrieval import Engine, ExactEngine
@@ -44,7 +44,11 @@ class TowerImages:
         """size: height and width in pixels."""
         self._source, self._size = source, size
         self._captions: dict[int, str] = {}
-        self.fingerprint = f"{images.fingerprint(source)} at {size} pixels"
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the source and the size; reads every image, unless its hash is known."""
+        return f"{images.fingerprint(self._source)} at {self._size} pixels"
 
     def __len__(self) -> int:
         """Number of images."""
@@ -102,8 +106,11 @@ def build(
     batch_size: int,
     shard_size: int = index_build.SHARD_SIZE,
     dtype: str = "float16",
+    skip_damaged: bool = False,
 ) -> IndexManifest:
     """Writes the index of a source's images by a CLIP's image tower; name: the source in words.
+
+    skip_damaged: see `index_build.build`. A build goes on with the same batches and devices only.
 
     Raises:
       UserError: the batch cannot be split over the devices; and as `index_build.build`.
@@ -123,6 +130,8 @@ def build(
         shard_size=shard_size,
         dtype=dtype,
         caption=pictures.caption,
+        skip_damaged=skip_damaged,
+        rounding={"devices": mesh.size, "device_kind": mesh.devices.flat[0].device_kind},
     )
 
 
@@ -146,23 +155,9 @@ def find_neighbours(
     check_batch(batch_size, mesh)
     index.check_tower(tower.sha256)
     splits = {"train": Windows(windows, "train")}
-    manifest = splits["train"].manifest
-    if manifest.splits["eval"].windows:
+    if splits["train"].manifest.splits["eval"].windows:
         splits["eval"] = Windows(windows, "eval")
-    if manifest.longest_segment != tower.config.longest_segment:
-        raise UserError(
-            f"the windows {windows} were cut for a tower that reads {manifest.longest_segment} "
-            f"tokens, {tower.source} reads {tower.config.longest_segment}: prepare the text again"
-        )
-    read = system.prepare_tower(
-        Config(),
-        system.Tower(*tower[:2], tower.source, tower.sha256, tower.tokenizer),
-        vocabulary=manifest.tower_record,
-        resuming=True,
-    )
-    if read is None:
-        raise ValueError("the default settings read no tower")
-    features = text_features(read, mesh, readout=readout, dtype=dtype)
+    features = _features_of(splits["train"], tower, mesh, readout=readout, dtype=dtype)
     search = engine(mesh)
     return {
         name: neighbours.write(
@@ -180,6 +175,102 @@ def find_neighbours(
     }
 
 
+def _features_of(
+    windows: Windows, tower: clip_text.Tower, mesh: Mesh, *, readout: Readout, dtype: str
+) -> neighbours.Features:
+    """`text_features` of a tower that fits windows."""
+    manifest = windows.manifest
+    if manifest.longest_segment != tower.config.longest_segment:
+        raise UserError(
+            f"the windows {windows.directory} were cut for a tower that reads "
+            f"{manifest.longest_segment} tokens, {tower.source} reads "
+            f"{tower.config.longest_segment}: prepare the text again"
+        )
+    read = system.prepare_tower(
+        Config(),
+        system.Tower(*tower[:2], tower.source, tower.sha256, tower.tokenizer),
+        vocabulary=manifest.tower_record,
+        resuming=True,
+    )
+    if read is None:
+        raise ValueError("the default settings read no tower")
+    return text_features(read, mesh, readout=readout, dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Queries:
+    """What a search is asked for: vectors float32 [Q, E]; about: what they are, as JSON values."""
+
+    vectors: np.ndarray
+    about: dict[str, Any]
+
+
+def noisy_queries(index: ImageIndex, count: int, *, seed: int = 0) -> Queries:
+    """Vectors of the index with normal noise, of norm 0.5 for vectors of norm 1; of norm 1 again.
+
+    They lie where images lie. A CLIP's text lies elsewhere: see `text_queries`.
+
+    Raises:
+      UserError: fewer than one is asked for.
+    """
+    _check_queries(count)
+    rng = np.random.default_rng(seed)
+    vectors = index.vectors.rows(rng.integers(0, len(index.vectors), count))
+    noise = rng.standard_normal(vectors.shape) * _NOISE / np.sqrt(vectors.shape[1])
+    noisy = vectors + noise
+    unit = (noisy / np.linalg.norm(noisy, axis=1, keepdims=True)).astype(np.float32)
+    return Queries(unit, {"kind": "images", "noise": _NOISE, "count": count, "seed": seed})
+
+
+def text_queries(
+    index: ImageIndex,
+    windows: Path,
+    tower: clip_text.Tower,
+    count: int,
+    *,
+    readout: Readout,
+    batch_size: int,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> Queries:
+    """What VALM asks: features of the text tower at real tokens of the training windows.
+
+    Each token is drawn alike, and may be drawn again.
+
+    Raises:
+      UserError: fewer than one is asked for; as `find_neighbours`.
+    """
+    _check_queries(count)
+    mesh = partitioning.make_mesh(MeshConfig())
+    check_batch(batch_size, mesh)
+    index.check_tower(tower.sha256)
+    split = Windows(windows, "train")
+    features = _features_of(split, tower, mesh, readout=readout, dtype=dtype)
+    drawn = real_tokens(split, count, seed=seed)
+    chosen, row = np.unique(drawn[:, 0], return_inverse=True)
+    found = np.empty((count, index.vectors.shape[1]), np.float32)
+    for first in range(0, len(chosen), batch_size):
+        places = chosen[np.minimum(np.arange(first, first + batch_size), len(chosen) - 1)]
+        rows = [pipeline.window_row(split[int(place)], tower=True) for place in places]
+        said = features({name: np.stack([row[name] for row in rows]) for name in rows[0]})
+        here = np.flatnonzero((row >= first) & (row < first + batch_size))
+        found[here] = said[row[here] - first, drawn[here, 1]]
+    about = {"windows": split.manifest.key, "text_sha256": tower.sha256, "readout": readout}
+    return Queries(found, {"kind": "text", **about, "dtype": dtype, "count": count, "seed": seed})
+
+
+def real_tokens(windows: Windows, count: int, *, seed: int) -> np.ndarray:
+    """Tokens int64 [Q, 2] as window and position in it, none of them padding, each drawn alike."""
+    rng = np.random.default_rng(seed)
+    found: list[tuple[int, int]] = []
+    while len(found) < count:
+        window = int(rng.integers(len(windows)))
+        position = int(rng.integers(windows.manifest.sequence_length))
+        if position < windows[window]["count"]:
+            found.append((window, position))
+    return np.array(found, np.int64)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
     """A search on some queries: queries a second, the share of the exact K found, its settings."""
@@ -192,25 +283,31 @@ class Measured:
 
 def measure_recall(
     index: ImageIndex,
+    queries: Queries,
     *,
     neighbours: int,
-    queries: int,
     nprobe: int = PAPER_NPROBE,
     rerank: int = 0,
-    seed: int = 0,
+    settings: FaissSettings | None = None,
+    rebuild: bool = False,
 ) -> list[Measured]:
-    """Exact search and FAISS on queries that are vectors of the index with noise.
+    """Exact search and FAISS on the same queries; settings, rebuild: see `FaissEngine`.
 
-    The noise is normal, of norm 0.5 for vectors of norm 1. Speed is that of the median of 3 rounds
-    after one that compiles, from host memory to host memory, vectors of the neighbours left out.
+    Speed is that of the median of 3 rounds after one that compiles, from host memory to host
+    memory, vectors of the neighbours left out.
 
     Raises:
       UserError: FAISS is missing, or the index too small for it or for K.
     """
-    if queries < 1:
-        raise UserError(f"at least one query is needed, got {queries}")
     engines: dict[str, Engine] = {
-        "faiss": FaissEngine(index, neighbours=neighbours, nprobe=nprobe, candidates=rerank),
+        "faiss": FaissEngine(
+            index,
+            neighbours=neighbours,
+            nprobe=nprobe,
+            candidates=rerank,
+            settings=settings,
+            rebuild=rebuild,
+        ),
         "exact": ExactEngine(
             index.vectors,
             neighbours=neighbours,
@@ -218,8 +315,7 @@ def measure_recall(
             index_key=index.manifest.key,
         ),
     }
-    asked = _queries(index, queries, seed=seed)
-    timed = {name: queries_per_second(engine, asked) for name, engine in engines.items()}
+    timed = {name: queries_per_second(made, queries.vectors) for name, made in engines.items()}
     exact = timed["exact"][1]
     return [
         Measured(
@@ -245,13 +341,9 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
         )
 
 
-def _queries(index: ImageIndex, count: int, *, seed: int) -> np.ndarray:
-    """Unit vectors float32 [Q, E]."""
-    rng = np.random.default_rng(seed)
-    vectors = index.vectors.rows(rng.integers(0, len(index.vectors), count))
-    noise = rng.standard_normal(vectors.shape) * _NOISE / np.sqrt(vectors.shape[1])
-    noisy = vectors + noise
-    return (noisy / np.linalg.norm(noisy, axis=1, keepdims=True)).astype(np.float32)
+def _check_queries(count: int) -> None:
+    if count < 1:
+        raise UserError(f"at least one query is needed, got {count}")
 
 
 def queries_per_second(engine: Engine, queries: np.ndarray) -> tuple[float, np.ndarray]:

@@ -109,6 +109,28 @@ def check_data(workdir: Path, about: Mapping[str, Any]) -> None:
             f"{workdir} was trained on another image index than {about['images']['index']} is now: "
             "bring that index back, or take another --workdir"
         )
+    _check_faiss(workdir, before, about)
+
+
+def _check_faiss(workdir: Path, before: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Refuses a FAISS index that answers otherwise than the run's; its version may be another."""
+    now = (about.get("images") or {}).get("faiss")
+    if now is None:
+        return
+    there = (before.get("images") or {}).get("faiss")
+    if there is None:  # of before the record held it
+        print("note: run.json does not say how FAISS searched before; that is not compared")
+        return
+    for name, value in now.items():
+        if there.get(name) == value:
+            continue
+        if name != "searched_by":
+            raise UserError(
+                f"{workdir} was trained on a FAISS index with {name} {there.get(name)!r}, the one "
+                f"in {about['images']['index']} has {value!r}: make it again as it was, or take "
+                "another --workdir"
+            )
+        print(f"resuming with another version of FAISS: {there.get(name)!r} -> {value!r}")
 
 
 def given_before(workdir: Path) -> Any:

@@ -465,3 +465,26 @@ def test_resize_scales_and_cuts_as_clip_does(
     top, left = ((side - size) // 2 for side in scaled)
     want = np.asarray(whole)[top : top + size, left : left + size]
     np.testing.assert_array_equal(images.resize(image, size), want)
+
+
+def test_a_damaged_image_is_told_from_a_system_that_cannot_read(tmp_path: Path) -> None:
+    """/proc/self/mem gives an error for its first byte, whoever reads it."""
+    folder = small_images.write_folder(tmp_path, small_images.noise(4), ["a", "b", "c", "d"])
+    whole = images.fingerprint(images.FolderImages(folder))
+    (folder / "001.png").write_bytes(b"no image")
+    (folder / "002.png").unlink()
+    with pytest.raises(UserError, match=r"captions.jsonl:3: there is no image .*002.png"):
+        images.FolderImages(folder)
+    source = images.FolderImages(folder, may_miss=True)
+    described = source.describe()["images"]
+    assert [entry is None for entry in described] == [False, False, True, False]
+    assert images.fingerprint(source) != whole
+    for place in (1, 2):
+        with pytest.raises(images.DamagedImage, match=f"00{place}.png cannot be read") as caught:
+            source[place]
+        assert caught.value.id == f"00{place}.png"
+    (folder / "003.png").unlink()
+    (folder / "003.png").symlink_to("/proc/self/mem")
+    with pytest.raises(UserError, match="003.png cannot be read") as failed:
+        source[3]
+    assert not isinstance(failed.value, images.DamagedImage)

@@ -8,12 +8,14 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from blindvalm_jax.data.images import DamagedImage
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import index
 from blindvalm_jax.grounding.index import ImageIndex
@@ -195,6 +197,136 @@ def test_another_build_in_the_same_directory_is_refused(tmp_path: Path, finished
     assert after == before
 
 
+def test_a_begun_build_goes_on_with_what_rounds_alike(whole: Path, tmp_path: Path) -> None:
+    """Once a shard is finished; before that nothing is mixed. A finished index is kept."""
+    here = {"devices": 8, "device_kind": "cpu"}
+
+    def dies_after(batches: int) -> Any:
+        left = iter(range(batches))
+
+        def encode(images: np.ndarray) -> np.ndarray:
+            if next(left, None) is None:
+                raise RuntimeError("no more power")
+            return small_index.encode(images)
+
+        return encode
+
+    for batches, batch_size in ((1, 4), (3, 8)):
+        with pytest.raises(RuntimeError):
+            small_index.build(
+                tmp_path, encode=dies_after(batches), batch_size=batch_size, rounding=here
+            )
+    assert len(list(tmp_path.glob("vectors-*.npy"))) == 1
+    for changes, message in (
+        ({"batch_size": 4, "rounding": here}, "made with batch_size 8, expected 4: choose"),
+        ({"rounding": {**here, "devices": 1}}, "made with devices 8, expected 1: choose"),
+        ({"rounding": {**here, "device_kind": "gpu"}}, "made with device_kind 'cpu', expected"),
+    ):
+        with pytest.raises(UserError, match=message):
+            small_index.build(tmp_path, **changes)
+    small_index.build(tmp_path, rounding=here)
+    assert content(tmp_path) == content(whole)
+    small_index.build(tmp_path, batch_size=2, encode=dies_after(0))
+
+
+class Broken(small_index.Pictures):
+    """Pictures of which those at some places are damaged."""
+
+    places: tuple[int, ...] = (0, 5, 17, 18, 48, 49)
+
+    def __getitem__(self, place: int) -> tuple[str, np.ndarray]:
+        name, image = super().__getitem__(place)
+        if place in self.places:
+            raise DamagedImage(f"{name} is damaged", id=name)
+        return name, image
+
+
+def test_damaged_pictures_end_the_build_or_are_left_out(tmp_path: Path) -> None:
+    """The last shard has none that can be read."""
+
+    class Late(Broken):
+        places = Broken.places[1:]
+
+    with pytest.raises(UserError, match="picture-5 is damaged"):
+        small_index.build(tmp_path / "a", images=Late(50))
+    made = small_index.build(tmp_path / "a", images=Late(50), skip_damaged=True)
+    assert made.count == 45, "a build that stopped at one does not go on without it"
+    made = small_index.build(tmp_path / "b", images=Broken(50), skip_damaged=True)
+    assert (made.count, made.damaged) == (44, 6)
+    assert [shard.count for shard in made.shards] == [14, 14, 16, 0]
+    opened = ImageIndex.open(tmp_path / "b")
+    opened.verify()
+    there = [place for place in range(50) if place not in Broken.places]
+    expected = expected_vectors(50)[there].astype("float16")
+    np.testing.assert_array_equal(opened.vectors[:], expected)
+    np.testing.assert_array_equal(opened.vectors.rows(np.arange(44)), expected.astype(np.float32))
+    records = opened.items(np.arange(44))
+    assert [record["id"] for record in records] == [f"picture-{place}" for place in there]
+    assert [record["caption"] for record in records] == [small_index.caption(x) for x in there]
+    lost = [(tmp_path / "b" / f"damaged-0000{n}.jsonl") for n in range(4)]
+    assert [path.exists() for path in lost] == [True, True, False, True]
+    lines = [line for n in (0, 1, 3) for line in lost[n].read_text().splitlines()]
+    names = [json.loads(line)["id"] for line in lines]
+    assert names == [f"picture-{place}" for place in Broken.places]
+    with pytest.raises(UserError, match=r"damaged-00000.jsonl names damaged images .*skip_damaged"):
+        small_index.build(tmp_path / "b", images=Broken(50))
+    assert small_index.build(tmp_path / "b", images=Broken(50), skip_damaged=True) == made
+
+    class Empty(Broken):
+        places = tuple(range(50))
+
+    with pytest.raises(UserError, match="none of the 50 images can be read"):
+        small_index.build(tmp_path / "c", images=Empty(50), skip_damaged=True)
+
+
+def test_leaving_out_where_none_is_damaged_changes_nothing(whole: Path, tmp_path: Path) -> None:
+    small_index.build(tmp_path, skip_damaged=True)
+    assert content(tmp_path) == content(whole)
+
+
+BROKEN = """
+from tests import small_index, test_index
+images = test_index.Broken(50)
+encode = dying(small_index.encode)
+small_index.build(Path(sys.argv[1]), images=images, skip_damaged=True, encode=encode)
+"""
+
+
+def test_a_build_that_leaves_out_and_is_killed_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    moments = dying.moments(BROKEN, tmp_path / "lived")
+    for left in random.Random(2).sample(range(2, moments - 2), 3):
+        out = tmp_path / f"killed{left}"
+        dying.kill(left, BROKEN, out)
+        small_index.build(out, images=Broken(50), skip_damaged=True)
+        assert content(out) == content(tmp_path / "lived")
+
+
+def test_pictures_are_read_in_order_by_several_threads_and_not_far_ahead(
+    whole: Path, tmp_path: Path
+) -> None:
+    """Reading waits until two do it at once; at most two batches wait for the encoder."""
+    began: list[int] = []
+    meeting = threading.Barrier(2)
+
+    class Slow(small_index.Pictures):
+        def __getitem__(self, place: int) -> tuple[str, np.ndarray]:
+            began.append(place)
+            if place in (2, 3):
+                meeting.wait(60)
+            return super().__getitem__(place)
+
+    seen = []
+
+    def encode(images: np.ndarray) -> np.ndarray:
+        seen.append(max(began))
+        return small_index.encode(images)
+
+    small_index.build(tmp_path, images=Slow(50), encode=encode)
+    assert content(tmp_path) == content(whole)
+    ends = [8, 16, 24, 32, 40, 48, 50]
+    assert all(place < end + 2 * 8 for place, end in zip(seen, ends, strict=True))
+
+
 def test_the_key_tells_indexes_apart(whole: Path, tmp_path: Path) -> None:
     """Not where it lies or how it was made, but what is in it."""
     same = small_index.build(tmp_path / "same", batch_size=3)
@@ -216,9 +348,11 @@ def test_wrong_images_and_vectors_are_named(tmp_path: Path) -> None:
             name, image = super().__getitem__(place)
             return name, image[:3] if place == 20 else image
 
-    for batch_size in (8, 1):
+    for batch_size in (8, 1):  # the second goes on in the same directory: no shard is finished
         with pytest.raises(UserError, match=r"picture-20 is uint8 \(3, 4, 3\), .*\(4, 4\)"):
-            small_index.build(tmp_path / "a", images=Mixed(50), batch_size=batch_size)
+            small_index.build(
+                tmp_path / "a", images=Mixed(50), batch_size=batch_size, shard_size=50
+            )
 
     def large(images: np.ndarray) -> np.ndarray:
         return np.where(np.arange(len(images))[:, None] == 1, 1e5, small_index.encode(images))

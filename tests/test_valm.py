@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -211,6 +212,47 @@ def test_faiss_trains_the_same_run_where_its_answers_are_exact(
         "grounding__rerank": small_valm.IMAGES,
     }
     assert_same_losses(tmp_path / "run", settings(inputs, **changes), finished)
+    record = files.read_object(tmp_path / "run" / "run.json")
+    faiss = record["images"]["faiss"]
+    assert {name: faiss[name] for name in ("lists", "code_bytes", "nprobe", "candidates")} == {
+        "lists": 2,
+        "code_bytes": 4,
+        "nprobe": 2,
+        "candidates": small_valm.IMAGES,
+    }
+    assert faiss["made_by"] == faiss["searched_by"] == importlib.import_module("faiss").__version__
+    other = dataclasses.replace(made, lists=4)
+    FaissEngine(ImageIndex.open(tmp_path / "index"), neighbours=K, settings=other, rebuild=True)
+    with pytest.raises(UserError, match="a FAISS index with lists 2, the one in .* has 4: make"):
+        train.train(config.parse(settings(inputs, **changes)), tmp_path / "run")
+
+
+def test_another_faiss_is_refused_or_announced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What decides its answers is compared; the version that searches, and old records, are not."""
+    same = {"tokenizer": {"fingerprint": "t"}, "data": {"key": "d", "directory": "/d"}}
+    faiss = {"lists": 4, "nprobe": 4, "made_by": "1.8.0", "searched_by": "1.8.0"}
+
+    def about(faiss: dict[str, Any] | None) -> dict[str, Any]:
+        return {**same, "images": {"key": "i", "index": "/index", "faiss": faiss}}
+
+    def write(about: dict[str, Any]) -> None:
+        files.write_json(tmp_path / "run.json", {**about, "config_as_given": {}, "starts": []})
+
+    write(about(faiss))
+    runs.check_data(tmp_path, about(faiss))
+    assert capsys.readouterr().out == ""
+    for name, value in (("lists", 8), ("nprobe", 2), ("made_by", "1.9.0")):
+        with pytest.raises(UserError, match=f"a FAISS index with {name} .*{value}"):
+            runs.check_data(tmp_path, about({**faiss, name: value}))
+    runs.check_data(tmp_path, about({**faiss, "searched_by": "1.9.0"}))
+    assert "another version of FAISS: '1.8.0' -> '1.9.0'" in capsys.readouterr().out
+    old = about(faiss)
+    del old["images"]["faiss"]
+    write(old)
+    runs.check_data(tmp_path, about(faiss))
+    assert "does not say how FAISS searched before" in capsys.readouterr().out
 
 
 def test_held_out_loss_is_equal_on_every_mesh_and_ahead(

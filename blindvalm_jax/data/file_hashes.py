@@ -12,6 +12,8 @@ from pathlib import Path
 from blindvalm_jax import files
 from blindvalm_jax.errors import UserError
 
+_BYTES_BETWEEN_SAVES = 1 << 35  # minutes of reading, against seconds to write millions of hashes
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FileHash:
@@ -24,27 +26,47 @@ class FileHash:
 def file_hashes(paths: Sequence[Path], *, known: Path | None = None) -> list[FileHash]:
     """Hashes of files; `known` is a file that keeps them, None: each is read.
 
+    They are kept now and then while files are read, and before an error or an interrupt leaves.
+
     Raises:
       UserError: a file cannot be read.
     """
     kept = _load(known)
-    found: dict[str, list[int | str]] = {}
-    for path in paths:
-        with readable(path):
-            name, state = str(path.resolve()), path.stat()
-            stamp = [state.st_size, state.st_mtime_ns]
-            entry = kept.get(name)
-            if entry is None or entry[:2] != stamp:
-                with path.open("rb") as stream:
-                    digest = hashlib.file_digest(stream, "sha256").hexdigest()
-                entry = [*stamp, digest]
-            found[name] = entry
-    if known is not None and not found.items() <= kept.items():
+    entries = []
+    unsaved = 0
+    try:
+        for path in paths:
+            name, entry, read = _hash(path, kept)
+            kept[name] = entry
+            entries.append(entry)
+            unsaved += read
+            if unsaved > _BYTES_BETWEEN_SAVES:
+                _save(known, kept)
+                unsaved = 0
+    finally:
+        if unsaved:
+            _save(known, kept)
+    return [FileHash(bytes=int(entry[0]), sha256=str(entry[2])) for entry in entries]
+
+
+def _hash(path: Path, kept: dict[str, list[int | str]]) -> tuple[str, list[int | str], int]:
+    """The name that a file is kept under, what is kept of it, and a cost: 0 if it was kept."""
+    with readable(path):
+        name, state = str(path.resolve()), path.stat()
+        stamp: list[int | str] = [state.st_size, state.st_mtime_ns]
+        entry = kept.get(name)
+        if entry is not None and entry[:2] == stamp:
+            return name, entry, 0
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return name, [*stamp, digest], state.st_size + 1  # an empty file is kept too
+
+
+def _save(known: Path | None, kept: dict[str, list[int | str]]) -> None:
+    if known is not None:
         with contextlib.suppress(OSError):  # a read-only cache only costs time
             known.parent.mkdir(parents=True, exist_ok=True)
-            files.write_json(known, {**kept, **found})
-    entries = [found[str(path.resolve())] for path in paths]
-    return [FileHash(bytes=int(entry[0]), sha256=str(entry[2])) for entry in entries]
+            files.write_json(known, kept)
 
 
 @contextlib.contextmanager

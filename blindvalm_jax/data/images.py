@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -30,6 +31,15 @@ from blindvalm_jax.errors import UserError, first_line
 
 CAPTIONS_FILE = "captions.jsonl"
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class DamagedImage(UserError):
+    """An image that is not there or cannot be decoded; id: its name within the source."""
+
+    def __init__(self, message: str, *, id: str) -> None:
+        """As a `UserError`."""
+        super().__init__(message)
+        self.id = id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +100,16 @@ class FolderImages:
     """Images named by the captions.jsonl of a folder."""
 
     def __init__(
-        self, folder: str | Path, *, setting: str = "data.images", digests: Path | None = None
+        self,
+        folder: str | Path,
+        *,
+        setting: str = "data.images",
+        digests: Path | None = None,
+        may_miss: bool = False,
     ) -> None:
         """Reads the captions; setting: that names the folder; digests: keeps hashes of images.
+
+        may_miss: an image that is not there is no error before it is asked for.
 
         Raises:
           UserError: a line is wrong (file and line), or an image is missing.
@@ -109,7 +126,7 @@ class FolderImages:
         if not self._items:
             raise UserError(f"{path} holds no caption")
         for (number, _), (name, _) in zip(numbered, self._items, strict=True):
-            if not (self._folder / name).is_file():
+            if not may_miss and not (self._folder / name).is_file():
                 raise UserError(f"{path}:{number}: there is no image {self._folder / name}")
 
     def __len__(self) -> int:
@@ -120,29 +137,36 @@ class FolderImages:
         """One of them, decoded.
 
         Raises:
-          UserError: the file is no image.
+          DamagedImage: the file is no image, or is not there.
+          UserError: the system cannot read it.
         """
         name, captions = self._items[index]
         path = self._folder / name
         try:
-            with PIL.Image.open(path) as image:
+            # Opened here: PIL leaves a file open where reading its first bytes fails.
+            with path.open("rb") as stream, PIL.Image.open(stream) as image:
                 return Captioned(name, _rgb(image), captions)
         except Exception as error:  # a damaged file makes its decoder raise what it likes
-            raise UserError(f"{path} cannot be read as an image: {first_line(error)}") from error
+            message = f"{path} cannot be read as an image: {first_line(error)}"
+            if _is_of_the_system(error):
+                raise UserError(message) from error
+            raise DamagedImage(message, id=name) from error
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of one of them."""
         return self._items[index][1]
 
     def describe(self) -> dict[str, Any]:
-        """Captions, and size and SHA-256 of every image."""
+        """Captions, and size and SHA-256 of every image, None of one that is not there."""
         return self._description
 
     @functools.cached_property
     def _description(self) -> dict[str, Any]:
-        names = [self._folder / name for name, _ in self._items]
-        hashes = file_hashes(names, known=self._digests)
-        return {"captions": self._items, "images": [vars(found) for found in hashes]}
+        paths = [self._folder / name for name, _ in self._items]
+        there = [path for path in paths if path.is_file()]
+        hashes = dict(zip(there, file_hashes(there, known=self._digests), strict=True))
+        images = [vars(hashes[path]) if path in hashes else None for path in paths]
+        return {"captions": self._items, "images": images}
 
 
 class TfdsImages:
@@ -269,14 +293,16 @@ class Part:
         return {**self._source.describe(), "part": chosen.hexdigest()}
 
 
-def open_source(data: DataConfig, *, digests: Path | None = None) -> ImageSource:
-    """All images that settings name, none held out.
+def open_source(
+    data: DataConfig, *, digests: Path | None = None, may_miss: bool = False
+) -> ImageSource:
+    """All images that settings name, none held out; digests, may_miss: see `FolderImages`.
 
     Raises:
       UserError: there are none, or they cannot be read.
     """
     if data.images:
-        return FolderImages(data.images, digests=digests)
+        return FolderImages(data.images, digests=digests, may_miss=may_miss)
     if data.tfds:
         return _open_tfds(data, data.tfds_split, digests)
     raise UserError("there are no images: set data.images or data.tfds")
@@ -335,6 +361,13 @@ def _undecoded(field: str) -> Any:
     for part in reversed(field.split("/")):
         decoders = {part: decoders}
     return decoders
+
+
+def _is_of_the_system(error: Exception) -> bool:
+    """Whether memory, a disk or too many open files are to blame, and not the image."""
+    if isinstance(error, OSError):  # PIL raises it without a number where the content is wrong
+        return error.errno not in (None, errno.ENOENT)
+    return isinstance(error, MemoryError)
 
 
 def _rgb(image: PIL.Image.Image) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -39,18 +40,24 @@ class FaissSettings:
     seed: int = 0
 
 
-def default_settings(count: int, width: int) -> FaissSettings:
+def default_settings(
+    count: int, width: int, *, lists: int = 0, code_bytes: int = 0
+) -> FaissSettings:
     """The paper's settings (131,072 lists, 64 bytes for 191.5 M vectors of 768) scaled to a size.
+
+    lists, code_bytes: to be taken instead, where they are not 0.
 
     Lists: the power of two nearest to 8 sqrt(M) that leaves 39 vectors a list. Code: up to 64
     bytes, each for 4 dimensions or more. Trained on 64 vectors a list, 65,536 at least.
     """
     nearest = round(math.log2(8 * math.sqrt(count)))
     most = int(math.log2(max(count // _POINTS_PER_LIST, 1)))
-    lists = 1 << min(nearest, most)
+    lists = lists or 1 << min(nearest, most)
     code = next(size for size in range(min(64, max(width // 4, 1)), 0, -1) if width % size == 0)
     return FaissSettings(
-        lists=lists, code_bytes=code, train_vectors=min(count, max(64 * lists, 65_536))
+        lists=lists,
+        code_bytes=code_bytes or code,
+        train_vectors=min(count, max(64 * lists, 65_536)),
     )
 
 
@@ -71,6 +78,7 @@ class FaissEngine:
 
         candidates: R, how many of the approximate search are ranked again exactly; 0: none.
         settings: None: those of the file that is there, `default_settings` for a new one.
+        nprobe: more than there are lists are all of them, which is said on stderr.
         rebuild: replace a file of other settings, which is refused otherwise.
 
         Raises:
@@ -88,12 +96,21 @@ class FaissEngine:
         self.neighbours = neighbours
         self._candidates = min(candidates, count)
         self._vectors: Vectors = index.vectors
-        self._searcher, made = _open(self._faiss, index, settings, rebuild=rebuild)
+        self._searcher, made, made_by = _open(self._faiss, index, settings, rebuild=rebuild)
         self._nprobe = min(nprobe, made.lists)
+        if self._nprobe < nprobe:
+            print(
+                f"note: nprobe {nprobe} is more than the {made.lists} lists of "
+                f"{index.directory / INDEX_FILE}: all are visited",
+                file=sys.stderr,
+                flush=True,
+            )
+        self.version = str(self._faiss.__version__)
         self.settings = {
             "engine": "faiss",
             "index": index.manifest.key,
             **dataclasses.asdict(made),
+            "made_by": made_by,
             "nprobe": self._nprobe,
             "candidates": self._candidates,
         }
@@ -146,8 +163,11 @@ def _faiss() -> Any:
 
 def _open(
     faiss: Any, index: ImageIndex, settings: FaissSettings | None, *, rebuild: bool
-) -> tuple[Any, FaissSettings]:
-    """The searcher in the directory of an index, and its settings; made where there is none."""
+) -> tuple[Any, FaissSettings, str]:
+    """The searcher in the directory of an index, made where there is none.
+
+    Also its settings, and the version of FAISS that made it.
+    """
     directory = index.directory
     if (directory / RECORD_FILE).exists() and not rebuild:
         return _read(faiss, index, settings)
@@ -174,18 +194,18 @@ def _open(
             "faiss": faiss.__version__,
         }
         files.write_json(directory / RECORD_FILE, record)
-    return made, wanted
+    return made, wanted, str(faiss.__version__)
 
 
 def _read(
     faiss: Any, index: ImageIndex, settings: FaissSettings | None
-) -> tuple[Any, FaissSettings]:
+) -> tuple[Any, FaissSettings, str]:
     path, record = index.directory / INDEX_FILE, index.directory / RECORD_FILE
     hint = "delete it or ask for it to be rebuilt"
     values = files.read_object(record)
     try:
         there = FaissSettings(**values["settings"])
-        key, size = values["index"], values["bytes"]
+        key, size, made_by = values["index"], values["bytes"], str(values["faiss"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{record} is damaged ({error!r}): {hint}") from error
     if key != index.manifest.key:
@@ -198,7 +218,7 @@ def _read(
     if not path.is_file() or path.stat().st_size != size:
         raise UserError(f"{path} is missing or not of the {size} bytes of its record: {hint}")
     try:
-        return faiss.read_index(str(path)), there
+        return faiss.read_index(str(path)), there, made_by
     except RuntimeError as error:
         raise UserError(f"{path} is damaged ({first_line(error)}): {hint}") from error
 
@@ -206,16 +226,16 @@ def _read(
 def _check(settings: FaissSettings, vectors: Vectors) -> None:
     count, width = vectors.shape
     fewest = max(settings.lists, _CODES)
+    if settings.lists < 1 or settings.code_bytes < 1 or width % settings.code_bytes:
+        raise UserError(
+            f"{settings.lists} lists, codes of {settings.code_bytes} bytes: there must be a list, "
+            f"and the bytes must divide the width {width}"
+        )
     if not fewest <= settings.train_vectors <= count:
         raise UserError(
             f"{settings.lists} lists and codes of {_CODES} values need {fewest} or more of the "
             f"{count} vectors to train on, got {settings.train_vectors}: take fewer lists, or "
             "search a small index exactly"
-        )
-    if settings.lists < 1 or settings.code_bytes < 1 or width % settings.code_bytes:
-        raise UserError(
-            f"{settings.lists} lists, codes of {settings.code_bytes} bytes: there must be a list, "
-            f"and the bytes must divide the width {width}"
         )
 
 

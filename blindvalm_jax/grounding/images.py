@@ -48,6 +48,7 @@ class Images:
                 f"grounding.neighbours is {neighbours}, the index {grounding.index} holds {count}"
             )
         self.search: Search | None = None
+        self._faiss: dict[str, Any] | None = None
         if grounding.search == "exact":
             self.search = on_devices(mesh, count=count, neighbours=neighbours)
         elif grounding.search == "faiss":
@@ -63,6 +64,7 @@ class Images:
                 candidates=grounding.rerank,
             )
             self.search = on_host(engine)
+            self._faiss = {**engine.settings, "searched_by": engine.version}
 
     @property
     def compared(self) -> int:
@@ -107,7 +109,7 @@ class Images:
         return PreparedWindows(windows, found, self.index.vectors)
 
     def describe(self) -> dict[str, Any]:
-        """What run.json says of the index."""
+        """What run.json says of the index and its search; faiss: None where that is not used."""
         manifest, grounding = self.index.manifest, self._grounding
         return {
             "index": str(self.index.directory.resolve()),
@@ -115,6 +117,7 @@ class Images:
             "vectors": manifest.count,
             "neighbours": grounding.neighbours,
             "search": grounding.search,
+            "faiss": self._faiss,
         }
 
 

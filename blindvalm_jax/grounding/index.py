@@ -3,6 +3,8 @@
     manifest.json        what is there and what made it; written last
     vectors-00000.npy    float16 or float32 [n, E], read through memory maps
     items-00000.jsonl    a line per vector: {"id": ...} and, where known, "caption"
+    damaged-00000.jsonl  a line per image of the shard that was left out, {"id": ...}; only if any
+    file_hashes.json     hashes of the images, so that a build that goes on need not read them again
 
 `index_build.build` writes it, `faiss_engine` puts its own files beside these.
 """
@@ -42,11 +44,16 @@ class ClipHashes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shard:
-    """Consecutive images: how many, the file of their vectors and that of their records."""
+    """Consecutive images: how many, the file of their vectors and that of their records.
+
+    damaged: the file that names the images among them that could not be read, None if all could;
+    `count` is without them.
+    """
 
     count: int
     vectors: FileRecord
     items: FileRecord
+    damaged: FileRecord | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +63,7 @@ class IndexManifest:
     key: hash of what was asked for and of every shard; equal keys mean equal vectors of the same
     images.
     images: fingerprint of the images. source: where they are from, in words. clip: the same of the
-    towers. captions: whether the records hold them.
+    towers. captions: whether the records hold them. damaged: images left out, not in `count`.
     """
 
     key: str
@@ -71,6 +78,7 @@ class IndexManifest:
     images: str
     source: str
     captions: bool
+    damaged: int = 0
     format: int = FORMAT
 
     def save(self, directory: Path, *, work: Path) -> None:
@@ -81,7 +89,10 @@ class IndexManifest:
 
 def index_key(plan: Mapping[str, Any], shards: tuple[Shard, ...]) -> str:
     """The key of an index."""
-    values = [dict(plan), [dataclasses.asdict(shard) for shard in shards]]
+    # Without what is None: an index that lacks no image has the key it always had.
+    contents = [dataclasses.asdict(shard).items() for shard in shards]
+    whole = [{name: value for name, value in items if value is not None} for items in contents]
+    values = [dict(plan), whole]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -120,6 +131,7 @@ def _shard(values: Any) -> Shard:
         count=values["count"],
         vectors=FileRecord(**values["vectors"]),
         items=FileRecord(**values["items"]),
+        damaged=FileRecord(**values["damaged"]) if values.get("damaged") else None,  # None: older
     )
 
 
@@ -230,3 +242,5 @@ def _records(manifest: IndexManifest) -> Iterator[FileRecord]:
     for shard in manifest.shards:
         yield shard.vectors
         yield shard.items
+        if shard.damaged is not None:
+            yield shard.damaged

@@ -1,31 +1,42 @@
 """Builds an image index: every image through CLIP's image tower, shard after shard, resumable.
 
 A run killed at any point and started again ends with the same bytes; `manifest.json` comes last.
+Batches are whole again after a restart, and what decides how the tower rounds must be the same.
 """
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from blindvalm_jax.data import output
+from blindvalm_jax import files
+from blindvalm_jax.data import output, workers
+from blindvalm_jax.data.images import DamagedImage
+from blindvalm_jax.data.output import FileRecord
 from blindvalm_jax.data.workers import Progress
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import index
 from blindvalm_jax.grounding.index import ClipHashes, IndexManifest, Shard
 
 SHARD_SIZE = 1 << 18  # images; 400 MB of a width of 768 in float16, held in memory till written
+HASHES_FILE = "file_hashes.json"  # in the directory of an index
+_PLAN = "plan.json"  # of `output.keep_plan`
 Encode = Callable[[np.ndarray], np.ndarray]
+_MOST_THREADS = 16
+_BATCHES_AHEAD = 2
 
 
 class Images(Protocol):
-    """Images of one size. They are read in order, from another thread than the caller's."""
+    """Images of one size. They are read by several threads, a little ahead of the encoder."""
 
     @property
     def fingerprint(self) -> str:
@@ -35,7 +46,11 @@ class Images(Protocol):
         """How many."""
 
     def __getitem__(self, place: int, /) -> tuple[str, np.ndarray]:
-        """An id that leads back to the image, and the image: uint8 [H, W, 3]."""
+        """An id that leads back to the image, and the image: uint8 [H, W, 3].
+
+        Raises:
+          DamagedImage: it cannot be decoded, now or ever.
+        """
 
 
 def build(
@@ -49,6 +64,8 @@ def build(
     shard_size: int = SHARD_SIZE,
     dtype: str = "float16",
     caption: Callable[[int], str] | None = None,
+    skip_damaged: bool = False,
+    rounding: Mapping[str, Any] | None = None,
 ) -> IndexManifest:
     """Writes the index of `images` to `out`, goes on with it, or keeps it if it is there already.
 
@@ -56,12 +73,17 @@ def build(
     last batch of a shard is filled with black images, whose vectors are dropped. So the bytes do
     not depend on `batch_size` as far as the rows of `encode` do not depend on each other and on b.
     source: where the images are from, in words. caption: of the image at a place.
+    skip_damaged: images that raise `DamagedImage` are left out, and named beside the shard; else
+    the first ends the build. rounding: what decides how `encode` rounds, besides `batch_size`: a
+    build of which a shard is finished goes on with the same only.
 
     Raises:
       UserError: `out` holds something else, or an index of other images, another tower or other
-        settings; an image of another size; a vector that is not finite in `dtype`.
+        settings; an image of another size; a vector that is not finite in `dtype`; no image, or
+        none that can be read; images were left out there, and `skip_damaged` is not given.
     """
     _check(images, batch_size=batch_size, shard_size=shard_size, dtype=dtype)
+    output.claim(out, [], kind=index.KIND)
     plan: dict[str, Any] = {
         "format": index.FORMAT,
         "count": len(images),
@@ -72,19 +94,28 @@ def build(
         "images": images.fingerprint,
         "captions": caption is not None,
     }
-    output.claim(out, [], kind=index.KIND)
     if (out / index.FILE_NAME).exists():  # perhaps read-only
-        return _finished(out, plan)
+        return _finished(out, plan, skip_damaged=skip_damaged)
     with output.writing(out) as work:
         if (out / index.FILE_NAME).exists():  # by the process that this one waited for
-            return _finished(out, plan)
-        output.keep_plan(work, plan)
+            return _finished(out, plan, skip_damaged=skip_damaged)
+        _keep_plan(work, plan, {"batch_size": batch_size, **(rounding or {})})
         with Progress("embed images", total=len(images), unit="img") as progress:
-            shape = np.shape(images[0][1])
-            job = _Job(images, shape, encode, batch_size, np.dtype(dtype), caption, progress)
+            job = _Job(
+                images=images,
+                shape=_shape(images, skip_damaged=skip_damaged),
+                encode=encode,
+                batch_size=batch_size,
+                dtype=np.dtype(dtype),
+                caption=caption,
+                skip_damaged=skip_damaged,
+                progress=progress,
+            )
             shards = tuple(_write_shards(out, work, job, shard_size))
+        kept = sum(shard.count for shard in shards)
+        values = {**plan, "count": kept, "damaged": len(images) - kept}
         done = IndexManifest(
-            **plan,
+            **values,
             key=index.index_key(plan, shards),
             width=_width(out, shards),
             shards=shards,
@@ -96,7 +127,7 @@ def build(
     return done
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Job:
     images: Images
     shape: tuple[int, ...]
@@ -104,7 +135,17 @@ class _Job:
     batch_size: int
     dtype: np.dtype[Any]
     caption: Callable[[int], str] | None
+    skip_damaged: bool
     progress: Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class _Picture:
+    """An image that was read; None: it is damaged."""
+
+    place: int
+    id: str
+    image: np.ndarray | None
 
 
 def _check(images: Images, *, batch_size: int, shard_size: int, dtype: str) -> None:
@@ -118,84 +159,149 @@ def _check(images: Images, *, batch_size: int, shard_size: int, dtype: str) -> N
         raise UserError("there are no images: an index needs at least one")
 
 
-def _finished(out: Path, plan: dict[str, Any]) -> IndexManifest:
+def _finished(out: Path, plan: dict[str, Any], *, skip_damaged: bool) -> IndexManifest:
     found = index.load_manifest(out)
-    output.check_same(plan, dataclasses.asdict(found), directory=out)
+    there = {**dataclasses.asdict(found), "count": found.count + found.damaged}
+    output.check_same(plan, there, directory=out)
+    for shard in found.shards:
+        _check_damaged(out, shard.damaged, skip_damaged=skip_damaged)
     if (out / "work").is_dir():  # left by a run killed at its very end
         with output.writing(out) as work:
             output.remove_work(work)
     return found
 
 
+def _keep_plan(work: Path, plan: Mapping[str, Any], rounding: Mapping[str, Any]) -> None:
+    """Holds the build to how its first shard was rounded; before that is done all may change."""
+    path = work / _PLAN
+    if path.exists() and not any(work.glob("*.npy.json")):
+        output.check_same(plan, files.read_object(path), directory=work.parent)
+        path.unlink()
+    output.keep_plan(work, {**plan, **rounding})
+
+
+def _check_damaged(out: Path, damaged: FileRecord | None, *, skip_damaged: bool) -> None:
+    if damaged is not None and not skip_damaged:
+        raise UserError(
+            f"{out / damaged.file} names damaged images that were left out: allow that "
+            "(--skip_damaged), or mend them and build the index in another directory"
+        )
+
+
+def _shape(images: Images, *, skip_damaged: bool) -> tuple[int, ...]:
+    """The shape of the first image that can be read."""
+    for place in range(len(images)):
+        try:
+            return np.shape(images[place][1])
+        except DamagedImage:
+            if not skip_damaged:
+                raise
+    raise UserError(f"none of the {len(images)} images can be read: an index needs at least one")
+
+
 def _write_shards(out: Path, work: Path, job: _Job, shard_size: int) -> Iterator[Shard]:
     for number, first in enumerate(range(0, len(job.images), shard_size)):
         last = min(first + shard_size, len(job.images))
-        paths = out / f"vectors-{number:05d}.npy", out / f"items-{number:05d}.jsonl"
-        vectors, items = (output.find_file(path, work) for path in paths)
-        if vectors is None or items is None:
-            rows, lines = _embed(job, first, last)
-            items = output.write_file(paths[1], work, lines)
-            vectors = output.write_file(paths[0], work, output.npy(rows))
+        names = f"vectors-{number:05d}.npy", f"items-{number:05d}.jsonl"
+        lost = out / f"damaged-{number:05d}.jsonl"
+        vectors, items = (output.find_file(out / name, work) for name in names)
+        damaged = output.find_file(lost, work)
+        whole = damaged is not None or _rows(out, vectors) == last - first
+        if vectors is None or items is None or not whole:
+            rows, lines, left_out = _embed(job, first, last)
+            lost.unlink(missing_ok=True)
+            damaged = output.write_file(lost, work, left_out) if left_out else None
+            items = output.write_file(out / names[1], work, lines)
+            vectors = output.write_file(out / names[0], work, output.npy(rows))
         else:
             job.progress.advance(last - first)
-        yield Shard(count=last - first, vectors=vectors, items=items)
+        _check_damaged(out, damaged, skip_damaged=job.skip_damaged)
+        yield Shard(count=_rows(out, vectors), vectors=vectors, items=items, damaged=damaged)
 
 
-def _embed(job: _Job, first: int, last: int) -> tuple[np.ndarray, bytes]:
-    """Vectors of images first ... last - 1, and the lines of their records."""
+def _rows(out: Path, vectors: FileRecord | None) -> int:
+    """How many vectors a file holds."""
+    return 0 if vectors is None else len(np.load(out / vectors.file, mmap_mode="r"))
+
+
+def _embed(job: _Job, first: int, last: int) -> tuple[np.ndarray, bytes, bytes]:
+    """Of images first ... last - 1: vectors, the lines of their records, those of damaged ones."""
     rows: list[np.ndarray] = []
-    lines: list[str] = []
-    for ids, batch in _batches(job, first, last):
-        found = np.asarray(job.encode(batch))
-        if found.ndim != 2 or len(found) != job.batch_size:
-            raise UserError(
-                f"the image tower gave {found.shape} for {job.batch_size} images, expected "
-                f"({job.batch_size}, E)"
-            )
-        with np.errstate(over="ignore"):
-            kept = found[: len(ids)].astype(job.dtype)
-        wrong = np.flatnonzero(~np.isfinite(kept).all(axis=1))
-        if wrong.size:
-            raise UserError(
-                f"the vector of image {ids[wrong[0]]} is not finite in {job.dtype}: check the "
-                "image tower, or keep vectors as float32"
-            )
-        rows.append(kept)
-        for name in ids:
-            record = {"id": name}
+    records: list[dict[str, str]] = []
+    damaged: list[dict[str, str]] = []
+    read = _read_ahead(job, first, last)
+    while pictures := list(itertools.islice(read, job.batch_size)):
+        good = [picture for picture in pictures if picture.image is not None]
+        rows.append(_encode(job, good))
+        for picture in good:
+            record = {"id": picture.id}
             if job.caption is not None:
-                record["caption"] = job.caption(first + len(lines))
-            lines.append(json.dumps(record, ensure_ascii=False))
-        job.progress.advance(len(ids))
-    return np.concatenate(rows), "".join(f"{line}\n" for line in lines).encode()
+                record["caption"] = job.caption(picture.place)
+            records.append(record)
+        damaged += [{"id": picture.id} for picture in pictures if picture.image is None]
+        job.progress.advance(len(pictures))
+    return np.concatenate(rows), _lines(records), _lines(damaged)
 
 
-def _batches(job: _Job, first: int, last: int) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Ids and full batches; the next one is read while the caller works on one."""
-    begins = range(first, last, job.batch_size)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(_read, job, first, last)
-        for begin in begins:
-            found = waiting.result()
-            if begin != begins[-1]:
-                waiting = pool.submit(_read, job, begin + job.batch_size, last)
-            yield found
+def _lines(records: list[dict[str, str]]) -> bytes:
+    return "".join(f"{json.dumps(x, ensure_ascii=False)}\n" for x in records).encode()
 
 
-def _read(job: _Job, first: int, last: int) -> tuple[list[str], np.ndarray]:
-    ids: list[str] = []
+def _encode(job: _Job, pictures: list[_Picture]) -> np.ndarray:
+    """The vectors [n, E] of at most a batch, in the dtype they are kept in."""
     batch = np.zeros((job.batch_size, *job.shape), np.uint8)
-    for place in range(first, min(first + job.batch_size, last)):
+    for row, picture in enumerate(pictures):
+        batch[row] = np.asarray(picture.image)
+    found = np.asarray(job.encode(batch))
+    if found.ndim != 2 or len(found) != job.batch_size:
+        raise UserError(
+            f"the image tower gave {found.shape} for {job.batch_size} images, expected "
+            f"({job.batch_size}, E)"
+        )
+    with np.errstate(over="ignore"):
+        kept = found[: len(pictures)].astype(job.dtype)
+    wrong = np.flatnonzero(~np.isfinite(kept).all(axis=1))
+    if wrong.size:
+        raise UserError(
+            f"the vector of image {pictures[wrong[0]].id} is not finite in {job.dtype}: check the "
+            "image tower, or keep vectors as float32"
+        )
+    return kept
+
+
+def _read_ahead(job: _Job, first: int, last: int) -> Iterator[_Picture]:
+    """Images in order, read by a few threads, at most two batches ahead of the caller."""
+    most = _BATCHES_AHEAD * job.batch_size
+    waiting: collections.deque[concurrent.futures.Future[_Picture]] = collections.deque()
+    threads = min(max(workers.usable_cores(), 2), _MOST_THREADS)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        try:
+            for place in range(first, last):
+                waiting.append(pool.submit(_read, job, place))
+                if len(waiting) > most:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _read(job: _Job, place: int) -> _Picture:
+    try:
         name, image = job.images[place]
-        image = np.asarray(image)
-        if image.dtype != np.uint8 or image.shape != job.shape or image.shape[2:] != (3,):
-            raise UserError(
-                f"image {name} is {image.dtype} {image.shape}, expected uint8 [H, W, 3] and the "
-                f"size of the first image, {job.shape[:2]}"
-            )
-        ids.append(name)
-        batch[len(ids) - 1] = image
-    return ids, batch
+    except DamagedImage as error:
+        if not job.skip_damaged:
+            raise
+        print(f"left out: {error}", file=sys.stderr, flush=True)
+        return _Picture(place, error.id, None)
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.shape != job.shape or image.shape[2:] != (3,):
+        raise UserError(
+            f"image {name} is {image.dtype} {image.shape}, expected uint8 [H, W, 3] and the "
+            f"size of the first image, {job.shape[:2]}"
+        )
+    return _Picture(place, name, image)
 
 
 def _width(out: Path, shards: tuple[Shard, ...]) -> int:

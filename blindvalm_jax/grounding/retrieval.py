@@ -2,7 +2,8 @@
 
 Exact search by inner product. Keys are visited in blocks, so that no array of size Q x M exists;
 on a mesh every device searches the rows it holds, only candidates and winners travel. Among equal
-scores the lowest index comes first. Scores are fp32 whatever the keys are kept in.
+scores the lowest index comes first. Scores are summed in fp32 whatever the keys are kept in;
+queries of bfloat16 keys are rounded to bfloat16, those of fp32 keys are multiplied exactly.
 """
 
 from __future__ import annotations
@@ -227,6 +228,8 @@ def _nearest(
     wanted = block_size or _SCORES_AT_ONCE // max(len(queries_QE), 1)
     # The first block alone must give K candidates: there are none to start from.
     block = min(max(wanted, neighbours), rows)
+    # Else every block of bfloat16 keys would be copied to fp32 and multiplied there.
+    queries_QE = queries_QE.astype(keys_ME.dtype)
 
     def best_of(first: Array | int, keys_SE: Array) -> tuple[Array, Array]:
         scores_QS = jnp.einsum(
