@@ -19,7 +19,18 @@ SIZES = {
     "xl": (48, 1600, 25),
 }
 
-VARIANTS = ("gpt2", "blind", "eos", "random_tower", "shuffled")
+VARIANTS = ("gpt2", "blind", "eos", "valm", "valm_eos", "random_tower", "shuffled")
+VALM_NEIGHBOURS = 4
+
+# name: (patch; layers, width, heads of the image tower; the same of the text tower; projection;
+# learning rate), Radford et al. 2021, table 20
+OPENAI_CLIPS = {
+    "vit_b32": (32, (12, 768, 12), (12, 512, 8), 512, 5e-4),
+    "vit_b16": (16, (12, 768, 12), (12, 512, 8), 512, 5e-4),
+    "vit_l14": (14, (24, 1024, 16), (12, 768, 12), 768, 4e-4),
+}
+CLIP_SIZES = ("tiny", *OPENAI_CLIPS)
+CLIP_PAIRS, CLIP_EPOCHS = 400_000_000, 32
 
 
 def sized(config: ConfigDict, size: str) -> ConfigDict:
@@ -108,15 +119,82 @@ def long_run(config: ConfigDict) -> ConfigDict:
 
 
 def variant(config: ConfigDict, name: str) -> ConfigDict:
-    """Where z comes from: gpt2 (nowhere), blind (the token), eos, random_tower, shuffled.
+    """Where z comes from: gpt2 (nowhere), blind (the token), eos, valm, random_tower, shuffled.
+
+    valm and valm_eos take the four nearest images, as the paper does (reference.md, section 1), of
+    the index that `grounding.index` names; fusion is BLIND-VALM's.
 
     Raises:
       UserError: there is no such variant.
     """
     if name not in VARIANTS:
         raise UserError(f"variant must be one of {', '.join(VARIANTS)}, got {name!r}")
-    config.grounding.source = "none" if name == "gpt2" else "text"
-    config.grounding.readout = "eos" if name == "eos" else "token"
+    valm = name.startswith("valm")
+    config.grounding.source = "none" if name == "gpt2" else "images" if valm else "text"
+    config.grounding.neighbours = VALM_NEIGHBOURS if valm else 1
+    config.grounding.readout = "eos" if name in ("eos", "valm_eos") else "token"
     if name in ("random_tower", "shuffled"):
         config.grounding.control = name
+    return config
+
+
+def clip(config: ConfigDict, size: str) -> ConfigDict:
+    """CLIP's two towers on images with captions: OpenAI's by name, or `tiny`.
+
+    Raises:
+      UserError: there is no such size.
+    """
+    if size not in CLIP_SIZES:
+        raise UserError(f"size must be one of {', '.join(CLIP_SIZES)}, got {size!r}")
+    config.train.objective = "contrastive"
+    config.clip.temperature_start, config.clip.temperature_cap = 1 / 0.07, 100.0
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_init = 0.0
+    config.optimizer.final_fraction = 0.0
+    config.optimizer.beta2 = 0.98
+    config.optimizer.epsilon = 1e-6
+    config.optimizer.epsilon_beside = "corrected"
+    config.optimizer.weight_decay = 0.2
+    config.optimizer.decay = "matrices"
+    return _tiny_clip(config) if size == "tiny" else _openai_clip(config, size)
+
+
+def _openai_clip(config: ConfigDict, size: str) -> ConfigDict:
+    """As published (Radford et al. 2021, section 2.5, tables 18 and 20)."""
+    text, image = config.clip.text, config.clip.image
+    image.kind, image.size = "vit", 224
+    (
+        image.patch,
+        (image.layers, image.width, image.heads),
+        (text.layers, text.width, text.heads),
+        text.projection,
+        config.optimizer.learning_rate,
+    ) = OPENAI_CLIPS[size]
+    text.context = 77
+    config.tokenizer.kind = "clip"
+    config.optimizer.warmup_steps = 2000
+    config.optimizer.clip_norm = 0.0
+    config.train.batch_size = 32_768
+    config.train.steps = CLIP_PAIRS * CLIP_EPOCHS // config.train.batch_size
+    config.eval.windows = 5000
+    config.eval.every_steps = config.checkpoint.every_steps = 1000
+    config.log.every_steps = 50
+    return config
+
+
+def _tiny_clip(config: ConfigDict) -> ConfigDict:
+    """Two million parameters or so on images of 64 pixels, for a laptop."""
+    text, image = config.clip.text, config.clip.image
+    image.kind, image.size, image.width, image.channels = "conv", 64, 256, (32, 64, 128, 128)
+    text.layers, text.width, text.heads, text.projection, text.context = 4, 128, 4, 128, 32
+    config.tokenizer.kind = "train"
+    config.train.dtype = "float32"
+    config.train.batch_size = 64
+    config.train.steps = 2000
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 100
+    config.optimizer.clip_norm = 1.0
+    config.data.eval_fraction = 0.05
+    config.eval.windows = 0
+    config.eval.every_steps = config.checkpoint.every_steps = 250
     return config

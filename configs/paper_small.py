@@ -4,8 +4,10 @@
         --config.data.files='cc100/*.xz' --config.tokenizer.path=openai/clip-vit-large-patch14 \
         --config.grounding.tower=CLIP
 
-VARIANT: blind (default), gpt2, eos, random_tower, shuffled. CLIP: RN50x16 in OpenAI's layout for
-the paper (width 768), or any other text tower. Data: CC-100 English, 6 of 40 shards.
+VARIANT: blind (default), gpt2, eos, random_tower, shuffled; or valm, valm_eos, which search the
+index of images that --config.grounding.index names (python -m blindvalm_jax.index build). CLIP:
+RN50x16 in OpenAI's layout for the paper (width 768), or any other text tower. Data: CC-100 English,
+6 of 40 shards.
 Hardware: the paper used 4 A100; batch 512 x 512 tokens, so set train.microbatches to fit memory.
 Expected: 40,600 updates, 262,144 tokens each. Time and result: not measured by this project yet.
 """

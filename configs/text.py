@@ -4,10 +4,13 @@
         --config.data.files='mine/*.txt,more/*.jsonl.gz' --config.grounding.tower=CLIP
 
 SIZE: tiny, mini (default), small, medium, large, xl. VARIANT: blind (default), gpt2, eos,
-random_tower, shuffled. A BPE is learned from the text; to train on CLIP's own tokens as the paper
-does, add --config.tokenizer.kind=clip --config.tokenizer.path=CLIP. CLIP: a directory or a hub id;
-without one the tower has random weights, and the run is a control. Documents are separated by
-blank lines in .txt; .jsonl has them in the field data.text_field.
+random_tower, shuffled; or valm, valm_eos, which search an index of images made with that CLIP: add
+--config.grounding.index=INDEX (python -m blindvalm_jax.index build). CLIP: a directory, a run of
+configs/clip.py or a hub id; without one the tower has random weights, and the run is a control.
+A BPE is learned from the text. To train on the CLIP's own tokens, as the paper does and a CLIP with
+a learned BPE needs, add --config.tokenizer.path=CLIP, and for CLIP's own BPE
+--config.tokenizer.kind=clip. Documents are separated by blank lines in .txt; .jsonl has them in the
+field data.text_field.
 Hardware: tiny and mini train on a laptop: mini took about 90 minutes for 2.87 M tokens on one CPU
 core (docs/results.md).
 """
@@ -34,7 +37,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     size, name = (sizes or ["mini"])[0], (names or ["blind"])[0]
     config = presets.variant(presets.sized(default(), size), name)
     config.tokenizer.kind = "train"
-    config.grounding.tower = "random"
+    if config.grounding.source != "images":
+        config.grounding.tower = "random"
     config.data.sequence_length = 256
     config.decoder.attention_dropout = 0.0
     config.train.steps = 2000

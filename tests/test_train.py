@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from blindvalm_jax import config, presets, runs, system, train, trainer
+from blindvalm_jax import config, runs, system, train, trainer
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import formats, weights
 from blindvalm_jax.models.clip import TowerConfig
@@ -488,28 +488,3 @@ def test_command_line_errors_are_one_line(arguments: list[str], message: str) ->
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("error: ")
     assert message in lines[0]
-
-
-CONFIGS = [
-    *(f"{path.stem}" for path in sorted((ROOT / "configs").glob("*.py"))),
-    *(f"text:{size},{variant}" for size in presets.SIZES for variant in presets.VARIANTS),
-    *(f"paper_small:{variant}" for variant in presets.VARIANTS),
-    *(f"gpt2_small:{size}" for size in ("medium", "large", "xl")),
-]
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_file_parses_with_every_argument(name: str) -> None:
-    stem, _, argument = name.partition(":")
-    namespace: dict[str, Any] = {}
-    path = ROOT / "configs" / f"{stem}.py"
-    exec(compile(path.read_text(), path, "exec"), namespace)
-    parsed = config.parse(namespace["get_config"](*filter(None, [argument])))
-    words = argument.split(",")
-    for size in set(words) & set(presets.SIZES):
-        decoder = parsed.decoder
-        assert (decoder.layers, decoder.width, decoder.heads) == presets.SIZES[size]
-    assert (parsed.grounding.source == "none") == ("gpt2" in words or stem == "gpt2_small")
-    assert (parsed.grounding.readout == "eos") == ("eos" in words or stem == "toyworld")
-    control = {"random_tower", "shuffled"} & set(words)
-    assert parsed.grounding.control == (control.pop() if control else "none")
