@@ -423,11 +423,12 @@ def test_losses_are_one_curve_and_differences_in_the_same_world() -> None:
     variants = lengthened({"valm": 3000})
     base = np.array([curve["loss"] for curve in variants["gpt2"]["curves"]])
     first, second = figures.losses({**ALL, "variants": variants}).axes
-    thin = [line.get_ydata() for line in first.get_lines()]
-    np.testing.assert_allclose(thin, [*base, base.mean(axis=0)])
+    drawn = [np.asarray(line.get_ydata(), float) for line in first.get_lines()]
+    np.testing.assert_allclose(drawn, [*base, base.mean(axis=0)])
     for line, variant in zip(second.get_lines(), variants.values(), strict=True):
         losses = np.array([curve["loss"] for curve in variant["curves"]])
-        np.testing.assert_allclose(line.get_ydata(), (losses - base).mean(axis=0), atol=1e-12)
+        apart = np.asarray(line.get_ydata(), float)
+        np.testing.assert_allclose(apart, (losses - base).mean(axis=0), atol=1e-12)
 
 
 def test_times_taken_side_by_side_are_not_paired(tmp_path: Path) -> None:
