@@ -24,7 +24,7 @@ _SPREAD = 0.6
 _VECTORS_PER_CENTRE = 100
 _FEWEST_CENTRES = 10
 _PLACE_BYTES = 3  # a place is the colour of its one pixel
-_BATCH = 8192
+BATCH = 8192
 _CLIP = ClipHashes(vision_sha256="none", text_sha256="none", source="synthetic")
 
 
@@ -71,7 +71,7 @@ class Clusters:
 def write_index(directory: Path, clusters: Clusters) -> ImageIndex:
     """The index of all vectors, float16 on disk as the index command writes it."""
     index_build.build(
-        directory, clusters, clusters.encode, clip=_CLIP, source="synthetic", batch_size=_BATCH
+        directory, clusters, clusters.encode, clip=_CLIP, source="synthetic", batch_size=BATCH
     )
     return ImageIndex.open(directory)
 

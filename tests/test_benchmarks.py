@@ -37,7 +37,7 @@ def test_colours_are_told_apart() -> None:
 def test_what_lies_on_disk_is_what_was_drawn(tmp_path: Path) -> None:
     world = clusters.Clusters(SIZE, WIDTH)
     index = clusters.write_index(tmp_path / "index", world)
-    expected = world.vectors(range(SIZE))
+    expected = world.vectors(range(clusters.BATCH))[:SIZE]  # drawn a batch at a time
     np.testing.assert_array_equal(index.vectors[:], expected.astype(np.float16))
     np.testing.assert_allclose(np.linalg.norm(expected, axis=1), 1, atol=1e-6)  # fp32 rounding
     queries = world.vectors(range(SIZE, SIZE + 50))
@@ -79,7 +79,8 @@ def rows(*systems: str) -> list[dict[str, Any]]:
 def bars(panel: Axes) -> dict[str, list[tuple[float, float]]]:
     """Lowest and highest of each point, by colour."""
     found: dict[str, list[tuple[float, float]]] = {}
-    for collection in panel.collections:
+    collections: list[Any] = list(panel.collections)
+    for collection in collections:
         ends = [(x[0][1], x[1][1]) for x in collection.get_segments()]
         found.setdefault(to_hex(collection.get_color()[0]).upper(), []).extend(ends)
     return found
