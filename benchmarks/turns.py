@@ -75,12 +75,16 @@ class Worker:
         )
 
     def ask(self, question: str) -> dict[str, Any]:
-        """Sends a word and waits for the JSON that answers it."""
+        """Sends a word and waits for the JSON that answers it.
+
+        Raises:
+          UserError: the process has ended.
+        """
         _pipe(self._process.stdin).write(question + "\n")
         _pipe(self._process.stdin).flush()
         line = _pipe(self._process.stdout).readline()
         if not line:
-            raise RuntimeError(f"the process of {self._process.args!r} died")
+            raise UserError(f"a process ended, its message is above: {self._process.args!r}")
         return json.loads(line)
 
     def seconds(self, question: str = "step") -> float:
@@ -207,7 +211,7 @@ def compile_system(
         like = language.abstract_tower(tower.config, settings, mesh)
         frozen["tower"] = language.place_tower(tower, like)
     if rows is None:
-        rows = _rows(settings, tower=model.tower is not None)
+        rows = random_rows(settings, tower=model.tower is not None)
     batch = language.to_device(rows, mesh)
     update = compilation.make_update(settings, model, optimizer)
     compiled = compilation.compile_step(update, state, frozen, batch, mesh)
@@ -235,11 +239,11 @@ def tower_shape(layers: int, width: int, heads: int, projection: int) -> TowerCo
     )
 
 
-def _rows(settings: Config, *, tower: bool) -> dict[str, Any]:
-    """Random rows, cut into texts of real lengths."""
+def random_rows(settings: Config, *, tower: bool, seed: int = 0) -> dict[str, Any]:
+    """Random rows, cut into texts of real lengths for the tower."""
     import numpy as np
 
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     size = (settings.train.batch_size, settings.data.sequence_length)
     offset = VOCABULARY - _TOWER_VOCABULARY
     tokens = rng.integers(offset, VOCABULARY, size, dtype=np.int32)

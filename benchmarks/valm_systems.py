@@ -8,6 +8,7 @@ memory maps (`images.PreparedWindows`, as in a run) and their way to the device.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from blindvalm_jax.config import Config
     from blindvalm_jax.grounding.index import ImageIndex
-    from blindvalm_jax.grounding.retrieval import Engine, Retrieved, Search
+    from blindvalm_jax.grounding.retrieval import Search
     from blindvalm_jax.models.clip import TowerConfig
 
 DECODER = flags.DEFINE_list("decoder", ["6", "384", "6"], "Layers, width and heads.")
@@ -39,7 +40,7 @@ APPROXIMATE = ("faiss", "faiss_ranked")
 RETRIEVING = ("prepared", "valm", *APPROXIMATE)
 _LENGTH = 256
 _WINDOWS = 256  # with neighbours found ahead; a step takes the next ones
-_BLOCKS = 16  # batches of queries that FAISS is asked in turn
+_BATCHES = 8  # of those that search, in turn: the same one's vectors would lie in caches
 
 
 def length() -> int:
@@ -173,6 +174,7 @@ def _searching(
     from blindvalm_jax import partitioning
     from blindvalm_jax.grounding import retrieval
     from blindvalm_jax.grounding.images import on_devices, on_host
+    from blindvalm_jax.objectives import language
 
     mesh = partitioning.make_mesh(settings.mesh)
     search: Search
@@ -183,36 +185,19 @@ def _searching(
     else:
         candidates = approximate.CANDIDATES.value if name == "faiss_ranked" else 0
         engine = approximate.engine(index, neighbours=NEIGHBOURS.value, candidates=candidates)
-        search = on_host(_Spread(engine, index))
+        search = on_host(engine)
     system = turns.compile_system(settings, tower, index=keys, search=search)
+    batches = [
+        language.to_device(turns.random_rows(settings, tower=True, seed=seed), mesh)
+        for seed in range(_BATCHES)
+    ]
     with partitioning.use(mesh):
         blind = jax.jit(dataclasses.replace(system.model, search=None).features)
-        queries_BTE = blind(system.frozen, system.batch)[:, :, 0]
-        alone = jax.jit(search).lower(queries_BTE, keys).compile()
-    return system, lambda: alone(queries_BTE, keys)
-
-
-class _Spread:
-    """An engine that is asked for vectors spread as its index's are, whatever the queries say.
-
-    A tower of random weights says much the same at every token: its queries would visit the same
-    few lists and have the same candidates, which exact search does not notice and FAISS does.
-    """
-
-    def __init__(self, engine: Engine, index: ImageIndex) -> None:
-        from benchmarks.clusters import Clusters
-
-        self.neighbours, self.settings = engine.neighbours, engine.settings
-        self._engine = engine
-        size, width = index.vectors.shape
-        tokens = turns.ROWS.value * length()
-        asked = Clusters(size, width)
-        firsts = range(size, size + _BLOCKS * tokens, tokens)
-        blocks = [asked.vectors(range(first, first + tokens)) for first in firsts]
-        self._blocks = itertools.cycle(blocks)
-
-    def search(self, queries_QE: np.ndarray, *, vectors: bool = True) -> Retrieved:
-        return self._engine.search(next(self._blocks)[: len(queries_QE)], vectors=vectors)
+        queries = [blind(system.frozen, batch)[:, :, 0] for batch in batches]
+        alone = jax.jit(search).lower(queries[0], keys).compile()
+    system.load = functools.partial(next, itertools.cycle(batches))
+    asked = itertools.cycle(queries)
+    return system, lambda: alone(next(asked), keys)
 
 
 if __name__ == "__main__":
