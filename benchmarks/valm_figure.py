@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from benchmarks import palette
 
@@ -28,8 +28,9 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
     _curves(panels[0], rows, "ratio", factor=1)
     panels[0].axhline(1, color=palette.COLORS["gpt2"], linestyle="--", label="GPT-2")
     panels[0].set_yscale("log")
-    panels[0].yaxis.set_major_formatter(LogFormatter())
-    panels[0].yaxis.set_minor_formatter(LogFormatter())
+    panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
+    panels[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    panels[0].yaxis.set_minor_formatter(NullFormatter())
     panels[0].set_ylabel("time of a training step, GPT-2 = 1 (log scale)")
     _curves(panels[1], rows, "share", factor=100)
     panels[1].set_ylim(bottom=0)
