@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from benchmarks import palette
 from blindvalm_jax import files
 from blindvalm_jax.data import manifest, pipeline
 from blindvalm_jax.data.windows import Windows
@@ -145,13 +146,17 @@ def draw(curves: dict[str, Any], baselines: dict[str, float], path: Path) -> Non
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for number, (name, curve) in enumerate(curves.items()):
-        tokens, losses = zip(*curve["train"], strict=True)
-        axes.plot(np.array(tokens) / 1e6, losses, color=f"C{number}", alpha=0.35, linewidth=0.8)
-        tokens, losses = zip(*curve["held_out"], strict=True)
-        axes.plot(np.array(tokens) / 1e6, losses, "o-", color=f"C{number}", ms=4, label=name)
-    for number, (name, loss) in enumerate(baselines.items()):
-        axes.axhline(loss, color="0.4", linestyle=("--", ":")[number], label=f"{name} {loss:.2f}")
+    colors = palette.colors(curves)
+    thin: dict[str, Any] = {"alpha": 0.5, "linewidth": 0.8}
+    dots: dict[str, Any] = {"marker": "o", "markersize": 4}
+    for name, curve in curves.items():
+        for part, words, style in (("train", "training", thin), ("held_out", "held out", dots)):
+            tokens, losses = zip(*curve[part], strict=True)
+            label = f"{name}, {words}"
+            axes.plot(np.array(tokens) / 1e6, losses, color=colors[name], label=label, **style)
+    for (name, loss), line in zip(baselines.items(), ("--", ":"), strict=True):
+        label = f"{name} counts, {loss:.2f}"
+        axes.axhline(loss, color="0.15", linewidth=1.0, linestyle=line, label=label)
     axes.set_xlabel("training tokens (millions)")
     axes.set_ylabel("loss (nats a token)")
     axes.legend()

@@ -16,6 +16,7 @@ from typing import Any
 from absl import flags
 
 from benchmarks import turns
+from blindvalm_jax.errors import run_main
 
 VARIANTS = ("gpt2", "blind", "eos")
 _LENGTH = 512
@@ -29,7 +30,9 @@ def run() -> dict[str, Any]:
     workers = {name: turns.Worker([*command, f"--variant={name}"]) for name in VARIANTS}
     try:
         about = {name: worker.ask("ready") for name, worker in workers.items()}
-        seconds = turns.take({name: worker.seconds for name, worker in workers.items()})
+        seconds = turns.take(
+            {name: worker.seconds for name, worker in workers.items()}, title="steps"
+        )
         peak = {name: worker.ask("peak")["peak_mib"] for name, worker in workers.items()}
     finally:
         for worker in workers.values():
@@ -78,7 +81,5 @@ def worker(variant: str) -> None:
 
 
 if __name__ == "__main__":
-    from absl import app
-
     _VARIANT = flags.DEFINE_enum("variant", "gpt2", VARIANTS, "System of this process.")
-    app.run(lambda _: worker(_VARIANT.value))
+    run_main(lambda _: worker(_VARIANT.value))

@@ -20,8 +20,12 @@ from typing import IO, TYPE_CHECKING, Any
 
 from absl import flags
 
+from blindvalm_jax.data.workers import Progress
+from blindvalm_jax.errors import UserError
+
 if TYPE_CHECKING:
     from blindvalm_jax.config import Config
+    from blindvalm_jax.grounding.retrieval import Search
     from blindvalm_jax.models.clip import TowerConfig
     from blindvalm_jax.objectives.language_model import Batch, Model
 
@@ -32,7 +36,7 @@ LENGTH = flags.DEFINE_integer(
     "Tokens of a row; without it step_ratio takes 512, valm_cost 256.",
     lower_bound=2,
 )
-ROUNDS = flags.DEFINE_integer("rounds", 7, "Counted steps of each system.", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 15, "Counted turns of each system.", lower_bound=1)
 DROPOUT = flags.DEFINE_float("dropout", 0.1, "Dropout of all systems.", 0.0, 0.9)
 
 VOCABULARY = 49_412  # CLIP's, as the paper's language model has it
@@ -43,6 +47,17 @@ _SEGMENT = 26  # mean tokens of a text of the tower, as the causal rule gives on
 def length(default: int) -> int:
     """Tokens of a row: what the command line says, or what a benchmark takes without it."""
     return LENGTH.value or default
+
+
+def whole_numbers(words: list[str], flag: str, *, least: int = 1) -> list[int]:
+    """The numbers of a flag.
+
+    Raises:
+      UserError: there is none, or something else, or one below `least`.
+    """
+    if not words or not all(word.isdecimal() and int(word) >= least for word in words):
+        raise UserError(f"--{flag} must be whole numbers, {least} or more, got {','.join(words)!r}")
+    return [int(word) for word in words]
 
 
 class Worker:
@@ -60,12 +75,16 @@ class Worker:
         )
 
     def ask(self, question: str) -> dict[str, Any]:
-        """Sends a word and waits for the JSON that answers it."""
+        """Sends a word and waits for the JSON that answers it.
+
+        Raises:
+          UserError: the process has ended.
+        """
         _pipe(self._process.stdin).write(question + "\n")
         _pipe(self._process.stdin).flush()
         line = _pipe(self._process.stdout).readline()
         if not line:
-            raise RuntimeError(f"the process of {self._process.args!r} died")
+            raise UserError(f"a process ended, its message is above: {self._process.args!r}")
         return json.loads(line)
 
     def seconds(self, question: str = "step") -> float:
@@ -84,19 +103,23 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
     return pipe
 
 
-def take(turns: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
+def take(turns: Mapping[str, Callable[[], float]], *, title: str) -> dict[str, list[float]]:
     """Seconds of each turn in each counted round; the round before them warms up.
+
+    How far it is and the time left are shown under `title`, on standard error.
 
     A turn is taken twice and the second time counts: a process that waited while another worked
     begins with cold caches, and perhaps with pages that the system has taken back.
     """
     seconds: dict[str, list[float]] = {name: [] for name in turns}
-    for round_number in range(ROUNDS.value + 1):
-        for name, turn in turns.items():
-            turn()
-            spent = turn()
-            if round_number:
-                seconds[name].append(spent)
+    with Progress(title, total=ROUNDS.value + 1, unit="round") as progress:
+        for round_number in range(ROUNDS.value + 1):
+            for name, turn in turns.items():
+                turn()
+                spent = turn()
+                if round_number:
+                    seconds[name].append(spent)
+            progress.advance(1)
     return seconds
 
 
@@ -129,7 +152,10 @@ def machine(about: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class System:
-    """A compiled step with all that it takes."""
+    """A compiled step with all that it takes.
+
+    load: makes the batch of a step, which is then part of its time; None: all take the same one.
+    """
 
     model: Model
     compiled: Any
@@ -137,31 +163,38 @@ class System:
     frozen: dict[str, Any]
     batch: Batch
     mflops_per_token: float
+    load: Callable[[], Batch] | None = None
 
     def step(self) -> float:
         """Runs one update and says how long it took."""
         import jax
 
         begin = time.perf_counter()
+        if self.load is not None:
+            self.batch = self.load()
         self.state, scalars = self.compiled(self.state, self.frozen, self.batch)
         jax.block_until_ready((self.state, scalars))
         return time.perf_counter() - begin
 
 
 def compile_system(
-    settings: Config, shape: TowerConfig | None, *, index: Any = None, **options: Any
+    settings: Config,
+    shape: TowerConfig | None,
+    *,
+    index: Any = None,
+    search: Search | None = None,
+    rows: Mapping[str, Any] | None = None,
 ) -> System:
-    """The system of some settings on random rows.
+    """The system of some settings.
 
-    shape: of its text tower; index: vectors on the devices. options: `search` of `system.build`,
-    and `features` [B, T, K, E] of the batch, where they are found ahead of time.
+    shape: of its text tower; index: vectors on the devices; search: as `system.build` takes it;
+    rows: of its batch, random ones without.
     """
     import jax
 
     from blindvalm_jax import compilation, flops, optim, partitioning, system
     from blindvalm_jax.objectives import language
 
-    features = options.pop("features", None)
     tower = None if shape is None else system.fresh_tower(shape, seed=0)
     mesh = partitioning.make_mesh(settings.mesh)
     model = system.build(
@@ -169,7 +202,7 @@ def compile_system(
         vocab_size=VOCABULARY,
         tower=tower,
         platform=jax.devices()[0].platform,
-        **options,
+        search=search,
     )
     optimizer = optim.make(settings.optimizer, steps=settings.train.steps)
     state = compilation.init_state(model, optimizer, seed=0, mesh=mesh)
@@ -177,8 +210,9 @@ def compile_system(
     if tower is not None and model.tower is not None:
         like = language.abstract_tower(tower.config, settings, mesh)
         frozen["tower"] = language.place_tower(tower, like)
-    rows = _rows(settings, tower=model.tower is not None)
-    batch = language.to_device(rows if features is None else {**rows, "features": features}, mesh)
+    if rows is None:
+        rows = random_rows(settings, tower=model.tower is not None)
+    batch = language.to_device(rows, mesh)
     update = compilation.make_update(settings, model, optimizer)
     compiled = compilation.compile_step(update, state, frozen, batch, mesh)
     cost = flops.per_token(
@@ -205,11 +239,11 @@ def tower_shape(layers: int, width: int, heads: int, projection: int) -> TowerCo
     )
 
 
-def _rows(settings: Config, *, tower: bool) -> dict[str, Any]:
-    """Random rows, cut into texts of real lengths."""
+def random_rows(settings: Config, *, tower: bool, seed: int = 0) -> dict[str, Any]:
+    """Random rows, cut into texts of real lengths for the tower."""
     import numpy as np
 
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     size = (settings.train.batch_size, settings.data.sequence_length)
     offset = VOCABULARY - _TOWER_VOCABULARY
     tokens = rng.integers(offset, VOCABULARY, size, dtype=np.int32)
