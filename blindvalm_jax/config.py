@@ -83,7 +83,7 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FusionConfig:
-    """How a fusion block looks at its memory (architecture.md, decision 5)."""
+    """How a fusion block looks at its memory (docs/architecture.md, decision 1)."""
 
     query_scale: str = field(
         "model_width", "q is divided by the root of this", choices=("model_width", "head_width")

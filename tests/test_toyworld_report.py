@@ -154,8 +154,30 @@ def test_differences_are_paired_by_seed(page: tuple[str, Path]) -> None:
     assert row[-1] == f"{(differences > 0).sum()} of 3"
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_table_in_the_readme_is_of_the_same_results() -> None:
+    path = ROOT / "docs" / "results" / "toyworld" / "results.json"
+    variants = json.loads(path.read_text(encoding="utf-8"))["variants"]
+    [table] = [t for t in tables((ROOT / "README.md").read_text()) if "held-out" in t[0][0]]
+    rows = {row[0]: row[1:] for row in table}
+    for label, name in (
+        ("GPT-2", "gpt2"),
+        ("BLIND-VALM, token readout (the paper's)", "blind_valm"),
+        ("VALM, token readout", "valm"),
+        ("BLIND-VALM, EOS readout", "blind_valm_eos"),
+        ("VALM, EOS readout", "valm_eos"),
+    ):
+        found = [variants[name][attribute] for attribute in ATTRIBUTES]
+        assert rows[label] == [findings.mean(values, 2) for values in found], label
+    controls = [[np.mean(variants[k][a]) for k in findings.CONTROLS] for a in ATTRIBUTES]
+    [said] = [cells for label, cells in rows.items() if label.startswith("four controls")]
+    assert said == [f"{min(of):.2f} to {max(of):.2f}" for of in controls]
+
+
 def test_the_page_in_docs_is_what_its_results_say(tmp_path: Path) -> None:
-    made = Path(__file__).resolve().parents[1] / "docs" / "results" / "toyworld"
+    made = ROOT / "docs" / "results" / "toyworld"
     results = json.loads((made / "results.json").read_text(encoding="utf-8"))
     text = report.write(results, tmp_path).read_text(encoding="utf-8")
     assert text == (made / "report.md").read_text(encoding="utf-8")

@@ -1,4 +1,7 @@
-"""Refuses texts that give away what only pictures may tell, whatever templates they come from."""
+"""Refuses texts that give away what only pictures may tell, whatever templates they come from.
+
+It knows the words of attributes and their forms (reddish, circular), not their synonyms.
+"""
 
 from __future__ import annotations
 
