@@ -67,7 +67,7 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
     if resuming:
         runs.check_data(workdir, about)
     if saved is not None and saved >= settings.train.steps:
-        if not dry_run:
+        if not dry_run and jax.process_index() == 0:
             runs.keep_places(workdir, about, resolved=objective.resolved())
         say(f"nothing to do: {workdir} has {saved} of {settings.train.steps} steps")
         return 0
