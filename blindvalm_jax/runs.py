@@ -49,7 +49,7 @@ def check_resume(workdir: Path, config: Config) -> int | None:
       UserError: the directory cannot be made or is not a run's, its record is gone, or settings
         changed that change the run, listed field by field.
     """
-    _claim(workdir)
+    claim(workdir)
     paths = (workdir / "checkpoints").iterdir()
     saved = [int(path.name) for path in paths if path.name.isdecimal()]
     if not saved:
@@ -72,8 +72,12 @@ def check_resume(workdir: Path, config: Config) -> int | None:
     return max(saved)
 
 
-def _claim(workdir: Path) -> None:
-    """Makes the directory that of a run, unless something else is where a run would write."""
+def claim(workdir: Path) -> None:
+    """Makes the directory that of a run.
+
+    Raises:
+      UserError: it cannot be made, or something else is where a run would write.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         foreign = [name for name in _WRITTEN if (workdir / name).exists()]

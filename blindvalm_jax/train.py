@@ -15,7 +15,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from blindvalm_jax import config
+from blindvalm_jax import config, runs
 from blindvalm_jax.errors import UserError, run_main
 from blindvalm_jax.toyworld import supply
 from blindvalm_jax.trainer import train
@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"get_config() of {file} must return an ml_collections.ConfigDict")
     settings, workdir = config.parse(_CONFIG.value), Path(_WORKDIR.value)
     if supply.wanted(settings):
+        runs.claim(workdir)  # before parts are made in its data/
         settings = supply.complete(settings, workdir, train=train, dry_run=_DRY_RUN.value)
     return train(settings, workdir, dry_run=_DRY_RUN.value)
 
