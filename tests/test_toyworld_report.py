@@ -465,7 +465,7 @@ def test_times_taken_side_by_side_are_not_paired(tmp_path: Path) -> None:
     cost = written(tmp_path, "Cost", timed={"language": {"seconds": 9.0, "jobs": 1}})
     assert "one at a time" in cost
     assert "side by side" not in cost
-    assert "GPT-2 of the same seed" in cost
+    assert "GPT-2's of the same seed" in cost
 
 
 def test_images_given_are_those_that_are_there(page: tuple[str, Path], tmp_path: Path) -> None:

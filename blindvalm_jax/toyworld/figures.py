@@ -195,12 +195,13 @@ def bars(
 ) -> Figure:
     """A bar per variant with every seed, and a mark beside it.
 
-    intervals: of the mean over seeds, where seeds are comparable; line: a value to compare with.
+    intervals: bars are means over seeds, with theirs; else medians. line: a value to compare with.
     """
     figure = Figure((_WIDTH * 0.8, 1.3 + 0.36 * len(values)), layout="constrained")
     panel = figure.subplots()
     for place, (name, numbers) in enumerate(values.items()):
-        panel.barh(place, np.mean(numbers), 0.7, color=COLOR_OF[name], alpha=0.85, zorder=2)
+        middle = np.mean(numbers) if intervals else np.median(numbers)
+        panel.barh(place, middle, 0.7, color=COLOR_OF[name], alpha=0.85, zorder=2)
         _spread(panel, place, numbers, color=_INK, vertical=False, beside=0.18, interval=intervals)
     panel.set_yticks(range(len(values)), [LABELS[name] for name in values])
     panel.invert_yaxis()
@@ -365,6 +366,6 @@ def _legend(
         handles.append(Line2D([], [], marker=".", ls="", color="0.3", label="one seed"))
     if intervals and seeds is not None and seeds > 1:
         handles.append(Line2D([], [], color="black", label="95 % interval"))
-    long = any(len(handle.get_label()) > 20 for handle in handles)
-    columns = min(3 if long else 5, len(handles))
+    long = any(len(handle.get_label()) > 16 for handle in handles)
+    columns = min(4 if long else 5, len(handles))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)

@@ -58,11 +58,11 @@ def _world(page: figures.Page) -> list[str]:
     heldout = {things[i].name for i in first["heldout"]}
     about = [text for text in texts if heldout & set(re.findall(r"\w+", text))]
     stated = sum(attribute_of(text.split()[-1]) is not None for text in about)
-    rows = []
+    names, rows = {**dict(zip(SPLITS, SPLITS, strict=True)), "heldout": "held-out"}, []
     for thing, images in ((things[index], every[index]) for index in (shown[0], shown[-1])):
         named = dict.fromkeys(text for image in images for text in image)
         said = dict.fromkeys(text for text in texts if thing.name in re.findall(r"\w+", text))
-        who = f"{thing.name}, {thing.size} {thing.color} {thing.shape} ({thing.split})"
+        who = f"{thing.name}, {thing.size} {thing.color} {thing.shape} ({names[thing.split]})"
         rows.append([who, *("<br>".join([*found][:6]) for found in (named, said))])
     probes = {
         p.wording: p
@@ -70,9 +70,7 @@ def _world(page: figures.Page) -> list[str]:
         if p.attribute == "color"
     }
     seen, new = (probes[wording] for wording in WORDINGS)
-    counts = ", ".join(
-        f"{len(found)} {split.replace('heldout', 'held-out')}" for split, found in first.items()
-    )
+    counts = ", ".join(f"{len(found)} {names[split]}" for split, found in first.items())
     looks = {thing.look for thing in things if thing.split == "train"}
     twins = sum(things[i].look in looks for i in first["heldout"])
     caption = "Objects of the first seed, four pictures each. All objects have pictures and names."
@@ -214,9 +212,9 @@ def _cost(page: figures.Page) -> list[str]:
         )
     else:
         lines.append("Runs were timed one at a time.")
-    head = ["model", "ms per update", "MFLOPs per token"]
+    head = ["model", "ms per update, median", "MFLOPs per token"]
     rows = {
-        k: [LABELS[k], mean([1000 * x for x in seconds], 1), f"{costs.mflops[k]:.2f}"]
+        k: [LABELS[k], f"{1000 * np.median(seconds):.1f}", f"{costs.mflops[k]:.2f}"]
         for k, seconds in costs.seconds.items()
     }
     if "gpt2" in rows:
@@ -224,7 +222,7 @@ def _cost(page: figures.Page) -> list[str]:
         times, flops = costs.times, costs.flops
         for k, row in rows.items():
             row += [f"{np.median(times[k]):.2f}", f"{flops[k]:.2f}"]
-        of = "GPT-2's median" if costs.beside else "GPT-2 of the same seed"
+        of = "GPT-2's, medians over seeds" if costs.beside else "GPT-2's of the same seed"
         caption = f"Seconds of an update relative to {of}, and FLOPs (◇)."
         label = "relative to GPT-2 (GPT-2 = 1)"
         drawn = figures.bars(

@@ -37,7 +37,7 @@ def _by_seed(page: figures.Page) -> list[str]:
     if not found or page.seeds == 1:
         return []
     told = "; ".join(f"{LABELS[k]} {each(page.variants[k]['color'], '{:.2f}')}" for k in found)
-    return [f"With the token readout it depends on the seed: {told}."]
+    return [f"The same with the token readout, seed by seed: {told}."]
 
 
 def _images(page: figures.Page) -> list[str]:
@@ -86,7 +86,7 @@ def _given(page: figures.Page) -> list[str]:
     told = ", ".join(f"{WORDS[a]} {gap}" for a, gap in gaps.items())
     return [
         "Handed the mean embedding of an object's pictures, moved to where texts are, in place of "
-        f"text features, BLIND-VALM EOS answers by so much better: {told} "
+        f"text features, BLIND-VALM EOS changes by: {told} "
         "([images](#images-instead-of-text))."
     ]
 
