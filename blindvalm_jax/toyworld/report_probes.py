@@ -272,9 +272,8 @@ def given(page: figures.Page) -> list[str]:
     )
     return [
         "A BLIND-VALM never sees an image. Here it is handed, at every position, CLIP's embedding "
-        "of the object's pictures in the place of the text features."
-        + shift
-        * any(kind.endswith("_shifted") for kind in kinds),
+        "of pictures of the object, which CLIP was not trained on, in the place of the text "
+        "features." + shift * any(kind.endswith("_shifted") for kind in kinds),
         *page.conditions("given", rows, caption),
         *_gaps(
             {
