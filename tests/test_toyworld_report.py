@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.toyworld import figures, findings, language, recipes, report
+from blindvalm_jax.toyworld import figures, findings, language, recipes, report, results_file
 from blindvalm_jax.toyworld.figures import Gallery
 from blindvalm_jax.toyworld.findings import (
     CHANGED,
@@ -351,7 +351,7 @@ def written(out: Path, *titles: str, **changed: Any) -> str:
     """The sections of these titles, of ALL with some parts changed."""
     results = ALL | changed
     (out / "figures").mkdir(exist_ok=True)
-    page = figures.Page(results, out, Gallery(findings.check(results)))
+    page = figures.Page(results, out, Gallery(results_file.check(results)))
     return "\n".join(line for title in titles for line in report.SECTIONS[title][0](page)) + "\n"
 
 
@@ -483,7 +483,7 @@ def test_images_given_are_those_that_are_there(page: tuple[str, Path], tmp_path:
     unknown: list[dict[str, Any]] = [{}, {"sound": {}}]
     for kinds in unknown:
         with pytest.raises(UserError, match="given must hold some of"):
-            findings.check({**ALL, "given": {"valm": kinds}})
+            results_file.check({**ALL, "given": {"valm": kinds}})
 
 
 def test_command_is_the_one_given(page: tuple[str, Path], tmp_path: Path) -> None:
@@ -505,7 +505,7 @@ def test_bias_is_against_the_least_share_and_says_updates(tmp_path: Path) -> Non
     assert findings.swept({"variants": {}, "bias": bias}) == {"gpt2": "GPT-2"}
     bias["gpt2"] = {**bias["gpt2"], "size": [[0.1], [0.2]]}
     with pytest.raises(UserError, match=r"bias\.gpt2\.size\.0 must be 3 numbers"):
-        findings.check({**ALL, "bias": bias})
+        results_file.check({**ALL, "bias": bias})
 
 
 def test_what_text_reaches_is_counted_from_the_text(tmp_path: Path) -> None:

@@ -14,12 +14,18 @@ from typing import Any
 import numpy as np
 
 from blindvalm_jax import files
-from blindvalm_jax.toyworld import figures, findings, language, report_probes, report_short
+from blindvalm_jax.toyworld import (
+    figures,
+    findings,
+    language,
+    report_probes,
+    report_short,
+    results_file,
+)
 from blindvalm_jax.toyworld.figures import table
-from blindvalm_jax.toyworld.findings import LABELS, WORDINGS, mean, summary_table
+from blindvalm_jax.toyworld.findings import LABELS, WORDINGS, WORDS, mean
 from blindvalm_jax.toyworld.world import ATTRIBUTES, SPLITS, attribute_of
 
-__all__ = ["summary_table", "write"]
 _QUESTION = """\
 Text seldom says what things look like: nobody writes that a banana is yellow, because everybody
 knows. A model that learns from text alone misses what text leaves out (reporting bias). VALM gives
@@ -38,7 +44,7 @@ def write(results: Mapping[str, Any], out: Path) -> Path:
     Raises:
       UserError: something is missing in the results, or not as results.json has it.
     """
-    page = figures.Page(results, out, figures.Gallery(findings.check(results)))
+    page = figures.Page(results, out, figures.Gallery(results_file.check(results)))
     (out / "figures").mkdir(parents=True, exist_ok=True)
     lines = ["# What text never says: the toy world", ""]
     for title, (section, part) in SECTIONS.items():
@@ -47,6 +53,26 @@ def write(results: Mapping[str, Any], out: Path) -> Path:
     path = out / "report.md"
     files.write_bytes(path, re.sub("\n{3,}", "\n\n", "\n".join(lines)).encode())
     return path
+
+
+def summary_table(results: Mapping[str, Any], *, split: str = "heldout") -> str:
+    """Accuracy on objects of a split, and perplexity, mean over seeds, as plain text.
+
+    Raises:
+      UserError: as `check`.
+    """
+    results_file.check(results)
+    columns = [(attribute, wording) for attribute in ATTRIBUTES for wording in WORDINGS]
+    rows = [["", *(f"{WORDS[a]} {wording}" for a, wording in columns), "perplexity"]]
+    for name, variant in results["variants"].items():
+        found = [variant["objects"][split][wording][a] for a, wording in columns]
+        rows.append([name, *(f"{np.mean(v):.3f}" for v in (*found, variant["perplexity"]))])
+    rows.append(["chance", *(f"{results['chance'][a]:.3f}" for a, _ in columns), ""])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
+    )
 
 
 def _world(page: figures.Page) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from blindvalm_jax.toyworld import figures, findings, language
+from blindvalm_jax.toyworld import figures, findings, language, results_file
 from blindvalm_jax.toyworld.figures import table
 from blindvalm_jax.toyworld.findings import LABELS, WORDINGS, WORDS, mean
 from blindvalm_jax.toyworld.world import ATTRIBUTES, TEXT_SPLITS, attribute_of
@@ -261,7 +261,7 @@ def attribution(page: figures.Page) -> list[str]:
 
 def given(page: figures.Page) -> list[str]:
     """Answers when images take the place of the text features."""
-    found, kinds = page.results["given"], findings.given_kinds(page.results)
+    found, kinds = page.results["given"], results_file.given_kinds(page.results)
     text = {name: page.variants[name] for name in found}
     images = {findings.GIVEN[kind]: {k: v[kind] for k, v in found.items()} for kind in kinds}
     rows = {"text, as trained": text, **images}
