@@ -529,7 +529,7 @@ def test_removed_and_nowhere_agree_or_how_far_they_do_not(tmp_path: Path) -> Non
     found = {name: copy.deepcopy(ALL["attribution"][name]) for name in ("blind_valm", "valm")}
     for variant in found.values():
         variant["removed"] = copy.deepcopy(variant["nowhere"])
-    assert "nowhere, and do: no accuracy here differs." in written(
+    assert "nowhere, and does: no accuracy here differs." in written(
         tmp_path, OPTIONAL["attribution"], attribution=found
     )
     found["valm"]["removed"]["size"][1] = found["valm"]["nowhere"]["size"][1] + 0.25

@@ -21,7 +21,7 @@ from blindvalm_jax.toyworld.world import ATTRIBUTES, Object, WorldConfig, object
 
 # In Okabe and Ito's colours, which the colour-blind can tell apart: text warm, images blue, EOS
 # darker.
-COLOR_OF = {
+_COLOR_OF = {
     "gpt2": "#666666",
     "blind_valm": "#E69F00",
     "blind_valm_eos": "#D55E00",
@@ -109,7 +109,7 @@ def accuracy(results: Mapping[str, Any]) -> Figure:
         for place, (name, variant) in enumerate(variants.items()):
             for offset, wording, alpha in ((-0.2, "seen", 1.0), (0.2, "new", 0.45)):
                 values = variant["objects"]["heldout"][wording][attribute]
-                x, color = place + offset, COLOR_OF[name]
+                x, color = place + offset, _COLOR_OF[name]
                 panel.bar(x, np.mean(values), 0.38, color=color, alpha=alpha, zorder=2)
                 _spread(panel, x, values, color=_INK, vertical=True, beside=0.09)
         panel.axhline(results["chance"][attribute], zorder=3, **_CHANCE)
@@ -137,7 +137,7 @@ def conditions(results: Mapping[str, Any], rows: Conditions) -> Figure:
             for name, of_attribute in row.items():
                 values = of_attribute[attribute]
                 at = place + step * (names.index(name) - (len(names) - 1) / 2)
-                _spread(panel, at, values, color=COLOR_OF[name], vertical=False, beside=step / 2)
+                _spread(panel, at, values, color=_COLOR_OF[name], vertical=False, beside=step / 2)
         for edge in range(1, len(rows)):
             panel.axhline(edge - 0.5, **_GRID)
         panel.axvline(results["chance"][attribute], zorder=1, **_CHANCE)
@@ -160,13 +160,13 @@ def losses(results: Mapping[str, Any]) -> Figure:
     base = next(iter(variants))
     smooth = {k: _smoothed(v["curves"]) for k, v in variants.items()}
     steps, values = smooth[base]
-    panels[0].plot(steps, values.T, color=COLOR_OF[base], linewidth=0.6, alpha=0.5)
-    panels[0].plot(steps, values.mean(axis=0), color=COLOR_OF[base], linewidth=1.8)
+    panels[0].plot(steps, values.T, color=_COLOR_OF[base], linewidth=0.6, alpha=0.5)
+    panels[0].plot(steps, values.mean(axis=0), color=_COLOR_OF[base], linewidth=1.8)
     panels[0].set(title=LABELS[base], ylabel="training loss (nats per token)")
     for name, (at, found) in smooth.items():
         shared = min(found.shape[1], values.shape[1])
         apart = (found[:, :shared] - values[:, :shared]).mean(axis=0)
-        panels[1].plot(at[:shared], apart, color=COLOR_OF[name], linewidth=1.4)
+        panels[1].plot(at[:shared], apart, color=_COLOR_OF[name], linewidth=1.4)
     panels[1].set(title=f"less that of {LABELS[base]}", ylabel="difference (nats per token)")
     for panel in panels:
         panel.set(xlabel="updates")
@@ -201,7 +201,7 @@ def bars(
     panel = figure.subplots()
     for place, (name, numbers) in enumerate(values.items()):
         middle = np.mean(numbers) if intervals else np.median(numbers)
-        panel.barh(place, middle, 0.7, color=COLOR_OF[name], alpha=0.85, zorder=2)
+        panel.barh(place, middle, 0.7, color=_COLOR_OF[name], alpha=0.85, zorder=2)
         _spread(panel, place, numbers, color=_INK, vertical=False, beside=0.18, interval=intervals)
     panel.set_yticks(range(len(values)), [LABELS[name] for name in values])
     panel.invert_yaxis()
@@ -253,10 +253,10 @@ def bias(results: Mapping[str, Any]) -> Figure:
     for panel, attribute in zip(panels, ATTRIBUTES, strict=True):
         for name in names:
             means = [np.mean(values) for values in found[name][attribute]]
-            panel.plot(places, means, "-", color=COLOR_OF[name], linewidth=1.4)
+            panel.plot(places, means, "-", color=_COLOR_OF[name], linewidth=1.4)
             for place, values in zip(places, found[name][attribute], strict=True):
                 _spread(
-                    panel, float(place), values, color=COLOR_OF[name], vertical=True, beside=0.12
+                    panel, float(place), values, color=_COLOR_OF[name], vertical=True, beside=0.12
                 )
         panel.axhline(results["chance"][attribute], **_CHANCE)
         panel.set_xticks(places, [f"{100 * share:g}" for share in shares])
@@ -267,7 +267,7 @@ def bias(results: Mapping[str, Any]) -> Figure:
         "sentences about a held-out object that state an attribute (%), not to scale"
     )
     style: dict[str, Any] = {"marker": "o", "ls": ""}
-    handles = [Line2D([], [], color=COLOR_OF[k], label=names[k], **style) for k in names]
+    handles = [Line2D([], [], color=_COLOR_OF[k], label=names[k], **style) for k in names]
     _legend(figure, handles, chance=True, seeds=len(results["seeds"]))
     return figure
 
@@ -349,7 +349,7 @@ def _picture(panel: Axes, image: np.ndarray) -> None:
 
 
 def _names(names: Iterable[str], **style: Any) -> list[Any]:
-    return [Line2D([], [], color=COLOR_OF[k], label=LABELS[k], **style) for k in names]
+    return [Line2D([], [], color=_COLOR_OF[k], label=LABELS[k], **style) for k in names]
 
 
 def _legend(

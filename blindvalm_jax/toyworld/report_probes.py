@@ -245,7 +245,9 @@ def attribution(page: figures.Page) -> list[str]:
     nowhere = changed[findings.CHANGED["nowhere"]]
     most, where = findings.farthest(removed, nowhere, page.results["seeds"])
     agree = (
-        f"but differ by up to {most:.3g} ({where})" if most else "and do: no accuracy here differs"
+        f"but differ by up to {most:.3g} ({where})"
+        if most
+        else "and does: no accuracy here differs"
     )
     return [
         "Where do the answers come from? *Swapped*: the tower reads the prompt of another object "
