@@ -131,7 +131,7 @@ def build(
         dtype=dtype,
         caption=pictures.caption,
         skip_damaged=skip_damaged,
-        rounding={"devices": mesh.size, "device_kind": mesh.devices.flat[0].device_kind},
+        rounding=_rounding(mesh),
     )
 
 
@@ -170,9 +170,15 @@ def find_neighbours(
             readout=readout,
             dtype=dtype,
             batch_size=batch_size,
+            rounding=_rounding(mesh),
         )
         for name, split in splits.items()
     }
+
+
+def _rounding(mesh: Mesh) -> dict[str, Any]:
+    """What decides how a tower rounds, besides the batch."""
+    return {"devices": mesh.size, "device_kind": mesh.devices.flat[0].device_kind}
 
 
 def _features_of(

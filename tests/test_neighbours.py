@@ -174,6 +174,13 @@ def test_finished_shards_are_not_searched_again(inputs: Path, tmp_path: Path) ->
         write(inputs, tmp_path, features=broken)
     with pytest.raises(UserError, match="no finished neighbours there, write them again"):
         Neighbours.open(tmp_path)
+    changes: dict[str, dict[str, Any]] = {
+        "batch_size": {"batch_size": 2},
+        "devices": {"rounding": {"devices": 3}},
+    }
+    for name, change in changes.items():
+        with pytest.raises(UserError, match=f"was made with {name} .*, expected"):
+            write(inputs, tmp_path, **change)
     write(inputs, tmp_path, features=broken)
     # A shard takes 4 batches (of 13 windows); the second shard is begun again.
     batches = sum(-(-min(13, n) // 4) for n in _shard_sizes(inputs))

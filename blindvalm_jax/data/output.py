@@ -107,18 +107,27 @@ def writing(out: Path) -> Iterator[Path]:
         ) from error
 
 
-def keep_plan(work: Path, plan: Mapping[str, Any]) -> None:
+def keep_plan(
+    work: Path, plan: Mapping[str, Any], rounding: Mapping[str, Any] | None = None
+) -> None:
     """Writes what determines the files of a directory, or checks it where a run was broken off.
+
+    rounding: what decides how the numbers in them are rounded; until a file is finished it may
+    change, as nothing holds the old one.
 
     Raises:
       UserError: what was begun there is of another plan.
     """
     path = work / _PLAN
-    if path.exists():
+    if path.exists() and not any(work.glob("*.npy.json")):
         check_same(plan, files.read_object(path), directory=work.parent)
+        path.unlink()
+    whole = {**plan, **(rounding or {})}
+    if path.exists():
+        check_same(whole, files.read_object(path), directory=work.parent)
         return
     work.mkdir(exist_ok=True)
-    files.write_json(path, dict(plan))
+    files.write_json(path, whole)
 
 
 def check_same(wanted: Mapping[str, Any], found: Mapping[str, Any], *, directory: Path) -> None:

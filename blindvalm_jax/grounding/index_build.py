@@ -18,7 +18,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from blindvalm_jax import files
 from blindvalm_jax.data import output, workers
 from blindvalm_jax.data.images import DamagedImage
 from blindvalm_jax.data.output import FileRecord
@@ -29,7 +28,6 @@ from blindvalm_jax.grounding.index import ClipHashes, IndexManifest, Shard
 
 SHARD_SIZE = 1 << 18  # images; 400 MB of a width of 768 in float16, held in memory till written
 HASHES_FILE = "file_hashes.json"  # in the directory of an index
-_PLAN = "plan.json"  # of `output.keep_plan`
 Encode = Callable[[np.ndarray], np.ndarray]
 _MOST_THREADS = 16
 _BATCHES_AHEAD = 2
@@ -99,7 +97,7 @@ def build(
     with output.writing(out) as work:
         if (out / index.FILE_NAME).exists():  # by the process that this one waited for
             return _finished(out, plan, skip_damaged=skip_damaged)
-        _keep_plan(work, plan, {"batch_size": batch_size, **(rounding or {})})
+        output.keep_plan(work, plan, {"batch_size": batch_size, **(rounding or {})})
         with Progress("embed images", total=len(images), unit="img") as progress:
             job = _Job(
                 images=images,
@@ -169,15 +167,6 @@ def _finished(out: Path, plan: dict[str, Any], *, skip_damaged: bool) -> IndexMa
         with output.writing(out) as work:
             output.remove_work(work)
     return found
-
-
-def _keep_plan(work: Path, plan: Mapping[str, Any], rounding: Mapping[str, Any]) -> None:
-    """Holds the build to how its first shard was rounded; before that is done all may change."""
-    path = work / _PLAN
-    if path.exists() and not any(work.glob("*.npy.json")):
-        output.check_same(plan, files.read_object(path), directory=work.parent)
-        path.unlink()
-    output.keep_plan(work, {**plan, **rounding})
 
 
 def _check_damaged(out: Path, damaged: FileRecord | None, *, skip_damaged: bool) -> None:

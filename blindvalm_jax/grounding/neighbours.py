@@ -69,12 +69,15 @@ def write(
     dtype: str = "float32",
     batch_size: int = 16,
     windows_per_shard: int = WINDOWS_PER_SHARD,
+    rounding: Mapping[str, Any] | None = None,
 ) -> NeighboursManifest:
     """Writes the neighbours of all windows to `out`, goes on with them, or keeps finished ones.
 
     features: rows as `pipeline.eval_batches` yields them, `batch_size` of them in the order of the
     windows -> queries float32 [b, T, E]; the last batch of a shard is filled with its last row.
     text_sha256, readout, dtype: the tower behind `features`, how it is read, what it computes in.
+    rounding: what decides how `features` rounds, besides `batch_size`: a run of which a shard is
+    finished goes on with the same only.
 
     Raises:
       UserError: the tower is not the index's; the engine searches another index; `out` holds
@@ -107,7 +110,7 @@ def write(
     with output.writing(out) as work:
         if (out / FILE_NAME).exists():  # by the process that this one waited for
             return _finished(out, plan)
-        output.keep_plan(work, plan)
+        output.keep_plan(work, plan, {"batch_size": batch_size, **(rounding or {})})
         with Progress("find neighbours", total=len(windows), unit="win") as progress:
             job = _Job(windows, features, engine, batch_size, progress)
             shards = tuple(_write_shards(out, work, job, windows_per_shard))

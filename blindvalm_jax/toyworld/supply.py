@@ -12,6 +12,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+
 from blindvalm_jax import config as schema
 from blindvalm_jax import files, indexing
 from blindvalm_jax.config import Config
@@ -29,7 +31,7 @@ from blindvalm_jax.toyworld.world import (
 
 Train = Callable[[Config, Path], int]
 _BPE_ENTRIES = 8192  # more than there are words: learning stops by itself
-_BATCH = 256
+_BATCH = 256  # images at once, at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,4 +186,5 @@ def make_index(parts: Parts) -> None:
     data = dataclasses.replace(data, tfds_dir=str(parts.datasets))  # the world may have moved
     source, _ = images.open_sources(data)
     clip = clip_model.load_clip(parts.clip)
-    indexing.build(parts.index, source, clip, name=data.tfds, batch_size=_BATCH, dtype="float32")
+    batch = -(-_BATCH // jax.device_count()) * jax.device_count()
+    indexing.build(parts.index, source, clip, name=data.tfds, batch_size=batch, dtype="float32")
