@@ -163,6 +163,8 @@ class GroundingConfig:
     prepared: str = field("", "directory of neighbours (python -m blindvalm_jax.index neighbours)")
     nprobe: int = field(0, "faiss: lists visited a query; 0: the paper's 32", low=0)
     rerank: int = field(0, "faiss: candidates ranked again exactly; 0: none", low=0)
+    lists: int = field(0, "faiss: lists of its index; 0: those there are, or by its size", low=0)
+    code_bytes: int = field(0, "faiss: bytes of a code; 0: those there are, or by width", low=0)
     random: TextTowerConfig = dataclasses.field(default_factory=TextTowerConfig)
 
 

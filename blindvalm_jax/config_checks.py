@@ -101,8 +101,9 @@ def _check_grounding(config: Config) -> None:
             f"grounding.search={grounding.search} is for grounding.source=images, got "
             f"{grounding.source}"
         )
-    if grounding.search != "faiss" and (grounding.nprobe or grounding.rerank):
-        raise UserError("grounding.nprobe and grounding.rerank are for grounding.search=faiss")
+    for name in ("nprobe", "rerank", "lists", "code_bytes"):
+        if getattr(grounding, name) and grounding.search != "faiss":
+            raise UserError(f"grounding.{name} is for grounding.search=faiss")
     if (grounding.search == "prepared") != bool(grounding.prepared):
         raise UserError("grounding.search=prepared and grounding.prepared=DIR go together")
 

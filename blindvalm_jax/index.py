@@ -43,7 +43,7 @@ from blindvalm_jax.grounding.faiss_engine import (
     PAPER_NPROBE,
     FaissEngine,
     FaissSettings,
-    default_settings,
+    asked_settings,
 )
 from blindvalm_jax.grounding.index import DTYPES, ImageIndex
 from blindvalm_jax.interop import clip_model, clip_text
@@ -246,11 +246,7 @@ def _readout() -> Readout:
 
 
 def _faiss_settings(index: ImageIndex) -> FaissSettings | None:
-    """What flags say of FAISS's index, None where they say nothing."""
-    if not (_LISTS.present or _CODE_BYTES.present):
-        return None
-    count, width = index.vectors.shape
-    return default_settings(count, width, lists=_LISTS.value, code_bytes=_CODE_BYTES.value)
+    return asked_settings(index, lists=_LISTS.value, code_bytes=_CODE_BYTES.value)
 
 
 def _check_text_flags() -> None:

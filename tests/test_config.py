@@ -233,7 +233,7 @@ def test_value_out_of_range(key: str, bound: str) -> None:
         ),
         pytest.param(
             {"grounding.source": "images", "grounding.index": "index", "grounding.nprobe": 8},
-            ["grounding.nprobe and grounding.rerank are for grounding.search=faiss"],
+            ["grounding.nprobe is for grounding.search=faiss"],
             id="nprobe-of-exact-search",
         ),
         pytest.param({"mesh.fsdp": 0}, ["mesh", "positive", "fsdp=0"], id="mesh-zero"),

@@ -203,13 +203,13 @@ def test_faiss_trains_the_same_run_where_its_answers_are_exact(
 ) -> None:
     """All of the index are candidates that are ranked again."""
     shutil.copytree(inputs / "index", tmp_path / "index")
-    made = FaissSettings(lists=2, code_bytes=4, train_vectors=small_valm.IMAGES)
-    FaissEngine(ImageIndex.open(tmp_path / "index"), neighbours=K, settings=made)
     changes = {
         "grounding__index": str(tmp_path / "index"),
         "grounding__search": "faiss",
         "grounding__nprobe": 2,
         "grounding__rerank": small_valm.IMAGES,
+        "grounding__lists": 2,
+        "grounding__code_bytes": 4,
     }
     assert_same_losses(tmp_path / "run", settings(inputs, **changes), finished)
     record = files.read_object(tmp_path / "run" / "run.json")
@@ -221,10 +221,14 @@ def test_faiss_trains_the_same_run_where_its_answers_are_exact(
         "candidates": small_valm.IMAGES,
     }
     assert faiss["made_by"] == faiss["searched_by"] == importlib.import_module("faiss").__version__
-    other = dataclasses.replace(made, lists=4)
+    as_there = {**changes, "grounding__lists": 0, "grounding__code_bytes": 0}
+    train.train(config.parse(settings(inputs, **as_there)), tmp_path / "as_there")
+    other = FaissSettings(lists=4, code_bytes=4, train_vectors=small_valm.IMAGES)
     FaissEngine(ImageIndex.open(tmp_path / "index"), neighbours=K, settings=other, rebuild=True)
-    with pytest.raises(UserError, match="a FAISS index with lists 2, the one in .* has 4: make"):
+    with pytest.raises(UserError, match=r"was trained with .*lists=4.*, expected .*lists=2"):
         train.train(config.parse(settings(inputs, **changes)), tmp_path / "run")
+    with pytest.raises(UserError, match="a FAISS index with lists 2, the one in .* has 4: make"):
+        train.train(config.parse(settings(inputs, **as_there)), tmp_path / "as_there")
 
 
 def test_another_faiss_is_refused_or_announced(

@@ -61,6 +61,13 @@ def default_settings(
     )
 
 
+def asked_settings(index: ImageIndex, *, lists: int, code_bytes: int) -> FaissSettings | None:
+    """Those with `lists` and `code_bytes`, the other by size where it is 0; None: both are."""
+    if not (lists or code_bytes):
+        return None
+    return default_settings(*index.vectors.shape, lists=lists, code_bytes=code_bytes)
+
+
 class FaissEngine:
     """Search in an image index through `faiss.index` in its directory; an `Engine`."""
 
