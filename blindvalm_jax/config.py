@@ -293,8 +293,16 @@ def parse(config: ml_collections.ConfigDict) -> Config:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Reads a config back from the `config.json` of a run."""
-    return parse(ml_collections.ConfigDict(values))
+    """Reads a config back from the `config.json` of a run, as `completed`."""
+    return parse(ml_collections.ConfigDict(completed(values)))
+
+
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run with those that are newer than it.
+
+    The default of a setting that is added later is what the program did before.
+    """
+    return config_fields.completed(Config, values)
 
 
 def resolve(config: Config, *, vocab_size: int, mesh: Mapping[str, int]) -> Config:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from blindvalm_jax.errors import UserError
@@ -47,6 +47,17 @@ def _range_text(entry: dataclasses.Field[Any]) -> str:
     if meta["low"] is not None and meta["high"] is not None:
         return f" ({meta['low']:g} ... {meta['high']:g})"
     return f" (>= {meta['low']:g})" if meta["low"] is not None else ""
+
+
+def completed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings with the defaults of those that are not there."""
+    found = dict(values)
+    for entry in dataclasses.fields(cls):
+        if "meaning" in entry.metadata:
+            found.setdefault(entry.name, entry.default)
+        elif isinstance(section := found.get(entry.name, {}), Mapping):
+            found[entry.name] = completed(_section(entry), section)
+    return found
 
 
 def build(cls: type, values: Any, path: str) -> Any:

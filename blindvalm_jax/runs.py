@@ -18,18 +18,18 @@ import jax
 from clu import parameter_overview
 
 from blindvalm_jax import files
-from blindvalm_jax.config import Config
+from blindvalm_jax.config import Config, completed
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.trees import flatten
 
 # May differ when a run is resumed: none of them changes what is computed, beyond rounding. Paths of
-# data, tokenizer, tower and index are among them because their contents are compared (`check_data`,
-# and the tower where it is read).
+# data, tokenizer, tower, index and neighbours are among them because their contents are compared
+# (`check_data`, and the tower where it is read).
 _FREE = (
     *("log", "eval", "checkpoint", "mesh", "data.workers", "data.cache", "data.files"),
     *("data.eval_files", "data.windows", "data.tfds", "data.tfds_split", "data.tfds_eval_split"),
     *("data.tfds_dir", "data.images", "data.eval_images", "tokenizer.path"),
-    *("grounding.tokenizer", "grounding.tower", "grounding.index"),
+    *("grounding.tokenizer", "grounding.tower", "grounding.index", "grounding.prepared"),
     *("train.remat", "train.scan_unroll", "train.loss_chunk"),
 )
 MARKER = ".blindvalm_run"
@@ -57,7 +57,7 @@ def check_resume(workdir: Path, config: Config) -> int | None:
     record = _record(workdir)
     before, now = (
         {key.replace("/", "."): value for key, value in flatten(settings).items()}
-        for settings in (record["config_as_given"], _plain(config))
+        for settings in (_completed(record["config_as_given"]), _plain(config))
     )
     changed = [k for k in sorted(set(before) | set(now)) if before.get(k) != now.get(k)]
     lines = {k: f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in changed}
@@ -114,6 +114,7 @@ def check_data(workdir: Path, about: Mapping[str, Any]) -> None:
             "bring that index back, or take another --workdir"
         )
     _check_faiss(workdir, before, about)
+    _check_neighbours(workdir, before, about)
 
 
 def _check_faiss(workdir: Path, before: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -135,6 +136,21 @@ def _check_faiss(workdir: Path, before: Mapping[str, Any], about: Mapping[str, A
                 "another --workdir"
             )
         print(f"resuming with another version of FAISS: {there.get(name)!r} -> {value!r}")
+
+
+def _check_neighbours(workdir: Path, before: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Refuses other neighbours found ahead of time than the run read."""
+    now = (about.get("images") or {}).get("prepared")
+    if now is None:
+        return
+    there = (before.get("images") or {}).get("prepared")
+    if there is None:  # of before the record held it
+        print("note: run.json does not say which neighbours were read; that is not compared")
+    elif there["key"] != now["key"]:
+        raise UserError(
+            f"{workdir} was trained with other neighbours ({there['directory']}) than "
+            f"{now['directory']} holds: bring those back, or take another --workdir"
+        )
 
 
 def given_before(workdir: Path) -> Any:
@@ -171,6 +187,10 @@ def _record(workdir: Path) -> Any:
             "another --workdir"
         )
     return record
+
+
+def _completed(given: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(completed(given)))
 
 
 def _plain(config: Config) -> Any:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import ml_collections
 import pytest
 
 from blindvalm_jax import config
@@ -354,6 +355,20 @@ def test_missing_key() -> None:
     values = edited()
     del values["decoder"]["layers"]
     with pytest.raises(UserError, match=r"config\.decoder\.layers is missing"):
+        config.parse(ml_collections.ConfigDict(values))
+
+
+def test_the_record_of_a_run_may_be_older_than_a_setting() -> None:
+    values = edited(**{"decoder.layers": 3, "clip.image.layers": 7, "seed": 5})
+    for lacking in (("log",), ("decoder", "width"), ("clip", "text"), ("clip", "image", "size")):
+        section = values
+        for name in lacking[:-1]:
+            section = section[name]
+        del section[lacking[-1]]
+    expected = edited(**{"decoder.layers": 3, "clip.image.layers": 7, "seed": 5})
+    assert dataclasses.asdict(config.from_dict(values)) == expected
+    values["clip"] = 3
+    with pytest.raises(UserError, match=r"config\.clip must be a section"):
         config.from_dict(values)
 
 

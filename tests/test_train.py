@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from blindvalm_jax import config, runs, system, train, trainer
+from blindvalm_jax import config, files, runs, system, train, trainer
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import formats, weights
 from blindvalm_jax.models.clip import TowerConfig
@@ -189,6 +189,17 @@ def test_resume_announces_settings_that_may_change(
 ) -> None:
     assert runs.check_resume(finished, config.parse(settings(text, log__every_steps=2))) == 6
     assert "log.every_steps: 1 -> 2" in capsys.readouterr().out
+
+
+def test_a_run_older_than_a_setting_is_resumed(finished: Path, text: Path, tmp_path: Path) -> None:
+    """It has the default, and nothing else."""
+    shutil.copytree(finished, tmp_path / "run")
+    record = files.read_object(finished / "run.json")
+    del record["config_as_given"]["grounding"]["rerank"], record["config_as_given"]["log"]
+    files.write_json(tmp_path / "run" / "run.json", record)
+    assert runs.check_resume(tmp_path / "run", config.parse(settings(text))) == 6
+    with pytest.raises(UserError, match=r"settings: seed: 0 -> 1\. Give"):
+        runs.check_resume(tmp_path / "run", config.parse(settings(text, seed=1)))
 
 
 def test_length_may_grow_where_the_schedule_does_not_depend_on_it(

@@ -195,6 +195,15 @@ def test_neighbours_found_ahead_train_the_same_run(
 ) -> None:
     changes = {"grounding__search": "prepared", "grounding__prepared": str(prepared)}
     assert_same_losses(tmp_path / "run", settings(inputs, **changes), finished)
+    moved = {**changes, "grounding__prepared": str(tmp_path / "moved")}
+    shutil.copytree(prepared, tmp_path / "moved")
+    train.train(config.parse(settings(inputs, **moved)), tmp_path / "run")
+    manifest = tmp_path / "moved" / "train" / "manifest.json"
+    values = files.read_object(manifest)
+    values["shards"][0]["sha256"] = "0" * 64
+    files.write_json(manifest, values)
+    with pytest.raises(UserError, match=r"was trained with other neighbours \(.*/train\)"):
+        train.train(config.parse(settings(inputs, **moved)), tmp_path / "run")
 
 
 @pytest.mark.faiss

@@ -49,6 +49,7 @@ class Images:
             )
         self.search: Search | None = None
         self._faiss: dict[str, Any] | None = None
+        self._prepared: dict[str, Any] | None = None
         if grounding.search == "exact":
             self.search = on_devices(mesh, count=count, neighbours=neighbours)
         elif grounding.search == "faiss":
@@ -109,10 +110,16 @@ class Images:
             readout=grounding.readout,
             neighbours=grounding.neighbours,
         )
+        if split == "train":
+            directory = str(found.directory.resolve())
+            self._prepared = {"directory": directory, "key": found.manifest.key}
         return PreparedWindows(windows, found, self.index.vectors)
 
     def describe(self) -> dict[str, Any]:
-        """What run.json says of the index and its search; faiss: None where that is not used."""
+        """What run.json says of the index and its search.
+
+        faiss: of its index; prepared: of the neighbours trained on. None where there is none.
+        """
         manifest, grounding = self.index.manifest, self._grounding
         return {
             "index": str(self.index.directory.resolve()),
@@ -121,6 +128,7 @@ class Images:
             "neighbours": grounding.neighbours,
             "search": grounding.search,
             "faiss": self._faiss,
+            "prepared": self._prepared,
         }
 
 

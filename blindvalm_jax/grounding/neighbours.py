@@ -9,6 +9,7 @@ A run that reads them searches nothing; the ids lead to vectors in the image ind
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -55,6 +56,11 @@ class NeighboursManifest:
     windows_per_shard: int
     shards: tuple[FileRecord, ...]
     format: int = FORMAT
+
+    @property
+    def key(self) -> str:
+        """Tells these ids from others."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
 
 def write(
