@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _LARGEST = flags.DEFINE_integer(
     "faiss_largest",
     1_000_000,
-    "Largest M that FAISS is trained for: seconds for 100,000 vectors, many minutes for a million.",
+    "Largest M that FAISS is trained for.",
 )
 CANDIDATES = flags.DEFINE_integer("candidates", 64, "Candidates ranked again.", lower_bound=4)
 NPROBE = flags.DEFINE_integer("nprobe", 32, "Lists that FAISS visits.", lower_bound=1)

@@ -28,23 +28,29 @@ BATCH = 8192
 _CLIP = ClipHashes(vision_sha256="none", text_sha256="none", source="synthetic")
 
 
+def centres_of(size: int) -> int:
+    """How many centres M vectors have."""
+    return max(_FEWEST_CENTRES, size // _VECTORS_PER_CENTRE)
+
+
 class Clusters:
     """Images whose pixels say only their place, from which `encode` makes a clustered vector."""
 
     fingerprint = "clusters"
 
-    def __init__(self, size: int, width: int) -> None:
-        """size: M; width: E.
+    def __init__(self, size: int, width: int, *, around: np.ndarray | None = None) -> None:
+        """size: M; width: E; around: `centres_of(M)` unit vectors or more, drawn at random if None.
 
         Raises:
           UserError: more images than one pixel can number.
         """
         if size >= 1 << 8 * _PLACE_BYTES:
             raise UserError(f"at most {(1 << 8 * _PLACE_BYTES) - 1:,} vectors, got {size:,}")
-        rng = np.random.default_rng(0)
-        centres = max(_FEWEST_CENTRES, size // _VECTORS_PER_CENTRE)
+        if around is None:
+            rng = np.random.default_rng(0)
+            around = _unit(rng.standard_normal((centres_of(size), width)))
         self._size, self._width = size, width
-        self._centres = _unit(rng.standard_normal((centres, width)))
+        self._centres = around[: centres_of(size)]
 
     def __len__(self) -> int:
         """M."""
@@ -61,7 +67,7 @@ class Clusters:
         return self.vectors(range(first, first + len(images)))
 
     def vectors(self, places: range) -> np.ndarray:
-        """Unit vectors float32 [b, E] around centres drawn at random; from M on: queries."""
+        """Unit vectors float32 [b, E], each around one of the centres; from M on: queries."""
         rng = np.random.default_rng([1, places[0]])
         centres = self._centres[rng.integers(0, len(self._centres), len(places))]
         noise = _unit(rng.standard_normal((len(places), self._width)))

@@ -6,6 +6,7 @@ JSON to each word it reads: "ready", "step", "peak", and what its benchmark adds
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -24,6 +25,8 @@ from blindvalm_jax.data.workers import Progress
 from blindvalm_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from blindvalm_jax.config import Config
     from blindvalm_jax.grounding.retrieval import Search
     from blindvalm_jax.models.clip import TowerConfig
@@ -80,9 +83,11 @@ class Worker:
         Raises:
           UserError: the process has ended.
         """
-        _pipe(self._process.stdin).write(question + "\n")
-        _pipe(self._process.stdin).flush()
-        line = _pipe(self._process.stdout).readline()
+        line = ""
+        with contextlib.suppress(BrokenPipeError):
+            _pipe(self._process.stdin).write(question + "\n")
+            _pipe(self._process.stdin).flush()
+            line = _pipe(self._process.stdout).readline()
         if not line:
             raise UserError(f"a process ended, its message is above: {self._process.args!r}")
         return json.loads(line)
@@ -93,7 +98,8 @@ class Worker:
 
     def stop(self) -> None:
         """Ends the process."""
-        _pipe(self._process.stdin).close()
+        with contextlib.suppress(BrokenPipeError):  # what it was asked last is still in the pipe
+            _pipe(self._process.stdin).close()
         self._process.wait()
 
 
@@ -190,26 +196,15 @@ def compile_system(
     shape: of its text tower; index: vectors on the devices; search: as `system.build` takes it;
     rows: of its batch, random ones without.
     """
-    import jax
-
-    from blindvalm_jax import compilation, flops, optim, partitioning, system
+    from blindvalm_jax import compilation, flops, optim, partitioning
     from blindvalm_jax.objectives import language
 
-    tower = None if shape is None else system.fresh_tower(shape, seed=0)
     mesh = partitioning.make_mesh(settings.mesh)
-    model = system.build(
-        settings,
-        vocab_size=VOCABULARY,
-        tower=tower,
-        platform=jax.devices()[0].platform,
-        search=search,
-    )
+    model, frozen = build(settings, shape, mesh, search=search)
     optimizer = optim.make(settings.optimizer, steps=settings.train.steps)
     state = compilation.init_state(model, optimizer, seed=0, mesh=mesh)
-    frozen: dict[str, Any] = {} if index is None else {"index": index}
-    if tower is not None and model.tower is not None:
-        like = language.abstract_tower(tower.config, settings, mesh)
-        frozen["tower"] = language.place_tower(tower, like)
+    if index is not None:
+        frozen["index"] = index
     if rows is None:
         rows = random_rows(settings, tower=model.tower is not None)
     batch = language.to_device(rows, mesh)
@@ -223,6 +218,30 @@ def compile_system(
         vectors=0 if index is None else len(index),
     )
     return System(model, compiled, state, frozen, batch, cost.total / 1e6)
+
+
+def build(
+    settings: Config, shape: TowerConfig | None, mesh: Mesh, *, search: Search | None = None
+) -> tuple[Model, dict[str, Any]]:
+    """The model of some settings, and its tower with fresh weights on the devices."""
+    import jax
+
+    from blindvalm_jax import system
+    from blindvalm_jax.objectives import language
+
+    tower = None if shape is None else system.fresh_tower(shape, seed=0)
+    model = system.build(
+        settings,
+        vocab_size=VOCABULARY,
+        tower=tower,
+        platform=jax.devices()[0].platform,
+        search=search,
+    )
+    frozen = {}
+    if tower is not None and model.tower is not None:
+        like = language.abstract_tower(tower.config, settings, mesh)
+        frozen["tower"] = language.place_tower(tower, like)
+    return model, frozen
 
 
 def tower_shape(layers: int, width: int, heads: int, projection: int) -> TowerConfig:

@@ -5,8 +5,9 @@ VALM looks for K neighbours of each token among M vectors. For each M the system
 tower, no search; a step's ids and vectors are read through memory maps and brought to the device,
 one after the other with the step, where a run does it beside the step before); valm (exact search
 inside the step); faiss and faiss_ranked (IVF-PQ on the host, as the paper has it: by its codes
-alone, and with --candidates ranked again), where FAISS is installed. Vectors are synthetic and
-clustered, rows and the tower random; what FAISS finds of the exact neighbours is in `search`.
+alone, and with --candidates ranked again), where FAISS is installed. Vectors are synthetic, in
+clusters around what the tower says elsewhere; rows and the tower are random. What FAISS finds of
+the exact neighbours is in `search`.
 
 The share of retrieval is the retrieval alone over the step, round by round (see `valm_systems`);
 and, of exact search, what a step of VALM takes beyond one of BLIND-VALM, which reads the same tower
@@ -93,7 +94,8 @@ def _measured(
 
     begin = time.perf_counter()
     width = valm_systems.shape(TOWER.value, "tower")[1]
-    index = clusters.write_index(directory / "index", clusters.Clusters(size, width))
+    around = valm_systems.centres(clusters.centres_of(size), directory)
+    index = clusters.write_index(directory / "index", clusters.Clusters(size, width, around=around))
     written = time.perf_counter() - begin
     made = None
     if approximate.left_out(size) is None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ RETRIEVING = ("prepared", "valm", *APPROXIMATE)
 _LENGTH = 256
 _WINDOWS = 256  # with neighbours found ahead; a step takes the next ones
 _BATCHES = 8  # of those that search, in turn: the same one's vectors would lie in caches
+_CENTRES_FILE = "centres.npy"
 
 
 def length() -> int:
@@ -71,6 +73,48 @@ def shape(words: list[str], flag: str) -> list[int]:
             f"--{flag} must be layers, width and heads that divide it, got {','.join(words)!r}"
         )
     return sizes
+
+
+def centres(count: int, directory: Path) -> np.ndarray:
+    """What the tower says at tokens of other batches than those of the steps, float32 [C, E].
+
+    Images that lie around them are asked for as a CLIP's are: everywhere, and no list of FAISS more
+    often than others. What a tower with random weights says lies close together; images drawn
+    elsewhere would have a few neighbours in common to all tokens, which would stay in caches.
+    """
+    import numpy as np
+
+    made = start("centres", f"--directory={directory}", f"--centres={count}")
+    try:
+        made.ask("write")
+    finally:
+        made.stop()
+    return np.load(directory / _CENTRES_FILE)
+
+
+def write_centres(count: int, directory: Path) -> None:
+    """See `centres`; in a process of its own, as the one that compares holds no model."""
+    import jax
+    import numpy as np
+
+    from blindvalm_jax import partitioning
+    from blindvalm_jax.objectives import language
+
+    settings = _settings("blind")
+    layers, width, heads = shape(TOWER.value, "tower")
+    mesh = partitioning.make_mesh(settings.mesh)
+    model, frozen = turns.build(
+        settings, turns.tower_shape(layers, width, heads, projection=width), mesh
+    )
+    said: list[np.ndarray] = []
+    with partitioning.use(mesh):
+        read = jax.jit(model.features)
+        while sum(map(len, said)) < count:
+            rows = turns.random_rows(settings, tower=True, seed=_BATCHES + len(said))
+            z_BTKE = read(frozen, language.to_device(rows, mesh))
+            said.append(np.asarray(z_BTKE, np.float32).reshape(-1, width))
+    drawn = np.random.default_rng(0).permutation(np.concatenate(said))[:count]
+    np.save(directory / _CENTRES_FILE, drawn)
 
 
 def worker(name: str, directory: Path) -> None:
@@ -201,6 +245,18 @@ def _searching(
 
 
 if __name__ == "__main__":
-    _SYSTEM = flags.DEFINE_enum("system", "gpt2", (*FIXED, *RETRIEVING), "System of this process.")
+    _SYSTEM = flags.DEFINE_enum(
+        "system", "gpt2", ("centres", *FIXED, *RETRIEVING), "System of this process."
+    )
     _DIRECTORY = flags.DEFINE_string("directory", "", "Where its index lies.")
-    run_main(lambda _: worker(_SYSTEM.value, Path(_DIRECTORY.value)))
+    _CENTRES = flags.DEFINE_integer("centres", 1, "How many centres are written.")
+
+    def _main(_: Sequence[str]) -> None:
+        if _SYSTEM.value == "centres":
+            for _ in sys.stdin:
+                write_centres(_CENTRES.value, Path(_DIRECTORY.value))
+                print("{}", flush=True)
+        else:
+            worker(_SYSTEM.value, Path(_DIRECTORY.value))
+
+    run_main(_main)

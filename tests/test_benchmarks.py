@@ -47,6 +47,35 @@ def test_what_lies_on_disk_is_what_was_drawn(tmp_path: Path) -> None:
         clusters.Clusters(1 << 24, WIDTH)
 
 
+def test_vectors_lie_around_what_is_given(tmp_path: Path) -> None:
+    around = np.eye(WIDTH, dtype=np.float32)
+    found = clusters.Clusters(SIZE, WIDTH, around=around).vectors(range(SIZE))
+    near = np.max(found @ around.T, axis=1)
+    assert len(set(np.argmax(found @ around.T, axis=1))) == clusters.centres_of(SIZE) == 10
+    # Noise of norm 0.6 beside a centre of norm 1, in any direction: 0.84 to 0.88 if orthogonal.
+    assert np.median(near) == pytest.approx(0.86, abs=0.03)
+
+
+def test_a_worker_that_is_gone_is_one_clear_line() -> None:
+    code = """
+import time
+from benchmarks import turns
+from blindvalm_jax.errors import UserError
+gone = turns.Worker(["benchmarks.no_such_module"])
+gone._process.wait()
+try:
+    gone.ask("ready")
+except UserError as error:
+    print(error)
+finally:
+    gone.stop()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("a process ended, its message is above: [")
+    assert "no_such_module" in done.stderr
+
+
 def test_neighbours_found_ahead_lead_to_vectors_of_the_index(tmp_path: Path) -> None:
     index = clusters.write_index(tmp_path / "index", clusters.Clusters(SIZE, WIDTH))
     found = clusters.write_neighbours(
