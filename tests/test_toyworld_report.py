@@ -501,28 +501,49 @@ def test_bias_is_against_the_least_share_and_says_updates(tmp_path: Path) -> Non
     assert f"| 10 % − 0 %, GPT-2 | {gap.cell} |" in text
     head, _, *rows = next(table for table in tables(text) if table[0][0] == "stated")
     assert head[4:] == [f"{word}, GPT-2 (3,000 updates)" for word in WORDS.values()]
-    assert rows[0][1:4] == ["0.00 (0.0)"] * 3
+    assert rows[0][1:4] == [f"{ALL['chance'][a]:.3f} (0.0)" for a in ATTRIBUTES]
+    assert "both at" not in text
     assert findings.swept({"variants": {}, "bias": bias}) == {"gpt2": "GPT-2"}
     bias["gpt2"] = {**bias["gpt2"], "size": [[0.1], [0.2]]}
     with pytest.raises(UserError, match=r"bias\.gpt2\.size\.0 must be 3 numbers"):
         results_file.check({**ALL, "bias": bias})
+    for knob in ([], ["often"]):
+        with pytest.raises(UserError, match=r"bias\.stated_heldout must be numbers"):
+            results_file.check({**ALL, "bias": {**ALL["bias"], "stated_heldout": knob}})
 
 
-def test_what_text_reaches_is_counted_from_the_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("last", "word"), [(0.9, "higher"), (0.1, "lower"), (0.5, "not clear")])
+def test_the_data_choose_what_is_said_of_the_bias(tmp_path: Path, last: float, word: str) -> None:
+    bias = copy.deepcopy(ALL["bias"])
+    bias["gpt2"]["color"] = [[0.4, 0.5, 0.6], [last - 0.05, last, last + 0.05]]
+    bias["blind_valm_eos"]["color"] = [[0.9] * 3, [last + 0.2] * 3]
+    short = written(tmp_path, "In short", bias=bias)
+    assert f" {word}" in short.partition("It is")[2].partition("at 10 % than at 0 %")[0]
+    gap = Gap.between(bias["gpt2"]["color"][1], bias["blind_valm_eos"]["color"][1])
+    assert f"lower than BLIND-VALM EOS, both at 10 %, {gap} (" in short
+    text = written(tmp_path, OPTIONAL["bias"], bias=bias)
+    assert f"| GPT-2 − BLIND-VALM EOS, both at 10 % | {gap.cell} |" in text
+
+
+def test_what_text_alone_gives_is_counted_from_the_text(tmp_path: Path) -> None:
     share, world = 0.4, {**KNOBS, "heldout_objects": 9, "sentences": 300, "seed": 0}
     bias = {**ALL["bias"], "stated_heldout": [0.0, share]}
     text = written(tmp_path, OPTIONAL["bias"], bias=bias, world=world)
     [row] = [row for table in tables(text) for row in table if row[0] == "40 %"]
-    config = WorldConfig(**world, stated_heldout=share)
-    things = objects(config)
-    sentences = Counter(language.sentences(config, things, "train"))
     for cell, attribute in zip(row[1:4], ATTRIBUTES, strict=True):
-        of = {thing.name: 0 for thing in things if thing.split == "heldout"}
-        for probe in language.probes(config, things):
-            if probe.object in of and (probe.attribute, probe.wording) == (attribute, "seen"):
-                of[probe.object] += sentences[f"{probe.prompt} {probe.answer}."]
-        reached = np.mean([count > 0 for count in of.values()])
-        assert cell == f"{reached:.2f} ({np.mean(list(of.values())):.1f})"
+        times: list[int] = []
+        right: list[float] = []
+        for seed in ALL["seeds"]:
+            config = WorldConfig(**{**world, "seed": seed}, stated_heldout=share)
+            things = objects(config)
+            sentences = Counter(language.sentences(config, things, "train"))
+            of = {thing.name: 0 for thing in things if thing.split == "heldout"}
+            for probe in language.probes(config, things):
+                if probe.object in of and (probe.attribute, probe.wording) == (attribute, "seen"):
+                    of[probe.object] += sentences[f"{probe.prompt} {probe.answer}."]
+            times += of.values()
+            right += [1.0 if count else ALL["chance"][attribute] for count in of.values()]
+        assert cell == f"{np.mean(right):.3f} ({np.mean(times):.1f})"
 
 
 def test_removed_and_nowhere_agree_or_how_far_they_do_not(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
     kind = {"heldout": "held-out", "dev": "development"}[_TABLE.value]
     print(f"\n{kind} objects: no sentence states what they look like. The report: {path}")
     if set(_VARIANTS.value) != set(recipes.VARIANTS):
-        command = "-m blindvalm_jax.toyworld --workdir=runs/toyworld"
+        command = "-m blindvalm_jax.toyworld --workdir=runs/toyworld --first_seed=5"
         print(f"all variants and controls: {_python()} {command}")
 
 

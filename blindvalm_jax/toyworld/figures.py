@@ -36,6 +36,7 @@ _RIGHT, _WRONG, _INK = "#0072B2", "#D55E00", "0.15"
 _WIDTH = 8.6  # inches
 _GRID: dict[str, Any] = {"color": "0.88", "linewidth": 0.7}
 _CHANCE: dict[str, Any] = {"color": "0.35", "linestyle": "--", "linewidth": 1.0}
+_ALONE: dict[str, Any] = {"color": "0.35", "linestyle": ":", "linewidth": 1.2}
 
 
 class Gallery:
@@ -242,8 +243,11 @@ def neighbours(gallery: Gallery, rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def bias(results: Mapping[str, Any]) -> Figure:
-    """Accuracy against the share of held-out sentences that state an attribute."""
+def bias(results: Mapping[str, Any], alone: Mapping[str, Sequence[float]]) -> Figure:
+    """Accuracy against the share of held-out sentences that state an attribute.
+
+    alone: by attribute, the accuracy at each share of who remembers the text and guesses the rest.
+    """
     found = results["bias"]
     shares = found["stated_heldout"]
     names = swept(results)
@@ -258,6 +262,7 @@ def bias(results: Mapping[str, Any]) -> Figure:
                 _spread(
                     panel, float(place), values, color=_COLOR_OF[name], vertical=True, beside=0.12
                 )
+        panel.plot(places, alone[attribute], **_ALONE)
         panel.axhline(results["chance"][attribute], **_CHANCE)
         panel.set_xticks(places, [f"{100 * share:g}" for share in shares])
         panel.set(title=WORDS[attribute], ylim=(0, 1.04))
@@ -268,6 +273,7 @@ def bias(results: Mapping[str, Any]) -> Figure:
     )
     style: dict[str, Any] = {"marker": "o", "ls": ""}
     handles = [Line2D([], [], color=_COLOR_OF[k], label=names[k], **style) for k in names]
+    handles.append(Line2D([], [], label="remembering the text, guessing the rest", **_ALONE))
     _legend(figure, handles, chance=True, seeds=len(results["seeds"]))
     return figure
 

@@ -62,10 +62,11 @@ PAIRS = (
     *(("blind_valm", "random_tower"), ("blind_valm", "shuffled")),
     *(("blind_valm_eos", "random_tower_eos"), ("blind_valm_eos", "shuffled_eos")),
 )
+# Part of a comparison that is timed -> in words, and what is in results.json where it was made.
 STAGES = {
-    "world_and_clip": "worlds, CLIP and indices",
-    "language": "language models and their probes",
-    "bias": "those of the reporting-bias curve",
+    "world_and_clip": ("worlds, CLIP and indices", "clip"),
+    "language": ("language models and their probes", "variants"),
+    "bias": ("those of the reporting-bias curve", "bias"),
 }
 LEARNED = 0.95  # accuracy on stated objects from which they count as learned
 # Variant -> attribute -> one accuracy per seed, under some condition; by the condition's name.

@@ -18,6 +18,7 @@ from blindvalm_jax.toyworld import (
     figures,
     findings,
     language,
+    report_bias,
     report_probes,
     report_short,
     results_file,
@@ -176,14 +177,22 @@ def _nearest(page: figures.Page) -> list[str]:
     lines = []
     gallery = page.gallery
     if "clip" in page.results:
-        found = [(k, v) for k, v in page.results["clip"].items() if k != "seconds"]
-        named = "; ".join(f"{key.replace('_', ' ')} {mean(values)}" for key, values in found)
+        found = page.results["clip"]
+        recall = "; ".join(
+            f"{key.replace('_', ' ')} {mean(values)}"
+            for key, values in found.items()
+            if "_at_" in key
+        )
+        rivals = "the batches of training"
+        if "recipe" in page.results:
+            rivals = f"batches of {page.results['recipe']['clip']['pairs']} pairs"
         count = len(gallery.things) * gallery.config.validation_images_per_object
         lines = [
-            f"CLIP on {count} validation images, each with one of its captions: {named}. By chance "
-            f"recall at 1 would be {1 / count:.4f}, at 5 {5 / count:.4f}. It stays low by its "
-            "nature: a caption is true of all images of its object, and a description of all that "
-            "look alike.",
+            f"CLIP on {count} validation images, each with one of its captions: loss "
+            f"{mean(found['loss'])} in {rivals}; among all of them {recall}. By chance recall at 1 "
+            f"would be {1 / count:.4f}, at 5 {5 / count:.4f}. It stays low by its nature: a "
+            "caption is true of all images of its object, and a description of all that look "
+            "alike.",
             "",
         ]
     retrieved = {k: v["retrieved"] for k, v in page.variants.items() if "retrieved" in v}
@@ -234,7 +243,7 @@ def _cost(page: figures.Page) -> list[str]:
     if costs.beside:
         lines.append(
             "Runs were timed side by side, or not at one go: times are rough, and models of equal "
-            "FLOPs show how rough. docs/results.md has the careful measurement."
+            "FLOPs show how rough. docs/results.md has a careful measurement of larger models."
         )
     else:
         lines.append("Runs were timed one at a time.")
@@ -270,9 +279,14 @@ def _made(page: figures.Page) -> list[str]:
     about = {"machine": results.get("machine"), **trained, "measured at": results.get("commit")}
     about["versions"] = ", ".join(f"{k} {v}" for k, v in results.get("versions", {}).items())
     lines += [f"- {key}: {value}" for key, value in about.items() if value]
-    for stage, took in results.get("timed", {}).items():
-        minutes = f"{took['seconds'] / 60:.1f} minutes, {took['jobs']} at a time"
-        lines.append(f"- {findings.STAGES[stage]}: {minutes}")
+    timed = results.get("timed", {})
+    for stage, (made, part) in findings.STAGES.items():
+        minutes = "not timed, as they were not made at one go"
+        if stage in timed:
+            took = timed[stage]
+            minutes = f"{took['seconds'] / 60:.1f} minutes, {took['jobs']} at a time"
+        if part in results:
+            lines.append(f"- {made}: {minutes}")
     config = page.gallery.config
     rows = [
         [f"`{knob.name}`", str(getattr(config, knob.name)), knob.metadata["meaning"]]
@@ -296,7 +310,7 @@ SECTIONS: dict[str, tuple[Callable[[figures.Page], list[str]], str]] = {
     "What the answers rest on": (report_probes.attribution, "attribution"),
     "Images instead of text": (report_probes.given, "given"),
     "What CLIP finds": (_nearest, "variants"),
-    "How often text would have to say it": (report_probes.bias, "bias"),
+    "How often text would have to say it": (report_bias.bias, "bias"),
     "Cost": (_cost, "variants"),
     "Appendix: every seed": (_every_seed, "variants"),
     "How this was made": (_made, "seeds"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,7 +10,7 @@ import numpy as np
 from blindvalm_jax.toyworld import figures, findings, language, results_file
 from blindvalm_jax.toyworld.figures import table
 from blindvalm_jax.toyworld.findings import LABELS, WORDINGS, WORDS, mean
-from blindvalm_jax.toyworld.world import ATTRIBUTES, TEXT_SPLITS, attribute_of
+from blindvalm_jax.toyworld.world import ATTRIBUTES, TEXT_SPLITS
 
 
 def answers(page: figures.Page) -> list[str]:
@@ -154,7 +152,7 @@ def stated(page: figures.Page) -> list[str]:
         f"{findings.LEARNED}, from which on a model counts as having learned what was stated.",
         *table(["model", "updates", "seen wordings", "new wordings"], told),
         "Seen wordings, train objects less held-out ones:",
-        *_gaps({LABELS[k]: gaps for k, gaps in findings.against(seen, held).items()}),
+        *gap_table({LABELS[k]: gaps for k, gaps in findings.against(seen, held).items()}),
     ]
 
 
@@ -195,7 +193,7 @@ def linear(page: figures.Page) -> list[str]:
         "what it searches with.",
         *page.conditions("linear", rows, caption),
         "The model's answers less the linear map's:",
-        *_gaps({LABELS[k]: gaps for k, gaps in findings.against(said, hold).items()}),
+        *gap_table({LABELS[k]: gaps for k, gaps in findings.against(said, hold).items()}),
         *_by_seed(page, hold, said),
     ]
 
@@ -219,7 +217,7 @@ def _by_seed(page: figures.Page, hold: findings.Condition, said: findings.Condit
     ]
 
 
-def _gaps(rows: Mapping[str, Mapping[str, findings.Gap]]) -> list[str]:
+def gap_table(rows: Mapping[str, Mapping[str, findings.Gap]]) -> list[str]:
     """A table of differences by attribute; bold: the interval leaves out zero."""
     cells = [[name, *(gaps[a].cell for a in ATTRIBUTES)] for name, gaps in rows.items()]
     return table(["difference", *WORDS.values()], cells)
@@ -257,7 +255,7 @@ def attribution(page: figures.Page) -> list[str]:
         "grounding from all positions but these. A model whose fusion block is turned into a plain "
         f"one with the same text attention should answer as with the grounding nowhere, {agree}.",
         *page.conditions("attribution", rows, caption),
-        *_gaps({f"{what}, {LABELS[k]}": of[k] for what, of in gaps.items() for k in of}),
+        *gap_table({f"{what}, {LABELS[k]}": of[k] for what, of in gaps.items() for k in of}),
     ]
 
 
@@ -277,7 +275,7 @@ def given(page: figures.Page) -> list[str]:
         "of pictures of the object, which CLIP was not trained on, in the place of the text "
         "features." + shift * any(kind.endswith("_shifted") for kind in kinds),
         *page.conditions("given", rows, caption),
-        *_gaps(
+        *gap_table(
             {
                 f"{what} − text, {LABELS[k]}": gaps
                 for what, row in images.items()
@@ -285,50 +283,3 @@ def given(page: figures.Page) -> list[str]:
             }
         ),
     ]
-
-
-def bias(page: figures.Page) -> list[str]:
-    """Answers as sentences begin to state what held-out objects look like."""
-    found, names = page.results["bias"], findings.swept(page.results)
-    shares = [f"{100 * share:g} %" for share in found["stated_heldout"]]
-    rows = [
-        [
-            share,
-            *_reached(page, found["stated_heldout"][place]),
-            *(mean(found[k][a][place]) for a in ATTRIBUTES for k in names),
-        ]
-        for place, share in enumerate(shares)
-    ]
-    head = ["stated", *(f"{WORDS[a]} reached" for a in ATTRIBUTES)]
-    head += [f"{WORDS[a]}, {label}" for a in ATTRIBUTES for label in names.values()]
-    caption = "Accuracy on held-out objects, seen wordings, as text begins to state what they are."
-    gaps = {
-        f"{share} − {shares[0]}, {LABELS[k]}": {
-            a: findings.Gap.between(found[k][a][place], found[k][a][0]) for a in ATTRIBUTES
-        }
-        for k in names
-        for place, share in enumerate(shares)
-        if place
-    }
-    return [
-        "How much would the text have to say? The share of sentences about a held-out object that "
-        "state one of its attributes grows from left to right, in steps that are not to scale. "
-        "Shown is the accuracy in seen wordings. *Reached*: held-out objects of which at least "
-        "one sentence states the attribute, and in brackets such sentences per object (first "
-        "seed): who remembers all that is stated and guesses the rest can do little better.",
-        *page.figure("bias", figures.bias(page.results), caption),
-        *table(head, rows),
-        *_gaps(gaps),
-    ]
-
-
-def _reached(page: figures.Page, share: float) -> list[str]:
-    """By attribute, how many held-out objects have it stated, and how often on average."""
-    held = {thing.name for thing in page.gallery.things if thing.split == "heldout"}
-    config = dataclasses.replace(page.gallery.config, stated_heldout=share)
-    found: dict[str, Counter[str]] = {attribute: Counter() for attribute in ATTRIBUTES}
-    for text in language.sentences(config, page.gallery.things, "train"):
-        said = attribute_of(text.split()[-1].removesuffix("."))
-        if said is not None and (names := held & set(re.findall(r"\w+", text))):
-            found[said[0]].update(names)
-    return [f"{len(x) / len(held):.2f} ({x.total() / len(held):.1f})" for x in found.values()]

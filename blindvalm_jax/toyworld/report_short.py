@@ -95,13 +95,19 @@ def _stated(page: figures.Page) -> list[str]:
     bias = page.results.get("bias", {})
     if "gpt2" not in bias:
         return []
+    shares, colors = bias["stated_heldout"], bias["gpt2"]["color"]
     told = ", ".join(
-        f"{mean(values)} at {100 * share:g} %"
-        for share, values in zip(bias["stated_heldout"], bias["gpt2"]["color"], strict=True)
+        f"{mean(values)} at {100 * share:g} %" for share, values in zip(shares, colors, strict=True)
     )
+    last = f"{100 * shares[-1]:g} %"
+    gaps = {f"at {last} than at {100 * shares[0]:g} %": Gap.between(colors[-1], colors[0])}
+    if "blind_valm_eos" in bias:
+        other = Gap.between(colors[-1], bias["blind_valm_eos"]["color"][-1])
+        gaps[f"than BLIND-VALM EOS, both at {last}"] = other
+    compared = "; ".join(f"{gap.word} {than}, {gap}" for than, gap in gaps.items())
     return [
-        "GPT-2 catches up as sentences about held-out objects begin to state what they look like; "
-        f"its colour in seen wordings: {told} "
+        "GPT-2 where sentences about held-out objects state an attribute in some share of cases, "
+        f"colour in seen wordings: {told}. It is {compared} "
         "([how often](#how-often-text-would-have-to-say-it))."
     ]
 

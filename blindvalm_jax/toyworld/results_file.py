@@ -14,6 +14,7 @@ from blindvalm_jax.toyworld.findings import (
     GIVEN,
     LABELS,
     RETRIEVED,
+    STAGES,
     WORDINGS,
 )
 from blindvalm_jax.toyworld.world import ATTRIBUTES, WorldConfig
@@ -36,8 +37,11 @@ def check(results: Mapping[str, Any]) -> WorldConfig:
         if not _finite([_at(results, *path)]):
             raise UserError(f"results: {'.'.join(path)} must be a number")
     for name in variants:
-        if len(_at(results, "variants", name, "curves")) != len(seeds):
+        curves = _at(results, "variants", name, "curves")
+        if len(curves) != len(seeds) or not all(_at(curve, "loss") for curve in curves):
             raise UserError(f"results: variants.{name}.curves must be {len(seeds)}, one per seed")
+    if unknown := sorted(set(results.get("timed", ())) - set(STAGES)):
+        raise UserError(f"results: timed may hold {[*STAGES]}, got {unknown}")
     if "neighbours" in results:
         rows = {str(place): row for place, row in enumerate(results["neighbours"])}
         for where in itertools.product(rows, ("object", *ATTRIBUTES, "prompt", "images")):
@@ -92,6 +96,8 @@ def _per_seed(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 def _check_bias(results: Mapping[str, Any], seeds: int) -> None:
     knob = _at(results, "bias", "stated_heldout")
+    if not knob or not _finite(knob):
+        raise UserError("results: bias.stated_heldout must be numbers")
     names = sorted({"gpt2", *results["bias"]} & set(LABELS))
     for name, attribute in itertools.product(names, ATTRIBUTES):
         rows = _at(results, "bias", name, attribute)
