@@ -34,9 +34,10 @@ def write_bytes(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file, see `replacing`."""
-    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+def write_json(path: Path, value: Any, *, compact: bool = False) -> None:
+    """Writes a JSON file, see `replacing`; compact: on one line, in half the time and memory."""
+    layout: dict[str, Any] = {"separators": (",", ":")} if compact else {"indent": 1}
+    write_bytes(path, (json.dumps(value, **layout) + "\n").encode())
 
 
 def read_json(path: Path, *, hint: str = "") -> Any:

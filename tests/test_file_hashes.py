@@ -52,8 +52,8 @@ def test_hashes_are_kept_while_files_are_read(
     seen = []
     write_json = file_hashes.files.write_json
 
-    def watch(path: Path, value: object) -> None:
-        write_json(path, value)
+    def watch(path: Path, value: object, **layout: bool) -> None:
+        write_json(path, value, **layout)
         seen.append(len(kept(known)))
 
     monkeypatch.setattr(file_hashes.files, "write_json", watch)
@@ -61,3 +61,16 @@ def test_hashes_are_kept_while_files_are_read(
     assert seen == [2, 4]
     file_hashes.file_hashes(paths, known=known)
     assert seen == [2, 4], "written again with nothing new in it"
+
+
+def test_hashes_are_kept_without_spaces_and_indented_ones_are_read(tmp_path: Path) -> None:
+    """Spaces make writing millions of them take twice as long."""
+    paths, known = write(tmp_path, 3), tmp_path / "hashes.json"
+    first = file_hashes.file_hashes(paths[:1], known=known)
+    values = json.loads(known.read_bytes())
+    assert known.read_text() == json.dumps(values, separators=(",", ":")) + "\n"
+    ((name, (size, time, _)),) = values.items()
+    known.write_text(json.dumps({name: [size, time, "f" * 64]}, indent=1))
+    found = file_hashes.file_hashes(paths, known=known)
+    assert found[0] == file_hashes.FileHash(bytes=first[0].bytes, sha256="f" * 64)
+    assert len(kept(known)) == 3

@@ -54,6 +54,7 @@ def test_images_may_lie_deeper(tmp_path: Path) -> None:
     np.testing.assert_array_equal(source[0].image, GRADIENT)
 
 
+NO_FILES = ("", ".", "a.png/x.png", "n" * 256, "n/" * 3000, "a\0.png")
 WRONG = r'captions.jsonl:{}: expected \{{"image": FILE, "caption": TEXT\}} or "captions"'
 
 
@@ -79,7 +80,8 @@ WRONG = r'captions.jsonl:{}: expected \{{"image": FILE, "caption": TEXT\}} or "c
             line(caption="x") + line(image="b.png", caption="x"),
             "jsonl:2: there is no image .*b.png",
         ),
-        (line(image="", caption="x"), "jsonl:1: there is no image"),
+        (line(image="\udcff.png", caption="x"), WRONG.format(1)),
+        *((line(image=name, caption="x"), "jsonl:1: there is no image") for name in NO_FILES),
     ],
 )
 def test_wrong_lines_are_named_by_file_and_number(
@@ -488,3 +490,16 @@ def test_a_damaged_image_is_told_from_a_system_that_cannot_read(tmp_path: Path) 
     with pytest.raises(UserError, match="003.png cannot be read") as failed:
         source[3]
     assert not isinstance(failed.value, images.DamagedImage)
+
+
+@pytest.mark.parametrize("name", [*NO_FILES, "loop"])
+def test_a_name_that_leads_to_no_file_is_a_damaged_image(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    folder = folder_of(tmp_path, line(caption="x") + line(image=name, caption="y"))
+    with pytest.raises(UserError, match="jsonl:2: there is no image"):
+        images.FolderImages(folder)
+    source = images.FolderImages(folder, may_miss=True)
+    assert [entry is None for entry in source.describe()["images"]] == [False, True]
+    with pytest.raises(images.DamagedImage, match="cannot be read as an image") as caught:
+        source[1]
+    assert caught.value.id == name

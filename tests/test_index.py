@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blindvalm_jax.data.images import DamagedImage
+from blindvalm_jax import indexing
+from blindvalm_jax.data.images import DamagedImage, FolderImages
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import index
 from blindvalm_jax.grounding.index import ImageIndex
-from tests import dying, small_index
+from tests import dying, small_images, small_index
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -282,6 +283,20 @@ def test_damaged_pictures_end_the_build_or_are_left_out(tmp_path: Path) -> None:
 def test_leaving_out_where_none_is_damaged_changes_nothing(whole: Path, tmp_path: Path) -> None:
     small_index.build(tmp_path, skip_damaged=True)
     assert content(tmp_path) == content(whole)
+
+
+def test_records_of_a_folder_that_lead_to_no_file_are_left_out(tmp_path: Path) -> None:
+    folder = small_images.write_folder(tmp_path / "in", small_images.noise(3), ["a", "b", "c"])
+    wrong = ["", "000.png/x.png", "n" * 256, "a\0.png"]
+    lines = "".join(json.dumps({"image": name, "caption": "x"}) + "\n" for name in wrong)
+    path = folder / "captions.jsonl"
+    path.write_text(lines + path.read_text())
+    source = indexing.TowerImages(FolderImages(folder, may_miss=True), small_index.SIDE)
+    values: dict[str, Any] = {"images": source, "caption": source.caption}
+    made = small_index.build(tmp_path / "out", skip_damaged=True, **values)
+    assert (made.count, made.damaged) == (3, 4)
+    lost = (tmp_path / "out" / "damaged-00000.jsonl").read_text().splitlines()
+    assert [json.loads(record)["id"] for record in lost] == wrong
 
 
 BROKEN = """

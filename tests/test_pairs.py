@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +196,44 @@ def test_evaluation_sees_each_image_once_with_its_first_caption(
         found += numbers(whole)[: counts[0]]
     assert found == pipeline.eval_order(COUNT, limit).tolist()
     assert len(set(found)) == len(found) == min(limit or COUNT, COUNT)
+
+
+class Watched:
+    """Images of 21 pixels: how often each was decoded, and how many at once were held."""
+
+    def __init__(self) -> None:
+        self.decoded: list[int] = []
+        self.most_held = 0
+        self._images: list[weakref.ref[np.ndarray]] = []
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, index: int) -> Captioned:
+        image = small_images.noise(1, side=21, seed=index)[0]
+        self.decoded.append(index)
+        self._images.append(weakref.ref(image))
+        self.most_held = max(self.most_held, sum(held() is not None for held in self._images))
+        return Captioned(str(index), image, self.captions(index))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return (f"{index} 0",)
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+
+@pytest.mark.parametrize(("batch_size", "limit"), [(64, 5), (64, 0), (10, 0), (4, 9)])
+def test_evaluation_decodes_each_image_once_and_holds_its_row_alone(
+    batch_size: int, limit: int
+) -> None:
+    """Also where a batch is larger than all images, so that most of it is filled up."""
+    watched = Watched()
+    found = list(pairs.eval_batches(watched, reader(size=8), batch_size=batch_size, limit=limit))
+    assert watched.decoded == pipeline.eval_order(COUNT, limit).tolist()
+    assert watched.most_held <= 2, "one that is read, and the one before"
+    for batch, count in found:
+        counted = [numbers(batch)[place % count] for place in range(batch_size)]
+        assert numbers(batch) == counted
+        for image, number in zip(batch["images"], counted, strict=True):
+            np.testing.assert_array_equal(image, images.resize(watched[number].image, 8))

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +32,8 @@ from blindvalm_jax.errors import UserError, first_line
 
 CAPTIONS_FILE = "captions.jsonl"
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# What the system says of a name that leads to no file; all else is the fault of the system.
+_NOT_THERE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class DamagedImage(UserError):
@@ -126,7 +129,7 @@ class FolderImages:
         if not self._items:
             raise UserError(f"{path} holds no caption")
         for (number, _), (name, _) in zip(numbered, self._items, strict=True):
-            if not may_miss and not (self._folder / name).is_file():
+            if not may_miss and not _is_there(self._folder / name):
                 raise UserError(f"{path}:{number}: there is no image {self._folder / name}")
 
     def __len__(self) -> int:
@@ -163,7 +166,7 @@ class FolderImages:
     @functools.cached_property
     def _description(self) -> dict[str, Any]:
         paths = [self._folder / name for name, _ in self._items]
-        there = [path for path in paths if path.is_file()]
+        there = [path for path in paths if _is_there(path)]
         hashes = dict(zip(there, file_hashes(there, known=self._digests), strict=True))
         images = [vars(hashes[path]) if path in hashes else None for path in paths]
         return {"captions": self._items, "images": images}
@@ -363,10 +366,21 @@ def _undecoded(field: str) -> Any:
     return decoders
 
 
+def _is_there(path: Path) -> bool:
+    """Whether a path leads to a file; a `UserError` where the system cannot say."""
+    with readable(path):
+        try:
+            return stat.S_ISREG(path.stat().st_mode)
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            if _is_of_the_system(error):
+                raise
+            return False
+
+
 def _is_of_the_system(error: Exception) -> bool:
     """Whether memory, a disk or too many open files are to blame, and not the image."""
     if isinstance(error, OSError):  # PIL raises it without a number where the content is wrong
-        return error.errno not in (None, errno.ENOENT)
+        return error.errno not in (None, *_NOT_THERE)
     return isinstance(error, MemoryError)
 
 
@@ -387,12 +401,14 @@ def _item(where: str, line: bytes) -> tuple[str, tuple[str, ...]]:
     given = [fields[name] for name in ("caption", "captions") if name in fields]
     captions = given[0] if len(given) == 1 else None
     captions = [captions] if isinstance(captions, str) else captions
-    named = "image" in fields and isinstance(fields["image"], str)
+    name: Any = fields.get("image")
+    named = isinstance(name, str) and not _SURROGATE.search(name)
     if not named or not isinstance(captions, list) or not captions or not all(map(_text, captions)):
         raise UserError(
-            f'{where}: expected {{"image": FILE, "caption": TEXT}} or "captions": [TEXT, ...]'
+            f'{where}: expected {{"image": FILE, "caption": TEXT}} or "captions": [TEXT, ...], '
+            "no text blank and no half of a surrogate pair in any"
         )
-    return fields["image"], tuple(captions)
+    return name, tuple(captions)
 
 
 def _text(value: Any) -> bool:

@@ -126,13 +126,24 @@ def eval_batches(
 ) -> Iterator[tuple[Batch, int]]:
     """`limit` images (0: all) once each with their first caption, and how many of a batch count.
 
-    The last batch is filled up from the beginning; what fills it does not count.
+    The last batch is filled up with its own images again; what fills it does not count.
     """
     chosen = eval_order(len(source), limit)
     block = batch_size // process_count
     for first in range(0, len(chosen), batch_size):
-        places = first + process_index * block + np.arange(block)
-        items = [source[int(chosen[place % len(chosen)])] for place in places]
-        rows = [read(item, item.captions[0]) for item in items]
-        stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        yield stacked, min(batch_size, len(chosen) - first)
+        count = min(batch_size, len(chosen) - first)
+        places = first + (process_index * block + np.arange(block)) % count
+        yield _rows(source, read, chosen[places].tolist()), count
+
+
+def _rows(source: ImageSource, read: Reader, numbers: list[int]) -> Batch:
+    """The rows of some images with their first captions.
+
+    One that comes again is not decoded again, and none is held longer than its row takes.
+    """
+    rows: dict[int, Batch] = {}
+    for number in numbers:
+        if number not in rows:
+            item = source[number]
+            rows[number] = read(item, item.captions[0])
+    return {name: np.stack([rows[x][name] for x in numbers]) for name in rows[numbers[0]]}
