@@ -518,9 +518,10 @@ def test_the_data_choose_what_is_said_of_the_bias(tmp_path: Path, last: float, w
     bias["gpt2"]["color"] = [[0.4, 0.5, 0.6], [last - 0.05, last, last + 0.05]]
     bias["blind_valm_eos"]["color"] = [[0.9] * 3, [last + 0.2] * 3]
     short = written(tmp_path, "In short", bias=bias)
-    assert f" {word}" in short.partition("It is")[2].partition("at 10 % than at 0 %")[0]
+    grown = Gap.between(bias["gpt2"]["color"][1], bias["gpt2"]["color"][0])
+    assert f"at 10 % less at 0 %: {grown} ({word}" in short
     gap = Gap.between(bias["gpt2"]["color"][1], bias["blind_valm_eos"]["color"][1])
-    assert f"lower than BLIND-VALM EOS, both at 10 %, {gap} (" in short
+    assert f"less BLIND-VALM EOS, both at 10 %: {gap} (lower)" in short
     text = written(tmp_path, OPTIONAL["bias"], bias=bias)
     assert f"| GPT-2 − BLIND-VALM EOS, both at 10 % | {gap.cell} |" in text
 

@@ -100,14 +100,14 @@ def _stated(page: figures.Page) -> list[str]:
         f"{mean(values)} at {100 * share:g} %" for share, values in zip(shares, colors, strict=True)
     )
     last = f"{100 * shares[-1]:g} %"
-    gaps = {f"at {last} than at {100 * shares[0]:g} %": Gap.between(colors[-1], colors[0])}
+    gaps = {f"at {last} less at {100 * shares[0]:g} %": Gap.between(colors[-1], colors[0])}
     if "blind_valm_eos" in bias:
         other = Gap.between(colors[-1], bias["blind_valm_eos"]["color"][-1])
-        gaps[f"than BLIND-VALM EOS, both at {last}"] = other
-    compared = "; ".join(f"{gap.word} {than}, {gap}" for than, gap in gaps.items())
+        gaps[f"less BLIND-VALM EOS, both at {last}"] = other
+    compared = "; ".join(f"{what}: {gap} ({gap.word})" for what, gap in gaps.items())
     return [
         "GPT-2 where sentences about held-out objects state an attribute in some share of cases, "
-        f"colour in seen wordings: {told}. It is {compared} "
+        f"colour in seen wordings: {told}; {compared} "
         "([how often](#how-often-text-would-have-to-say-it))."
     ]
 
