@@ -273,7 +273,7 @@ def bias(results: Mapping[str, Any], alone: Mapping[str, Sequence[float]]) -> Fi
     )
     style: dict[str, Any] = {"marker": "o", "ls": ""}
     handles = [Line2D([], [], color=_COLOR_OF[k], label=names[k], **style) for k in names]
-    handles.append(Line2D([], [], label="remembering the text, guessing the rest", **_ALONE))
+    handles.append(Line2D([], [], label="text alone", **_ALONE))
     _legend(figure, handles, chance=True, seeds=len(results["seeds"]))
     return figure
 
