@@ -19,7 +19,7 @@ windows. Without --clip and --windows the queries are vectors of the index with 
 nearer to images than text does: good for a first look, not for choosing settings. Also --nprobe,
 --rerank, --lists, --code_bytes, --rebuild, --batch_size, --dtype, --seed, --json.
 FAISS's index is made by whoever needs it first, with --lists and --code_bytes, and kept.
-verify: reads every file of an index, and refuses one that is not as it was written.
+verify: reads every file of an index, FAISS's too, and refuses one that is not as it was written.
 
 Train on an index with --config.grounding.source=images --config.grounding.index=DIR. build and
 neighbours go on where they stopped when the same command is given again.
@@ -39,12 +39,7 @@ from blindvalm_jax.config import DataConfig
 from blindvalm_jax.data import images
 from blindvalm_jax.errors import UserError, run_main
 from blindvalm_jax.grounding import index_build, retrieval
-from blindvalm_jax.grounding.faiss_engine import (
-    PAPER_NPROBE,
-    FaissEngine,
-    FaissSettings,
-    asked_settings,
-)
+from blindvalm_jax.grounding.faiss_engine import INDEX_FILE, PAPER_NPROBE, FaissEngine, verify
 from blindvalm_jax.grounding.index import DTYPES, ImageIndex
 from blindvalm_jax.interop import clip_model, clip_text
 from blindvalm_jax.models.clip import Readout
@@ -84,9 +79,11 @@ _SEARCH = flags.DEFINE_enum(
 )
 _NPROBE = flags.DEFINE_integer("nprobe", PAPER_NPROBE, "FAISS: lists visited a query")
 _RERANK = flags.DEFINE_integer("rerank", 0, "FAISS: candidates ranked again exactly; 0: none")
-_LISTS = flags.DEFINE_integer("lists", 0, "FAISS: lists of a new index; 0: by its size")
+_LISTS = flags.DEFINE_integer(
+    "lists", 0, "FAISS: lists of its index; 0: those there are, or by its size"
+)
 _CODE_BYTES = flags.DEFINE_integer(
-    "code_bytes", 0, "FAISS: bytes of a code of a new index; 0: by its width, at most 64"
+    "code_bytes", 0, "FAISS: bytes of a code; 0: those there are, or by the width"
 )
 _REBUILD = flags.DEFINE_bool("rebuild", False, "recall: make FAISS's index again")
 _QUERIES = flags.DEFINE_integer("queries", 1024, "recall: how many")
@@ -213,7 +210,8 @@ def _neighbours() -> None:
                 neighbours=_NEIGHBOURS.value,
                 nprobe=_NPROBE.value,
                 candidates=_RERANK.value,
-                settings=_faiss_settings(index),
+                lists=_LISTS.value,
+                code_bytes=_CODE_BYTES.value,
             )
         return retrieval.ExactEngine(
             index.vectors,
@@ -243,10 +241,6 @@ def _neighbours() -> None:
 
 def _readout() -> Readout:
     return "eos" if _READOUT.value == "eos" else "token"
-
-
-def _faiss_settings(index: ImageIndex) -> FaissSettings | None:
-    return asked_settings(index, lists=_LISTS.value, code_bytes=_CODE_BYTES.value)
 
 
 def _check_text_flags() -> None:
@@ -287,7 +281,8 @@ def _recall() -> None:
         neighbours=_NEIGHBOURS.value,
         nprobe=_NPROBE.value,
         rerank=_RERANK.value,
-        settings=_faiss_settings(index),
+        lists=_LISTS.value,
+        code_bytes=_CODE_BYTES.value,
         rebuild=_REBUILD.value,
     )
     asked = f"{len(queries.vectors):,} queries: "
@@ -313,7 +308,8 @@ def _recall() -> None:
 def _verify() -> None:
     index = ImageIndex.open(Path(_INDEX.value).expanduser())
     index.verify()
-    print(f"{_INDEX.value}: {index.manifest.count:,} vectors, every file as it was written")
+    read = "every file" if verify(index) else f"every file but {INDEX_FILE}"
+    print(f"{_INDEX.value}: {index.manifest.count:,} vectors, {read} as it was written")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from blindvalm_jax.data.images import ImageSource
 from blindvalm_jax.data.windows import Windows
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import index_build, neighbours, text
-from blindvalm_jax.grounding.faiss_engine import PAPER_NPROBE, FaissEngine, FaissSettings
+from blindvalm_jax.grounding.faiss_engine import PAPER_NPROBE, FaissEngine
 from blindvalm_jax.grounding.index import ClipHashes, ImageIndex, IndexManifest
 from blindvalm_jax.grounding.neighbours import NeighboursManifest
 from blindvalm_jax.grounding.retrieval import Engine, ExactEngine
@@ -294,10 +294,11 @@ def measure_recall(
     neighbours: int,
     nprobe: int = PAPER_NPROBE,
     rerank: int = 0,
-    settings: FaissSettings | None = None,
+    lists: int = 0,
+    code_bytes: int = 0,
     rebuild: bool = False,
 ) -> list[Measured]:
-    """Exact search and FAISS on the same queries; settings, rebuild: see `FaissEngine`.
+    """Exact search and FAISS on the same queries; its arguments: see `FaissEngine`.
 
     Speed is that of the median of 3 rounds after one that compiles, from host memory to host
     memory, vectors of the neighbours left out.
@@ -311,7 +312,8 @@ def measure_recall(
             neighbours=neighbours,
             nprobe=nprobe,
             candidates=rerank,
-            settings=settings,
+            lists=lists,
+            code_bytes=code_bytes,
             rebuild=rebuild,
         ),
         "exact": ExactEngine(

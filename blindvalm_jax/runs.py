@@ -19,6 +19,7 @@ from clu import parameter_overview
 
 from blindvalm_jax import files
 from blindvalm_jax.config import Config, completed
+from blindvalm_jax.console import say
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.trees import flatten
 
@@ -108,48 +109,73 @@ def check_data(workdir: Path, about: Mapping[str, Any]) -> None:
                 f"{about['data']['directory']}. Bring the data back (for text, data.windows may "
                 "name the windows of the run), or take another --workdir"
             )
-    if _index_key(before) != _index_key(about):
+    check_images(workdir, about.get("images"))
+
+
+def check_images(workdir: Path, images: Mapping[str, Any] | None) -> None:
+    """Refuses another image index, FAISS index or neighbours than the run in `workdir` had.
+
+    images: as `Images.describe` gives it, None without an index.
+    """
+    before, now = _record(workdir).get("images") or {}, images or {}
+    if before.get("key") != now.get("key"):  # an older record has none, and had no index
         raise UserError(
-            f"{workdir} was trained on another image index than {about['images']['index']} is now: "
-            "bring that index back, or take another --workdir"
+            f"{workdir} was trained on another image index than {now.get('index')} is now: bring "
+            "that index back, or take another workdir"
         )
-    _check_faiss(workdir, before, about)
-    _check_neighbours(workdir, before, about)
+    if now.get("faiss") is not None:
+        _check_faiss(workdir, before.get("faiss"), now)
+    if now.get("prepared") is not None:
+        _check_neighbours(workdir, before.get("prepared"), now["prepared"])
 
 
-def _check_faiss(workdir: Path, before: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+def _check_faiss(
+    workdir: Path, before: Mapping[str, Any] | None, images: Mapping[str, Any]
+) -> None:
     """Refuses a FAISS index that answers otherwise than the run's; its version may be another."""
-    now = (about.get("images") or {}).get("faiss")
-    if now is None:
-        return
-    there = (before.get("images") or {}).get("faiss")
-    if there is None:  # of before the record held it
+    if before is None:  # of before the record held it
         print("note: run.json does not say how FAISS searched before; that is not compared")
         return
-    for name, value in now.items():
-        if there.get(name) == value:
+    for name, value in images["faiss"].items():
+        there = before.get(name)
+        if there is None:  # of before the record held it
+            print(f"note: run.json does not say {name} of FAISS's index; that is not compared")
+        elif there == value:
             continue
-        if name != "searched_by":
+        elif name == "searched_by":
+            print(f"note: searched by another version of FAISS: {there!r} -> {value!r}")
+        else:
             raise UserError(
-                f"{workdir} was trained on a FAISS index with {name} {there.get(name)!r}, the one "
-                f"in {about['images']['index']} has {value!r}: make it again as it was, or take "
-                "another --workdir"
+                f"{workdir} was trained on a FAISS index with {name} {there!r}, the one in "
+                f"{images['index']} has {value!r}: bring it back as it was, or take another workdir"
             )
-        print(f"resuming with another version of FAISS: {there.get(name)!r} -> {value!r}")
 
 
-def _check_neighbours(workdir: Path, before: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+def _check_neighbours(
+    workdir: Path, before: Mapping[str, Any] | None, now: Mapping[str, Any]
+) -> None:
     """Refuses other neighbours found ahead of time than the run read."""
-    now = (about.get("images") or {}).get("prepared")
-    if now is None:
-        return
-    there = (before.get("images") or {}).get("prepared")
-    if there is None:  # of before the record held it
+    if before is None:  # of before the record held it
         print("note: run.json does not say which neighbours were read; that is not compared")
-    elif there["key"] != now["key"]:
+    elif before["key"] != now["key"]:
         raise UserError(
-            f"{workdir} was trained with other neighbours ({there['directory']}) than "
-            f"{now['directory']} holds: bring those back, or take another --workdir"
+            f"{workdir} was trained with other neighbours ({before['directory']}) than "
+            f"{now['directory']} holds: bring those back, or take another workdir"
+        )
+
+
+def say_other_code(workdir: Path) -> None:
+    """Says if the code that last trained the run in `workdir` is another than this."""
+    record, now = _record(workdir), commit()
+    before = record.get("commit")
+    if "code_sha256" in record:
+        other = record["code_sha256"] != CODE_SHA256
+    else:  # of before the record held it
+        other = None not in (before, now) and before != now
+    if other:
+        say(
+            f"note: last run by other code (commit {before or 'unknown'}), resumed by commit "
+            f"{now or 'unknown'}: what it computes may differ"
         )
 
 
@@ -161,20 +187,26 @@ def given_before(workdir: Path) -> Any:
 def keep_places(workdir: Path, about: Mapping[str, Any], *, resolved: Config) -> None:
     """Writes where data, tower and index of a finished run lie now, where they have moved.
 
-    about: as `write_record` gets it, after `check_data`.
+    about: as `write_record` gets it, after `check_data`. All else it says stays as trained.
     """
-    places = {name: about[name] for name in ("data", "images") if name in about}
-    paths = _plain(resolved)["grounding"]
-    for name, now in (("run.json", places), ("config.json", {"grounding": paths})):
-        before = files.read_object(workdir / name)
-        if before != {**before, **now}:
-            files.write_json(workdir / name, {**before, **now})
+    record = moved = files.read_object(workdir / "run.json")
+    for place in (("data", "directory"), ("images", "index"), ("images", "prepared", "directory")):
+        moved = _moved(moved, about, place)
+    settings = files.read_object(workdir / "config.json")
+    now = {**settings, "grounding": _plain(resolved)["grounding"]}
+    for name, before, after in (("run.json", record, moved), ("config.json", settings, now)):
+        if before != after:
+            files.write_json(workdir / name, after)
 
 
-def _index_key(record: Mapping[str, Any]) -> str | None:
-    """Key of the image index of a run, None where it has none; older records say nothing of it."""
-    images = record.get("images")
-    return None if images is None else images["key"]
+def _moved(record: Any, about: Any, place: tuple[str, ...]) -> Any:
+    """A record with what `about` has at a place, if both have something there."""
+    if not place:
+        return about
+    name, *rest = place
+    if not all(isinstance(table, Mapping) and name in table for table in (record, about)):
+        return record
+    return {**record, name: _moved(record[name], about[name], tuple(rest))}
 
 
 def _record(workdir: Path) -> Any:
@@ -212,12 +244,13 @@ def write_record(
     """Writes config.json (as resolved) and run.json: what this run is and each of its starts."""
     path = workdir / "run.json"
     starts = files.read_object(path)["starts"] if step and path.exists() else []
-    starts.append({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step})
+    code = {"commit": commit(), "code_sha256": CODE_SHA256}
+    starts.append({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, **code})
     record = {
         "command": sys.argv,
         "config_as_given": _plain(given),
         "versions": versions(),
-        "commit": commit(),
+        **code,
         "devices": [jax.devices()[0].device_kind, jax.device_count()],
         "processes": jax.process_count(),
         **about,

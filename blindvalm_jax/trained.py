@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from blindvalm_jax import config, files, partitioning, system
+from blindvalm_jax import config, files, partitioning, runs, system
 from blindvalm_jax.data import manifest, prepared, tokenizers
 from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.errors import UserError
@@ -82,7 +82,8 @@ def load(workdir: str | Path, *, mesh: Mesh | None = None) -> TrainedModel:
     """The newest checkpoint of a language model's run.
 
     Raises:
-      UserError: it is no such run, lacks something, or its tower reads tokens of its own.
+      UserError: it is no such run, lacks something, or its tower reads tokens of its own; its image
+        index, or FAISS's of it, is another than it was trained on.
     """
     workdir = Path(workdir).expanduser()
     run = run_directory.load(workdir)
@@ -102,6 +103,7 @@ def load(workdir: str | Path, *, mesh: Mesh | None = None) -> TrainedModel:
             grounding = dataclasses.replace(grounding, search="exact", prepared="")
             settings = dataclasses.replace(settings, grounding=grounding)
         images = Images(grounding, mesh, text_sha256=tower.sha256)
+        runs.check_images(workdir, images.describe())
     model = system.build(
         settings,
         vocab_size=run.config.vocab_size,

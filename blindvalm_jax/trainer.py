@@ -71,6 +71,8 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
             runs.keep_places(workdir, about, resolved=objective.resolved())
         say(f"nothing to do: {workdir} has {saved} of {settings.train.steps} steps")
         return 0
+    if resuming:
+        runs.say_other_code(workdir)
     start = None if resuming else objective.read_start(planned.params)
     begin = time.perf_counter()
     update = compilation.make_update(settings, objective.model, optimizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -273,10 +274,40 @@ def test_faiss_is_made_with_the_lists_and_codes_that_are_asked_for(
     other = [*line, "--lists=3", "--code_bytes=8"]
     said = commands(chosen, line, other, [*other, "--rebuild"], [*line, "--lists=-1", "--rebuild"])
     assert [code for code, _, _ in said] == [0, 0, 1, 0, 1]
-    assert "was trained with FaissSettings(lists=2, code_bytes=8" in said[2][2]
+    assert "was trained with lists 2, code_bytes 8, expected lists 3, code_bytes 8" in said[2][2]
     assert "-1 lists, codes of 4 bytes: there must be a list" in said[4][2]
     made = json.loads((tmp_path / "found.json").read_text())["searches"][1]["settings"]
     assert (made["lists"], made["code_bytes"], made["nprobe"]) == (3, 8, 3)
+
+
+@pytest.mark.faiss
+def test_the_command_that_a_damaged_faiss_file_names_mends_it(inputs: Path, tmp_path: Path) -> None:
+    """Neither search nor verify takes it before; settings are those that were there."""
+    copy = tmp_path / "of mine"
+    shutil.copytree(inputs / "index", copy, ignore=shutil.ignore_patterns("faiss*"))
+    recall, verify = ["recall", f"--index={copy}", "--queries=8"], ["verify", f"--index={copy}"]
+    made, whole = commands([*recall, "--lists=3", "--code_bytes=8"], verify)
+    assert (made[0], whole[0]) == (0, 0)
+    path = copy / "faiss.index"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    [changed] = commands(verify)
+    assert changed[0] == 1
+    assert "faiss.index has sha256" in changed[2]
+    path.unlink()
+    [missing] = commands(recall)
+    assert missing[0] == 1
+    arguments = shlex.split(missing[2].partition("-m blindvalm_jax.index ")[2])
+    assert arguments[0] == "recall"
+    mended, whole = commands([*arguments, "--queries=8"], verify)
+    assert (mended[0], whole[0]) == (0, 0), mended
+    assert path.read_bytes() == good
+    record = json.loads((copy / "faiss.json").read_text())
+    del record["sha256"]
+    (copy / "faiss.json").write_text(json.dumps(record))
+    [old] = commands(verify)
+    assert old[:2] == [0, f"{copy}: 300 vectors, every file but faiss.index as it was written\n"]
+    assert "cannot be checked" in old[2]
 
 
 @pytest.mark.parametrize("readout", ["token", "eos"])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blindvalm_jax import partitioning
+from blindvalm_jax import files, partitioning
 from blindvalm_jax.config import MeshConfig
 from blindvalm_jax.data import packing, pipeline
 from blindvalm_jax.data.windows import Windows
@@ -88,8 +88,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
-    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+    paths = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
 
 
 def test_every_token_has_the_neighbours_of_its_feature(inputs: Path) -> None:
@@ -170,22 +170,65 @@ def test_finished_shards_are_not_searched_again(inputs: Path, tmp_path: Path) ->
             raise RuntimeError("no more power")
         return features(rows)
 
+    rounding = {"devices": 8}
     with pytest.raises(RuntimeError, match="no more power"):
-        write(inputs, tmp_path, features=broken)
+        write(inputs, tmp_path, features=broken, rounding=rounding)
     with pytest.raises(UserError, match="no finished neighbours there, write them again"):
         Neighbours.open(tmp_path)
     changes: dict[str, dict[str, Any]] = {
-        "batch_size": {"batch_size": 2},
+        "batch_size": {"batch_size": 2, "rounding": rounding},
         "devices": {"rounding": {"devices": 3}},
     }
     for name, change in changes.items():
         with pytest.raises(UserError, match=f"was made with {name} .*, expected"):
             write(inputs, tmp_path, **change)
-    write(inputs, tmp_path, features=broken)
+    write(inputs, tmp_path, features=broken, rounding=rounding)
     # A shard takes 4 batches (of 13 windows); the second shard is begun again.
     batches = sum(-(-min(13, n) // 4) for n in _shard_sizes(inputs))
     assert len(calls) == 6 + batches - 4
     assert content(tmp_path) == content(inputs / "whole")
+
+
+def test_work_begun_before_a_rounding_was_recorded_goes_on(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+
+    def broken(rows: pipeline.Batch) -> np.ndarray:
+        calls.append(len(rows["tokens"]))
+        if len(calls) == 6:
+            raise RuntimeError("no more power")
+        return features(rows)
+
+    rounding = {"devices": 8}
+    with pytest.raises(RuntimeError, match="no more power"):
+        write(inputs, tmp_path, features=broken, rounding=rounding)
+    plan = tmp_path / "work" / "plan.json"
+    values = files.read_object(plan)
+    del values["batch_size"]
+    files.write_json(plan, values)
+    with pytest.raises(UserError, match="was made with devices 8, expected 1"):
+        write(inputs, tmp_path, rounding={"devices": 1})
+    capsys.readouterr()
+    write(inputs, tmp_path, rounding=rounding)
+    assert "plan.json does not say batch_size of what is" in capsys.readouterr().err
+    assert content(tmp_path) == content(inputs / "whole")
+
+
+def test_neighbours_of_an_engine_that_said_less_are_kept(inputs: Path, tmp_path: Path) -> None:
+    engine = NumpyEngine(ImageIndex.open(inputs / "index"))
+    engine.settings |= {"made_by": "1.8.0"}
+    write(inputs, tmp_path, engine=engine)
+    younger = NumpyEngine(ImageIndex.open(inputs / "index"))
+    younger.settings |= {"made_by": "1.8.0", "sha256": "a"}
+    before = content(tmp_path)
+    write(inputs, tmp_path, engine=younger)
+    younger.settings["made_by"] = "1.9.0"
+    with pytest.raises(UserError, match=r"was made with engine .*1\.8\.0.*, expected .*1\.9\.0"):
+        write(inputs, tmp_path, engine=younger)
+    with pytest.raises(UserError, match=r"was made with engine .*1\.8\.0"):
+        write(inputs, tmp_path)  # an engine without what is there
+    assert content(tmp_path) == before
 
 
 def _shard_sizes(inputs: Path) -> list[int]:

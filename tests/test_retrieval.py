@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +15,11 @@ import pytest
 from jax.extend import core as jax_core
 from jax.sharding import Mesh
 
-from blindvalm_jax import compilation, partitioning
+from blindvalm_jax import compilation, files, partitioning
 from blindvalm_jax.config import MeshConfig
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import faiss_engine, retrieval
-from blindvalm_jax.grounding.faiss_engine import FaissEngine, FaissSettings
+from blindvalm_jax.grounding.faiss_engine import FaissEngine
 from blindvalm_jax.grounding.index import ImageIndex
 from tests import small_index, small_models
 
@@ -311,7 +312,7 @@ def recall(found: retrieval.Retrieved, exact: retrieval.Retrieved) -> float:
     return float(np.mean([len(np.intersect1d(a, b)) / len(b) for a, b in pairs]))
 
 
-SETTINGS = FaissSettings(lists=8, code_bytes=4, train_vectors=1000)
+SETTINGS: dict[str, Any] = {"lists": 8, "code_bytes": 4}
 
 
 @pytest.mark.faiss
@@ -320,7 +321,7 @@ def test_faiss_comes_near_exact_search_and_nearer_with_re_ranking(image_index: I
     exact = retrieval.ExactEngine(
         image_index.vectors, neighbours=NEIGHBOURS, mesh=mesh_of((1, 1, 1))
     ).search(queries_QE)
-    made: dict[str, Any] = {"neighbours": NEIGHBOURS, "settings": SETTINGS, "nprobe": 4}
+    made: dict[str, Any] = {"neighbours": NEIGHBOURS, "nprobe": 4, **SETTINGS}
     plain = FaissEngine(image_index, **made).search(queries_QE)
     ranked = FaissEngine(image_index, **made, candidates=64).search(queries_QE)
     # Chance is 4 / 1000; measured 0.45 and 1.00.
@@ -336,9 +337,7 @@ def test_faiss_comes_near_exact_search_and_nearer_with_re_ranking(image_index: I
 def test_faiss_with_every_list_and_candidate_is_exact(image_index: ImageIndex) -> None:
     """Whatever the codes are worth, ranking all vectors again is exact search."""
     queries_QE = image_queries()
-    engine = FaissEngine(
-        image_index, neighbours=NEIGHBOURS, nprobe=8, candidates=1000, settings=SETTINGS
-    )
+    engine = FaissEngine(image_index, neighbours=NEIGHBOURS, nprobe=8, candidates=1000, **SETTINGS)
     found = engine.search(queries_QE)
     scores_QK, index_QK = answer(queries_QE, image_index.vectors[:], NEIGHBOURS)
     np.testing.assert_array_equal(found.index_QK, index_QK)
@@ -349,7 +348,7 @@ def test_faiss_with_every_list_and_candidate_is_exact(image_index: ImageIndex) -
 @pytest.mark.faiss
 def test_faiss_always_finds_k(image_index: ImageIndex) -> None:
     """One list of 8 holds fewer than 600 of 1,000 vectors: the others are visited too."""
-    found = FaissEngine(image_index, neighbours=600, nprobe=1, settings=SETTINGS)
+    found = FaissEngine(image_index, neighbours=600, nprobe=1, **SETTINGS)
     index_QK = found.search(image_queries(), vectors=False).index_QK
     assert index_QK.min() >= 0
     assert all(len(np.unique(row)) == 600 for row in index_QK)
@@ -359,36 +358,81 @@ def test_faiss_always_finds_k(image_index: ImageIndex) -> None:
 def test_a_faiss_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     small_index.build(tmp_path, 300)
     opened = ImageIndex.open(tmp_path)
-    first = FaissSettings(lists=4, code_bytes=4, train_vectors=300)
-    other = FaissSettings(lists=2, code_bytes=4, train_vectors=300)
-    FaissEngine(opened, neighbours=2, settings=first)
-    before = (tmp_path / faiss_engine.INDEX_FILE).read_bytes()
-    assert FaissEngine(opened, neighbours=2).settings["lists"] == 4
-    with pytest.raises(UserError, match=r"was trained with .*lists=4.*expected .*lists=2"):
-        FaissEngine(opened, neighbours=2, settings=other)
-    assert (tmp_path / faiss_engine.INDEX_FILE).read_bytes() == before
-    assert FaissEngine(opened, neighbours=2, settings=other, rebuild=True).settings["lists"] == 2
+    FaissEngine(opened, neighbours=2, lists=4, code_bytes=4)
     path = tmp_path / faiss_engine.INDEX_FILE
+    before = path.read_bytes()
+    assert FaissEngine(opened, neighbours=2).settings["lists"] == 4
+    with pytest.raises(UserError, match=r"was trained with lists 4, expected lists 2: ask"):
+        FaissEngine(opened, neighbours=2, lists=2)
+    assert path.read_bytes() == before
+    assert FaissEngine(opened, neighbours=2, lists=2, rebuild=True).settings["lists"] == 2
     path.write_bytes(b"x" * path.stat().st_size)
     with pytest.raises(UserError, match="faiss.index is damaged"):
         FaissEngine(opened, neighbours=2)
     path.unlink()
     with pytest.raises(UserError, match="faiss.index is missing"):
         FaissEngine(opened, neighbours=2)
+    (tmp_path / faiss_engine.RECORD_FILE).write_text("{")
+    with pytest.raises(
+        UserError, match=r"faiss.json cannot be read .* recall --index=.* --rebuild"
+    ):
+        FaissEngine(opened, neighbours=2)
+
+
+@pytest.mark.faiss
+def test_of_faiss_s_settings_those_asked_for_are_compared(tmp_path: Path) -> None:
+    """5 lists are none that a size gives; a code of 4 bytes is what the width gives."""
+    small_index.build(tmp_path, 300)
+    opened = ImageIndex.open(tmp_path)
+    made = FaissEngine(opened, neighbours=2, lists=5).settings
+    assert (made["lists"], made["code_bytes"]) == (5, 4)
+    fitting: list[dict[str, Any]] = [{}, {"lists": 5}, {"code_bytes": 4}]
+    for asked in (*fitting, {"lists": 5, "code_bytes": 4}):
+        assert FaissEngine(opened, neighbours=2, **asked).settings == made
+    with pytest.raises(UserError, match="was trained with code_bytes 4, expected code_bytes 8"):
+        FaissEngine(opened, neighbours=2, code_bytes=8)
+
+
+@pytest.mark.faiss
+def test_faiss_s_file_is_known_by_its_content(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_index.build(tmp_path, 300)
+    opened = ImageIndex.open(tmp_path)
+    assert faiss_engine.verify(opened), "there is none to check"
+    made = FaissEngine(opened, neighbours=2, lists=4).settings
+    path, record = tmp_path / faiss_engine.INDEX_FILE, tmp_path / faiss_engine.RECORD_FILE
+    assert made["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert FaissEngine(opened, neighbours=2).settings == made
+    assert faiss_engine.verify(opened)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    command = f"blindvalm_jax.index recall --index={tmp_path} --rebuild --lists=4 --code_bytes=4"
+    with pytest.raises(UserError, match=rf"faiss.index has sha256 .*: make it again: .*{command}$"):
+        faiss_engine.verify(opened)
+    values = files.read_object(record)
+    del values["sha256"]
+    files.write_json(record, values)  # as it was before it held a hash
+    capsys.readouterr()
+    assert not faiss_engine.verify(opened)
+    assert "faiss.index cannot be checked, as faiss.json is older" in capsys.readouterr().err
+    assert FaissEngine(opened, neighbours=2).settings == {**made, "sha256": None}
 
 
 @pytest.mark.faiss
 def test_impossible_faiss_settings_are_refused(tmp_path: Path) -> None:
     small_index.build(tmp_path, 300)
     opened = ImageIndex.open(tmp_path)
-    for changes, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"lists": 500}, "500 lists .* need 500 or more of the 300 vectors"),
-        ({"train_vectors": 200}, "need 256 or more of the 300 vectors"),
         ({"code_bytes": 5}, "the bytes must divide the width 16"),
-    ):
-        values = {"lists": 4, "code_bytes": 4, "train_vectors": 300, **changes}
+    ]
+    for changes, message in cases:
         with pytest.raises(UserError, match=message):
-            FaissEngine(opened, neighbours=2, settings=FaissSettings(**values))
+            FaissEngine(opened, neighbours=2, **changes)
+    small_index.build(tmp_path / "few", 200)
+    with pytest.raises(UserError, match="need 256 or more of the 200 vectors"):
+        FaissEngine(ImageIndex.open(tmp_path / "few"), neighbours=2)
     impossible: list[dict[str, Any]] = [{"neighbours": 301}, {"neighbours": 4, "candidates": 3}]
     for wrong in impossible:
         with pytest.raises(UserError, match="K must be from 1 to their number"):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from blindvalm_jax import runs, system
+from blindvalm_jax import files, runs, system
 from blindvalm_jax.config import Config, GroundingConfig
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import weights
@@ -60,6 +61,76 @@ def test_a_damaged_record_is_one_clear_line(
         (tmp_path / "run.json").write_text(content)
     with pytest.raises(UserError, match=message):
         runs.check_resume(tmp_path, PLAIN)
+
+
+OLD, HERE = {"commit": "a"}, {"commit": "b"}
+
+
+@pytest.mark.parametrize(
+    ("code", "run_by"),
+    [
+        ({**OLD, "code_sha256": runs.CODE_SHA256}, None),  # the commit changed other files
+        ({**HERE, "code_sha256": "0"}, "b"),
+        ({**OLD, "code_sha256": "0"}, "a"),
+        ({"commit": None, "code_sha256": "0"}, "unknown"),
+        (OLD, "a"),
+        (HERE, None),
+        ({}, None),
+    ],
+)
+def test_other_code_is_announced(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    code: dict[str, str | None],
+    run_by: str | None,
+) -> None:
+    """By the sources where the record has their hash, else by commits; it is never refused."""
+    record: dict[str, Any] = {
+        "config_as_given": {},
+        "tokenizer": {},
+        "data": {},
+        "starts": [],
+        **code,
+    }
+    files.write_json(tmp_path / "run.json", record)
+    monkeypatch.setattr(runs, "commit", lambda: "b")  # whether this is a checkout or not
+    runs.say_other_code(tmp_path)
+    said = f"note: last run by other code (commit {run_by}), resumed by commit b: what it computes"
+    assert capsys.readouterr().out == (f"{said} may differ\n" if run_by else "")
+
+
+def test_a_finished_run_that_moved_keeps_what_trained_it(tmp_path: Path) -> None:
+    """Only where data, index and neighbours lie is written; an older record gets no new entries."""
+    faiss = {"lists": 2, "searched_by": "1.8.0"}
+    images = {"key": "i", "index": "/old/index", "faiss": faiss, "prepared": None}
+    data = {"key": "d", "directory": "/old/data"}
+    found = {"key": "p", "directory": "/old/found"}
+    files.write_json(tmp_path / "config.json", {"seed": 0, "grounding": {}})
+    for before in (
+        images,
+        {**images, "prepared": found},
+        {"key": "i", "index": "/old/index"},
+        None,
+    ):
+        files.write_json(tmp_path / "run.json", {"data": data, "images": before, "commit": "a"})
+        now = {
+            "key": "i",
+            "index": "/new/index",
+            "faiss": {**faiss, "searched_by": "1.9.0"},
+            "prepared": {"key": "p", "directory": "/new/found"},
+        }
+        about = {"data": {**data, "directory": "/new/data", "train_windows": 5}, "images": now}
+        runs.keep_places(tmp_path, about, resolved=PLAIN)
+        expected: dict[str, object] | None = None
+        if before is not None:
+            expected = {**before, "index": "/new/index"}
+            if expected.get("prepared"):
+                expected["prepared"] = {**found, "directory": "/new/found"}
+        moved = {**data, "directory": "/new/data"}
+        record = files.read_object(tmp_path / "run.json")
+        assert record == {"data": moved, "images": expected, "commit": "a"}
+    assert files.read_object(tmp_path / "config.json")["grounding"]["source"] == "none"
 
 
 def test_a_half_written_tower_is_replaced(tmp_path: Path) -> None:

@@ -159,14 +159,26 @@ def test_killed_run_ends_bit_identical(text: Path, tmp_path: Path) -> None:
     "mesh", [{"fsdp": 4, "data": 2}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str
 )
 def test_resume_on_another_mesh(
-    finished: Path, text: Path, tmp_path: Path, mesh: dict[str, int]
+    finished: Path,
+    text: Path,
+    tmp_path: Path,
+    mesh: dict[str, int],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The same batches and, up to the order of sums, the same losses: 1e-5."""
+    """The same batches and, up to the order of sums, the same losses: 1e-5. Other code is told."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    record = files.read_object(tmp_path / "run.json")
+    other = "tensor" in mesh
+    if other:
+        files.write_json(tmp_path / "run.json", {**record, "code_sha256": "0" * 64})
     for step in (4, 6):
         shutil.rmtree(tmp_path / "checkpoints" / str(step))
     sizes = {f"mesh__{name}": size for name, size in mesh.items()}
     metrics = computed(run(settings(text, **sizes), tmp_path))
+    assert ("last run by other code" in capsys.readouterr().out) == other
+    resumed = files.read_object(tmp_path / "run.json")
+    codes = [resumed, *resumed["starts"]]
+    assert [code["code_sha256"] for code in codes] == [runs.CODE_SHA256] * 3
     expected = computed(read_metrics(finished))
     for step in range(3, 7):
         assert metrics["train/loss"][step] == pytest.approx(expected["train/loss"][step], abs=1e-5)

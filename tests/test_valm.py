@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import shutil
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from blindvalm_jax.config import MeshConfig
 from blindvalm_jax.data import images
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import retrieval
-from blindvalm_jax.grounding.faiss_engine import FaissEngine, FaissSettings
+from blindvalm_jax.grounding.faiss_engine import INDEX_FILE, RECORD_FILE, FaissEngine
 from blindvalm_jax.grounding.images import on_devices
 from blindvalm_jax.grounding.index import ImageIndex
 from blindvalm_jax.grounding.retrieval import Engine, ExactEngine
@@ -180,6 +181,13 @@ def test_a_run_does_not_resume_on_another_index_at_the_same_place(
     key = ImageIndex.open(tmp_path / "index").manifest.key
     with pytest.raises(UserError, match="trained on another image index than .*index is now"):
         runs.check_data(finished, {**about, "images": {**about["images"], "key": key}})
+    shutil.copytree(finished, tmp_path / "run")
+    config_file = tmp_path / "run" / "config.json"
+    values = files.read_object(config_file)
+    values["grounding"]["index"] = str(tmp_path / "index")
+    files.write_json(config_file, values)
+    with pytest.raises(UserError, match="trained on another image index than .*index is now"):
+        trained.load(tmp_path / "run")
 
 
 def assert_same_losses(workdir: Path, values: ml_collections.ConfigDict, finished: Path) -> None:
@@ -232,12 +240,32 @@ def test_faiss_trains_the_same_run_where_its_answers_are_exact(
     assert faiss["made_by"] == faiss["searched_by"] == importlib.import_module("faiss").__version__
     as_there = {**changes, "grounding__lists": 0, "grounding__code_bytes": 0}
     train.train(config.parse(settings(inputs, **as_there)), tmp_path / "as_there")
-    other = FaissSettings(lists=4, code_bytes=4, train_vectors=small_valm.IMAGES)
-    FaissEngine(ImageIndex.open(tmp_path / "index"), neighbours=K, settings=other, rebuild=True)
-    with pytest.raises(UserError, match=r"was trained with .*lists=4.*, expected .*lists=2"):
+    opened, there = ImageIndex.open(tmp_path / "index"), {"lists": 2, "code_bytes": 4}
+    assert trained.load(tmp_path / "as_there").images is not None
+    same = rewrite_other_answers(opened, neighbours=K, **there)
+    assert {name for name in same if same[name] != faiss.get(name)} == {"sha256"}
+    for ask in (train.train, lambda _, workdir: trained.load(workdir)):
+        with pytest.raises(UserError, match="a FAISS index with sha256 .* the one in .*: bring"):
+            ask(config.parse(settings(inputs, **changes)), tmp_path / "run")
+    FaissEngine(opened, neighbours=K, lists=4, code_bytes=4, rebuild=True)
+    with pytest.raises(UserError, match=r"was trained with lists 4, .*, expected lists 2, code"):
         train.train(config.parse(settings(inputs, **changes)), tmp_path / "run")
-    with pytest.raises(UserError, match="a FAISS index with lists 2, the one in .* has 4: make"):
+    with pytest.raises(UserError, match="a FAISS index with lists 2, the one in .* has 4: bring"):
         train.train(config.parse(settings(inputs, **as_there)), tmp_path / "as_there")
+
+
+def rewrite_other_answers(index: ImageIndex, **arguments: Any) -> dict[str, Any]:
+    """Makes FAISS's index of the same settings and size with its vectors swapped; its settings."""
+    path, record = index.directory / INDEX_FILE, index.directory / RECORD_FILE
+    faiss = importlib.import_module("faiss")
+    made = faiss.read_index(str(path))
+    made.reset()
+    made.add(np.ascontiguousarray(index.vectors[:].astype(np.float32)[::-1]))
+    faiss.write_index(made, str(path))
+    values = files.read_object(record)
+    assert path.stat().st_size == values["bytes"]
+    files.write_json(record, {**values, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
+    return FaissEngine(index, nprobe=2, candidates=small_valm.IMAGES, **arguments).settings
 
 
 def test_another_faiss_is_refused_or_announced(
@@ -245,7 +273,8 @@ def test_another_faiss_is_refused_or_announced(
 ) -> None:
     """What decides its answers is compared; the version that searches, and old records, are not."""
     same = {"tokenizer": {"fingerprint": "t"}, "data": {"key": "d", "directory": "/d"}}
-    faiss = {"lists": 4, "nprobe": 4, "made_by": "1.8.0", "searched_by": "1.8.0"}
+    versions = {"made_by": "1.8.0", "searched_by": "1.8.0"}
+    faiss: dict[str, Any] = {"lists": 4, "nprobe": 4, **versions, "sha256": "a"}
 
     def about(faiss: dict[str, Any] | None) -> dict[str, Any]:
         return {**same, "images": {"key": "i", "index": "/index", "faiss": faiss}}
@@ -256,11 +285,14 @@ def test_another_faiss_is_refused_or_announced(
     write(about(faiss))
     runs.check_data(tmp_path, about(faiss))
     assert capsys.readouterr().out == ""
-    for name, value in (("lists", 8), ("nprobe", 2), ("made_by", "1.9.0")):
+    for name, value in (("lists", 8), ("nprobe", 2), ("made_by", "1.9.0"), ("sha256", "b")):
         with pytest.raises(UserError, match=f"a FAISS index with {name} .*{value}"):
             runs.check_data(tmp_path, about({**faiss, name: value}))
     runs.check_data(tmp_path, about({**faiss, "searched_by": "1.9.0"}))
     assert "another version of FAISS: '1.8.0' -> '1.9.0'" in capsys.readouterr().out
+    write(about({**faiss, "sha256": None}))
+    runs.check_data(tmp_path, about(faiss))
+    assert "does not say sha256 of FAISS's index" in capsys.readouterr().out
     old = about(faiss)
     del old["images"]["faiss"]
     write(old)

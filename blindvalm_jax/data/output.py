@@ -113,7 +113,7 @@ def keep_plan(
     """Writes what determines the files of a directory, or checks it where a run was broken off.
 
     rounding: what decides how the numbers in them are rounded; until a file is finished it may
-    change, as nothing holds the old one.
+    change, as nothing holds the old one. What an older plan does not say of it is not compared.
 
     Raises:
       UserError: what was begun there is of another plan.
@@ -124,7 +124,17 @@ def keep_plan(
         path.unlink()
     whole = {**plan, **(rounding or {})}
     if path.exists():
-        check_same(whole, files.read_object(path), directory=work.parent)
+        there = files.read_object(path)
+        unknown = [name for name in rounding or {} if name not in there]
+        if unknown:
+            print(
+                f"note: {path} does not say {', '.join(unknown)} of what is finished there; that "
+                "is not compared",
+                file=sys.stderr,
+                flush=True,
+            )
+        known = {name: value for name, value in whole.items() if name not in unknown}
+        check_same(known, there, directory=work.parent)
         return
     work.mkdir(exist_ok=True)
     files.write_json(path, whole)
@@ -133,12 +143,16 @@ def keep_plan(
 def check_same(wanted: Mapping[str, Any], found: Mapping[str, Any], *, directory: Path) -> None:
     """Refuses a directory whose record differs from `wanted`, with the first field that does.
 
+    Of a field that is a table, what the record lacks or has as None is not compared: it is older.
+
     Raises:
       UserError: a field of `wanted` is missing in `found` or has another value there.
     """
     for name, value in wanted.items():
-        there = found.get(name)
-        if json.dumps(there, sort_keys=True) != json.dumps(value, sort_keys=True):
+        there = compared = found.get(name)
+        if isinstance(value, dict) and isinstance(there, dict):
+            compared = {**value, **{key: x for key, x in there.items() if x is not None}}
+        if json.dumps(compared, sort_keys=True) != json.dumps(value, sort_keys=True):
             raise UserError(
                 f"{directory} was made with {name} {there!r}, expected {value!r}: choose another "
                 "directory or delete it"

@@ -8,9 +8,13 @@ candidates is ranked again by the vectors on disk. Needs `pip install -e '.[fais
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import math
+import shlex
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,13 +65,6 @@ def default_settings(
     )
 
 
-def asked_settings(index: ImageIndex, *, lists: int, code_bytes: int) -> FaissSettings | None:
-    """Those with `lists` and `code_bytes`, the other by size where it is 0; None: both are."""
-    if not (lists or code_bytes):
-        return None
-    return default_settings(*index.vectors.shape, lists=lists, code_bytes=code_bytes)
-
-
 class FaissEngine:
     """Search in an image index through `faiss.index` in its directory; an `Engine`."""
 
@@ -78,13 +75,14 @@ class FaissEngine:
         neighbours: int,
         nprobe: int = PAPER_NPROBE,
         candidates: int = 0,
-        settings: FaissSettings | None = None,
+        lists: int = 0,
+        code_bytes: int = 0,
         rebuild: bool = False,
     ) -> None:
         """Reads `faiss.index`, or trains and writes it if it is not there.
 
         candidates: R, how many of the approximate search are ranked again exactly; 0: none.
-        settings: None: those of the file that is there, `default_settings` for a new one.
+        lists, code_bytes: 0: those of the file that is there, `default_settings` for a new one.
         nprobe: more than there are lists are all of them, which is said on stderr.
         rebuild: replace a file of other settings, which is refused otherwise.
 
@@ -103,7 +101,9 @@ class FaissEngine:
         self.neighbours = neighbours
         self._candidates = min(candidates, count)
         self._vectors: Vectors = index.vectors
-        self._searcher, made, made_by = _open(self._faiss, index, settings, rebuild=rebuild)
+        asked = {"lists": lists, "code_bytes": code_bytes}
+        self._searcher, record = _open(self._faiss, index, asked, rebuild=rebuild)
+        made = record.settings
         self._nprobe = min(nprobe, made.lists)
         if self._nprobe < nprobe:
             print(
@@ -117,9 +117,10 @@ class FaissEngine:
             "engine": "faiss",
             "index": index.manifest.key,
             **dataclasses.asdict(made),
-            "made_by": made_by,
+            "made_by": record.made_by,
             "nprobe": self._nprobe,
             "candidates": self._candidates,
+            "sha256": record.sha256,
         }
 
     def search(self, queries_QE: np.ndarray, *, vectors: bool = True) -> Retrieved:
@@ -168,22 +169,51 @@ def _faiss() -> Any:
         ) from error
 
 
-def _open(
-    faiss: Any, index: ImageIndex, settings: FaissSettings | None, *, rebuild: bool
-) -> tuple[Any, FaissSettings, str]:
-    """The searcher in the directory of an index, made where there is none.
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """What `faiss.json` says; sha256: of `faiss.index`, None in a file that is older than this."""
 
-    Also its settings, and the version of FAISS that made it.
+    settings: FaissSettings
+    made_by: str
+    sha256: str | None
+
+
+def verify(index: ImageIndex) -> bool:
+    """Reads `faiss.index`, where there is one, and refuses one that is not as it was written.
+
+    False, and a line on stderr: its record is too old to tell.
     """
+    if not (index.directory / RECORD_FILE).exists():
+        return True
+    path, record = index.directory / INDEX_FILE, _read_record(index)
+    hint = _rebuilding(index, dataclasses.asdict(record.settings))
+    if record.sha256 is None:
+        print(
+            f"note: {path} cannot be checked, as {RECORD_FILE} is older than its hash; to have one "
+            f"{hint}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return False
+    found = _sha256(path)
+    if found != record.sha256:
+        raise UserError(f"{path} has sha256 {found}, its record says {record.sha256}: {hint}")
+    return True
+
+
+def _open(
+    faiss: Any, index: ImageIndex, asked: Mapping[str, int], *, rebuild: bool
+) -> tuple[Any, _Record]:
+    """The searcher in the directory of an index, made where there is none, and its record."""
     directory = index.directory
     if (directory / RECORD_FILE).exists() and not rebuild:
-        return _read(faiss, index, settings)
-    wanted = settings or default_settings(*index.vectors.shape)
+        return _read(faiss, index, asked)
+    wanted = default_settings(*index.vectors.shape, **asked)
     _check(wanted, index.vectors)
     with output.writing(directory):
         if (directory / RECORD_FILE).exists():
             if not rebuild:  # by the process that this one waited for
-                return _read(faiss, index, settings)
+                return _read(faiss, index, asked)
             (directory / RECORD_FILE).unlink()
         for partial in directory.glob(f"{INDEX_FILE}.*.partial"):  # of a run that was killed
             partial.unlink()
@@ -192,42 +222,76 @@ def _open(
         try:
             with files.replacing(path) as partial:
                 faiss.write_index(made, str(partial))
+                sha256 = _sha256(partial)
         except RuntimeError as error:  # all that FAISS raises, on a full disk too
             raise OSError(first_line(error)) from error
         record = {
             "index": index.manifest.key,
             "settings": dataclasses.asdict(wanted),
             "bytes": path.stat().st_size,
+            "sha256": sha256,
             "faiss": faiss.__version__,
         }
         files.write_json(directory / RECORD_FILE, record)
-    return made, wanted, str(faiss.__version__)
+    return made, _Record(wanted, str(faiss.__version__), sha256)
 
 
-def _read(
-    faiss: Any, index: ImageIndex, settings: FaissSettings | None
-) -> tuple[Any, FaissSettings, str]:
-    path, record = index.directory / INDEX_FILE, index.directory / RECORD_FILE
-    hint = "delete it or ask for it to be rebuilt"
-    values = files.read_object(record)
+def _read(faiss: Any, index: ImageIndex, asked: Mapping[str, int]) -> tuple[Any, _Record]:
+    """Compares of what is asked for what is not 0; the content is read by `verify` alone."""
+    path, record = index.directory / INDEX_FILE, _read_record(index)
+    there = dataclasses.asdict(record.settings)
+    wanted = {name: value for name, value in asked.items() if value}
+    hint = _rebuilding(index, {**there, **wanted})
+    if any(there[name] != value for name, value in wanted.items()):
+        raise UserError(
+            f"{path} was trained with {_in_words({name: there[name] for name in wanted})}, "
+            f"expected {_in_words(wanted)}: ask for what is there, or {hint}"
+        )
     try:
-        there = FaissSettings(**values["settings"])
+        return faiss.read_index(str(path)), record
+    except RuntimeError as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}): {hint}") from error
+
+
+def _read_record(index: ImageIndex) -> _Record:
+    """The record in the directory of an index, whose file is there in the size that it says."""
+    path, place = index.directory / INDEX_FILE, index.directory / RECORD_FILE
+    try:
+        values = files.read_object(place)
+    except UserError as error:
+        raise UserError(f"{error}: {_rebuilding(index, {})}") from error
+    try:
+        settings = FaissSettings(**values["settings"])
         key, size, made_by = values["index"], values["bytes"], str(values["faiss"])
     except (KeyError, TypeError) as error:
-        raise UserError(f"{record} is damaged ({error!r}): {hint}") from error
+        raise UserError(f"{place} is damaged ({error!r}): {_rebuilding(index, {})}") from error
+    hint = _rebuilding(index, dataclasses.asdict(settings))
     if key != index.manifest.key:
         raise UserError(
             f"{path} was made of the vectors of another index ({key}), expected "
             f"{index.manifest.key}: {hint}"
         )
-    if settings is not None and settings != there:
-        raise UserError(f"{path} was trained with {there}, expected {settings}: {hint}")
     if not path.is_file() or path.stat().st_size != size:
         raise UserError(f"{path} is missing or not of the {size} bytes of its record: {hint}")
-    try:
-        return faiss.read_index(str(path)), there, made_by
-    except RuntimeError as error:
-        raise UserError(f"{path} is damaged ({first_line(error)}): {hint}") from error
+    return _Record(settings, made_by, values.get("sha256"))
+
+
+def _rebuilding(index: ImageIndex, settings: Mapping[str, int]) -> str:
+    """The command that makes `faiss.index` again, with the settings as far as they are known."""
+    known = [f" --{name}={settings[name]}" for name in ("lists", "code_bytes") if name in settings]
+    return (
+        "make it again: python -m blindvalm_jax.index recall "
+        f"--index={shlex.quote(str(index.directory))} --rebuild{''.join(known)}"
+    )
+
+
+def _in_words(settings: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _check(settings: FaissSettings, vectors: Vectors) -> None:

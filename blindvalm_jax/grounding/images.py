@@ -20,7 +20,7 @@ from blindvalm_jax.config import GroundingConfig
 from blindvalm_jax.data.windows import Windows
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import retrieval
-from blindvalm_jax.grounding.faiss_engine import PAPER_NPROBE, FaissEngine, asked_settings
+from blindvalm_jax.grounding.faiss_engine import PAPER_NPROBE, FaissEngine
 from blindvalm_jax.grounding.index import ImageIndex, Vectors
 from blindvalm_jax.grounding.neighbours import Neighbours
 from blindvalm_jax.grounding.retrieval import Engine, Search
@@ -63,9 +63,8 @@ class Images:
                 neighbours=neighbours,
                 nprobe=grounding.nprobe or PAPER_NPROBE,
                 candidates=grounding.rerank,
-                settings=asked_settings(
-                    self.index, lists=grounding.lists, code_bytes=grounding.code_bytes
-                ),
+                lists=grounding.lists,
+                code_bytes=grounding.code_bytes,
             )
             self.search = on_host(engine)
             self._faiss = {**engine.settings, "searched_by": engine.version}

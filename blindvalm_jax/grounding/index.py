@@ -219,7 +219,7 @@ class ImageIndex:
             )
 
     def verify(self) -> None:
-        """Reads every file and refuses one whose hash is not the manifest's."""
+        """Reads every file of the manifest and refuses another hash; see `faiss_engine.verify`."""
         output.check_files(self.directory, _records(self.manifest), content=True)
 
     def items(self, indices: np.ndarray) -> list[dict[str, str]]:
