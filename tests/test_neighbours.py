@@ -18,7 +18,7 @@ from blindvalm_jax.data.windows import Windows
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import neighbours
 from blindvalm_jax.grounding.index import ImageIndex
-from blindvalm_jax.grounding.neighbours import Neighbours, NeighboursManifest
+from blindvalm_jax.grounding.neighbours import Features, Neighbours, NeighboursManifest
 from blindvalm_jax.grounding.retrieval import Engine, ExactEngine, Retrieved
 from tests import dying, small_index, small_text
 
@@ -161,15 +161,21 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(inputs: Path, tmp_path:
         assert content(out) == content(inputs / "whole")
 
 
-def test_finished_shards_are_not_searched_again(inputs: Path, tmp_path: Path) -> None:
-    calls = []
+def failing_once(calls: list[int]) -> Features:
+    """`features` that fails in its sixth batch, in the second shard; calls: batches so far."""
 
-    def broken(rows: pipeline.Batch) -> np.ndarray:
+    def run(rows: pipeline.Batch) -> np.ndarray:
         calls.append(len(rows["tokens"]))
         if len(calls) == 6:
             raise RuntimeError("no more power")
         return features(rows)
 
+    return run
+
+
+def test_finished_shards_are_not_searched_again(inputs: Path, tmp_path: Path) -> None:
+    calls: list[int] = []
+    broken = failing_once(calls)
     rounding = {"devices": 8}
     with pytest.raises(RuntimeError, match="no more power"):
         write(inputs, tmp_path, features=broken, rounding=rounding)
@@ -192,14 +198,7 @@ def test_finished_shards_are_not_searched_again(inputs: Path, tmp_path: Path) ->
 def test_work_begun_before_a_rounding_was_recorded_goes_on(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    calls = []
-
-    def broken(rows: pipeline.Batch) -> np.ndarray:
-        calls.append(len(rows["tokens"]))
-        if len(calls) == 6:
-            raise RuntimeError("no more power")
-        return features(rows)
-
+    broken = failing_once([])
     rounding = {"devices": 8}
     with pytest.raises(RuntimeError, match="no more power"):
         write(inputs, tmp_path, features=broken, rounding=rounding)
