@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def python(arguments: str, folder: Path) -> str:
     """What a command says, run in the folder on one device; like a user's, `python` left out."""
-    quick = "" if "OPTIMIZED_TESTS" in os.environ else "1"  # see small_models.quick_compilation
+    quick = "0" if "OPTIMIZED_TESTS" in os.environ else "1"  # see small_models.quick_compilation
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": quick}
     line = f"{shlex.quote(sys.executable)} {arguments}"
     done = subprocess.run(
