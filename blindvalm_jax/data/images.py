@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
-import re
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,15 +22,13 @@ import PIL.ImageOps
 
 from blindvalm_jax import files
 from blindvalm_jax.config import DataConfig
+from blindvalm_jax.data import image_files
 from blindvalm_jax.data.corpora import open_tfds
 from blindvalm_jax.data.file_hashes import file_hashes, readable
 from blindvalm_jax.data.workers import Progress
 from blindvalm_jax.errors import UserError, first_line
 
 CAPTIONS_FILE = "captions.jsonl"
-_SURROGATE = re.compile("[\ud800-\udfff]")
-# What the system says of a name that leads to no file; all else is the fault of the system.
-_NOT_THERE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class DamagedImage(UserError):
@@ -125,11 +120,11 @@ class FolderImages:
         with readable(path):
             lines = path.read_bytes().splitlines()
         numbered = [(n, line) for n, line in enumerate(lines, start=1) if line.strip()]
-        self._items = [_item(f"{path}:{number}", line) for number, line in numbered]
+        self._items = [image_files.item(f"{path}:{number}", line) for number, line in numbered]
         if not self._items:
             raise UserError(f"{path} holds no caption")
         for (number, _), (name, _) in zip(numbered, self._items, strict=True):
-            if not may_miss and not _is_there(self._folder / name):
+            if not may_miss and not image_files.is_there(self._folder / name):
                 raise UserError(f"{path}:{number}: there is no image {self._folder / name}")
 
     def __len__(self) -> int:
@@ -148,10 +143,10 @@ class FolderImages:
         try:
             # Opened here: PIL leaves a file open where reading its first bytes fails.
             with path.open("rb") as stream, PIL.Image.open(stream) as image:
-                return Captioned(name, _rgb(image), captions)
+                return Captioned(name, image_files.rgb(image), captions)
         except Exception as error:  # a damaged file makes its decoder raise what it likes
             message = f"{path} cannot be read as an image: {first_line(error)}"
-            if _is_of_the_system(error):
+            if image_files.is_of_the_system(error):
                 raise UserError(message) from error
             raise DamagedImage(message, id=name) from error
 
@@ -166,7 +161,7 @@ class FolderImages:
     @functools.cached_property
     def _description(self) -> dict[str, Any]:
         paths = [self._folder / name for name, _ in self._items]
-        there = [path for path in paths if _is_there(path)]
+        there = [path for path in paths if image_files.is_there(path)]
         hashes = dict(zip(there, file_hashes(there, known=self._digests), strict=True))
         images = [vars(hashes[path]) if path in hashes else None for path in paths]
         return {"captions": self._items, "images": images}
@@ -364,53 +359,3 @@ def _undecoded(field: str) -> Any:
     for part in reversed(field.split("/")):
         decoders = {part: decoders}
     return decoders
-
-
-def _is_there(path: Path) -> bool:
-    """Whether a path leads to a file; a `UserError` where the system cannot say."""
-    with readable(path):
-        try:
-            return stat.S_ISREG(path.stat().st_mode)
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-            if _is_of_the_system(error):
-                raise
-            return False
-
-
-def _is_of_the_system(error: Exception) -> bool:
-    """Whether memory, a disk or too many open files are to blame, and not the image."""
-    if isinstance(error, OSError):  # PIL raises it without a number where the content is wrong
-        return error.errno not in (None, *_NOT_THERE)
-    return isinstance(error, MemoryError)
-
-
-def _rgb(image: PIL.Image.Image) -> np.ndarray:
-    """Three channels, a photograph's turn applied, transparency on black as PIL drops it."""
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"expected 8 bits a channel, got mode {image.mode}")  # PIL would clip it
-    return np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB"))
-
-
-def _item(where: str, line: bytes) -> tuple[str, tuple[str, ...]]:
-    """Image and captions that a line names."""
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also: numbers too long, lists too deep
-        raise UserError(f"{where}: not valid JSON: {first_line(error)}") from error
-    fields = entry if isinstance(entry, dict) else {}
-    given = [fields[name] for name in ("caption", "captions") if name in fields]
-    captions = given[0] if len(given) == 1 else None
-    captions = [captions] if isinstance(captions, str) else captions
-    name: Any = fields.get("image")
-    named = isinstance(name, str) and not _SURROGATE.search(name)
-    if not named or not isinstance(captions, list) or not captions or not all(map(_text, captions)):
-        raise UserError(
-            f'{where}: expected {{"image": FILE, "caption": TEXT}} or "captions": [TEXT, ...], '
-            "no text blank and no half of a surrogate pair in any"
-        )
-    return name, tuple(captions)
-
-
-def _text(value: Any) -> bool:
-    """Whether a value is text: not blank, no half of a surrogate pair."""
-    return isinstance(value, str) and bool(value.strip()) and not _SURROGATE.search(value)
