@@ -1,0 +1,56 @@
+"""All tasks by name, and what one gets without a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.tasks import topics, visual
+from blindvalm_jax.tasks.questions import Item, Question
+from blindvalm_jax.tasks.task import GROUPS, ChoiceTask
+
+TASKS = {task.name: task for task in (*visual.TASKS, *topics.TASKS)}
+
+
+def chosen(names: Sequence[str]) -> list[ChoiceTask]:
+    """Tasks by their names or those of groups, each once, in the order of the catalogue.
+
+    Raises:
+      UserError: nothing has such a name.
+    """
+    unknown = [name for name in names if name not in (*TASKS, *GROUPS)]
+    if unknown or not names:
+        raise UserError(
+            f"--tasks must be names or groups ({', '.join(GROUPS)}), got {', '.join(unknown)!r}; "
+            f"known: {', '.join(TASKS)}"
+        )
+    return [task for task in TASKS.values() if {task.name, task.group} & set(names)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Baselines:
+    """Accuracies without a model; label: the answer that is right most often.
+
+    majority: of always giving that answer; random: of drawing a candidate.
+    """
+
+    label: str
+    majority: float
+    random: float
+
+
+def baselines(items: Sequence[Item], questions: Sequence[Question]) -> Baselines:
+    """Of the data set: `items` for the majority, `questions` for what may be drawn.
+
+    Where candidates differ from question to question, the answer is the place of the candidate.
+    """
+    if len({question.candidates for question in questions}) == 1:
+        [(label, count)] = Counter(item.answer for item in items).most_common(1)
+        majority = count / len(items)
+    else:
+        [(place, count)] = Counter(question.answer for question in questions).most_common(1)
+        label, majority = f"candidate {place + 1}", count / len(questions)
+    drawn = sum(1 / len(question.candidates) for question in questions) / len(questions)
+    return Baselines(label, majority, drawn)

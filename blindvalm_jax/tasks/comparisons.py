@@ -1,0 +1,208 @@
+"""Which of two things is larger or taller: pairs, asked in both orders.
+
+Two kinds of prompts: "which", where the candidates are the two things, and "than", where they are
+the words of the comparison and the right one is said of the thing that is named first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from blindvalm_jax.tasks import readers
+from blindvalm_jax.tasks.questions import Ask, Item, Question, fill
+from blindvalm_jax.tasks.task import ChoiceTask, Protocol
+
+_MORE, _LESS = "more", "less"  # what A is to B
+_WHICH_SIZE = (
+    "Which is bigger? [A] or [B]",
+    "Which is smaller? [A] or [B]",
+    "Which is larger? [A] or [B]",
+    "Which is tinier? [A] or [B]",
+    "Which has a bigger size? [A] or [B]",
+    "Which has a smaller size? [A] or [B]",
+    "Which one is larger in size? [A] or [B]",
+    "Which one is smaller in size? [A] or [B]",
+)
+_WHICH_HEIGHT = (
+    "Which is taller? [A] or [B]",
+    "Which is shorter? [A] or [B]",
+    "Which is the tallest? [A] or [B]",
+    "Which is the shortest? [A] or [B]",
+)
+_THAN_SIZE = (
+    "[A] is larger or smaller than [B]?",
+    "[B] is larger or smaller than [A]?",
+    "The size of [A] is larger or smaller than [B]?",
+    "The size of [B] is larger or smaller than [A]?",
+    "[A] has a larger or smaller size than [B]?",
+    "[B] has a larger or a smaller size than [A]?",
+)
+# The fourth and fifth are one: a comma is missing in the script.
+_THAN_SIZE_PUBLISHED = (*_THAN_SIZE[:3], _THAN_SIZE[3] + _THAN_SIZE[4], _THAN_SIZE[5])
+_THAN_HEIGHT = ("[A] is taller or shorter than [B]?", "[B] is taller or shorter than [A]?")
+_COUNTED_TWICE = "each answer is counted twice in the total, so that the accuracy is half"
+_ONE_ORDER = "pairs are asked in the order of the file"
+_ONE_DISTRIBUTION = "the tokens of a candidate are all read from the distribution of the next one"
+
+
+def pairs(path: Path, *, first: str, second: str, relation: str, more: object) -> list[Item]:
+    """Pairs A, B in the order of a file; relation: its field, `more` where A is the more."""
+    return [
+        Item(
+            id=" | ".join(sorted((row[first], row[second]))),
+            words={"a": row[first], "b": row[second]},
+            answer=_MORE if row[relation] == more else _LESS,
+        )
+        for row in readers.json_rows(path, (first, second, relation))
+    ]
+
+
+def _sized(path: Path) -> list[Item]:
+    return pairs(path, first="sub", second="obj", relation="size", more="big")
+
+
+def _labelled(path: Path) -> list[Item]:
+    return pairs(path, first="obj_a", second="obj_b", relation="label", more=1)
+
+
+def both_orders(items: Sequence[Item]) -> list[Item]:
+    """The items, and each the other way round where that is not among them."""
+    found = {(item.words["a"], item.words["b"]): item for item in items}
+    for (a, b), item in list(found.items()):
+        turned = Item(
+            id=item.id,
+            words={"a": b, "b": a},
+            answer=_LESS if item.answer == _MORE else _MORE,
+        )
+        found.setdefault((b, a), turned)
+    return list(found.values())
+
+
+def which(templates: Sequence[str]) -> Ask:
+    """Asks which thing is more (first template, and every second) or less (the others)."""
+
+    def ask(items: Sequence[Item]) -> Iterator[Question]:
+        for number, template in enumerate(templates):
+            for item in items:
+                a_is_right = (item.answer == _MORE) == (number % 2 == 0)
+                yield Question(
+                    item=item.id,
+                    template=number,
+                    prompt=fill(template, item.words),
+                    candidates=(item.words["a"], item.words["b"]),
+                    answer=0 if a_is_right else 1,
+                )
+
+    return ask
+
+
+def than(
+    templates: Sequence[str], more: str, less: str, *, right: Callable[[int, Item], bool]
+) -> Ask:
+    """Asks what the thing named first is; right: whether `more` counts as the answer."""
+
+    def ask(items: Sequence[Item]) -> Iterator[Question]:
+        for number, template in enumerate(templates):
+            for item in items:
+                yield Question(
+                    item=item.id,
+                    template=number,
+                    prompt=fill(template, item.words),
+                    candidates=(more, less),
+                    answer=0 if right(number, item) else 1,
+                )
+
+    return ask
+
+
+def _of_first(number: int, item: Item) -> bool:
+    """Templates take turns in which thing they name first."""
+    return (item.answer == _MORE) == (number % 2 == 0)
+
+
+def _by_place(number: int, item: Item) -> bool:
+    """Of heights the script compares with a word that depends on the template alone."""
+    return number % 2 == 0
+
+
+def _turned(ask: Ask) -> Ask:
+    return lambda items: ask(both_orders(items))
+
+
+def _task(
+    name: str,
+    source: str,
+    files: tuple[str, ...],
+    read: readers.Read,
+    *,
+    ask: Ask,
+    published: Ask,
+    faults: tuple[str, ...] = (),
+) -> ChoiceTask:
+    protocol = Protocol(files=files, read=read, ask=_turned(ask))
+    return ChoiceTask(
+        name=name,
+        group="vlu",
+        source=source,
+        corrected=protocol,
+        published=dataclasses.replace(
+            protocol,
+            ask=published,
+            scores=("mean", "sum"),
+            share=0.5,
+            spelled=True,
+            start=False,
+            faults=(_COUNTED_TWICE, _ONE_ORDER, _ONE_DISTRIBUTION, *faults),
+        ),
+    )
+
+
+def _both(
+    name: str, source: str, files: tuple[str, ...], read: readers.Read
+) -> tuple[ChoiceTask, ChoiceTask]:
+    size = functools.partial(than, more="larger", less="smaller", right=_of_first)
+    return (
+        _task(name, source, files, read, ask=which(_WHICH_SIZE), published=which(_WHICH_SIZE)),
+        _task(
+            f"{name}_than",
+            source,
+            files,
+            read,
+            ask=size(_THAN_SIZE),
+            published=size(_THAN_SIZE_PUBLISHED),
+            faults=("two templates are one, and the last is scored as if it named A first",),
+        ),
+    )
+
+
+_TNWT = "Things not Written in Text (Liu et al. 2022)"
+TASKS = (
+    *_both(
+        "relative_size",
+        "Relative Size (Bagherinezhad et al. 2016)",
+        ("relative_size.jsonl",),
+        _sized,
+    ),
+    *_both("vicomte_size", "ViComTe (Zhang et al. 2022)", ("combined_size.jsonl",), _sized),
+    *_both("tnwit_size", _TNWT, ("tnwit_size.json",), _labelled),
+    _task(
+        "tnwit_height",
+        _TNWT,
+        ("tnwit_height.json",),
+        _labelled,
+        ask=which(_WHICH_HEIGHT),
+        published=which(_WHICH_HEIGHT),
+    ),
+    _task(
+        "tnwit_height_than",
+        _TNWT,
+        ("tnwit_height.json",),
+        _labelled,
+        ask=than(_THAN_HEIGHT, "taller", "shorter", right=_of_first),
+        published=than(_THAN_HEIGHT, "taller", "shorter", right=_by_place),
+        faults=("what counts as right depends on the template alone, not on the pair",),
+    ),
+)

@@ -1,0 +1,66 @@
+"""A task under its two protocols: as it was published, faults included, and as it should be."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from blindvalm_jax.tasks import readers
+from blindvalm_jax.tasks.questions import Ask, Item, Question
+
+# How the tokens c_1 ... c_n of a candidate become its score behind a prompt.
+#   continuation:     sum of log p(c_i | prompt, c_1 ... c_i-1)
+# The others read all tokens from the distribution of the next token alone:
+#   sum, mean:        of log p(c_i | prompt)
+#   sum_from_one, mean_from_one: the same, where summing began at 1
+#   mean_probability: of p(c_i | prompt)
+Score = Literal["continuation", "sum", "mean", "sum_from_one", "mean_from_one", "mean_probability"]
+Group = Literal["vlu", "nlu", "lm"]
+GROUPS: tuple[Group, ...] = ("vlu", "nlu", "lm")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How a task is read, asked and scored.
+
+    files: names of its file, the preferred one first. scores: the first decides, others are
+    reported beside it. faults: what is wrong with it. share: what the accuracy is multiplied by,
+    as the published program counts. spelled: an answer counts only if the decoded tokens of the
+    candidate spell it. start: a prompt stands behind the end of a text, as in training.
+    """
+
+    files: tuple[str, ...]
+    read: readers.Read
+    ask: Ask
+    scores: tuple[Score, ...] = ("continuation",)
+    faults: tuple[str, ...] = ()
+    share: float = 1.0
+    spelled: bool = False
+    start: bool = True
+
+    def items(self, data: Path) -> list[Item]:
+        """The data set in a directory.
+
+        Raises:
+          UserError: its file is not there, or is not what it should be.
+        """
+        return self.read(readers.find(data, self.files))
+
+    def questions(self, items: list[Item]) -> list[Question]:
+        """All that is asked about the items."""
+        return list(self.ask(items))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChoiceTask:
+    """A task in which one of several candidates is right.
+
+    source: who made the data. published: None where the reference has no script for it.
+    """
+
+    name: str
+    group: Group
+    source: str
+    corrected: Protocol
+    published: Protocol | None = None

@@ -1,0 +1,168 @@
+"""What a text is about, or whether it praises: classification without examples."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.tasks import readers
+from blindvalm_jax.tasks.questions import Item, asking
+from blindvalm_jax.tasks.task import ChoiceTask, Protocol
+
+_REVIEW = ("Review: [TEXT] Sentiment: ",)
+_SENTIMENTS = ("Positive", "Negative")
+_TOPIC = ("input: [TEXT] type: ",)
+AGNEWS = ("world", "sports", "business", "technology")
+DBPEDIA = (
+    *("company", "school", "artist", "athlete", "politics", "transportation", "building"),
+    *("nature", "village", "animal", "plant", "album", "film", "book"),
+)
+_HEADER = "the first example is left out as if it named the columns"
+
+
+def labelled(path: Path) -> list[Item]:
+    """Objects with a text and a label, as a JSON list or lines."""
+    return [
+        Item(id=f"{number}", words={"text": row["text"]}, answer=row["label"])
+        for number, row in enumerate(readers.json_rows(path, ("text", "label")))
+    ]
+
+
+def news(path: Path) -> list[Item]:
+    """AG News (Zhang et al. 2015): label, title, description; labels as words or 1 ... 4.
+
+    Raises:
+      UserError: a label is neither.
+    """
+    if path.suffix == ".jsonl":
+        return labelled(path)
+    rows = readers.bare_csv_rows(path, ("label", "title", "text"))
+    return [
+        Item(id=f"{n}", words={"text": row["text"]}, answer=_label(path, row["label"], AGNEWS))
+        for n, row in enumerate(rows)
+    ]
+
+
+def ontology(path: Path) -> list[Item]:
+    """DBPedia (Zhang et al. 2015): label, title, abstract; labels as words or 1 ... 14.
+
+    Raises:
+      UserError: a label is neither.
+    """
+    if path.suffix == ".jsonl":
+        return labelled(path)
+    rows = readers.bare_csv_rows(path, ("label", "title", "text"))
+    return [
+        Item(id=f"{n}", words={"text": row["text"]}, answer=_label(path, row["label"], DBPEDIA))
+        for n, row in enumerate(rows)
+    ]
+
+
+def _label(path: Path, label: str, words: tuple[str, ...]) -> str:
+    label = label.strip()
+    if label in words:
+        return label
+    if label.isdecimal() and 1 <= int(label) <= len(words):
+        return words[int(label) - 1]
+    raise UserError(f"{path}: label {label!r} is neither 1 to {len(words)} nor one of {words}")
+
+
+def cut_at_commas(path: Path) -> list[Item]:
+    """The third field of a line cut at every comma, as the reference's script reads it."""
+    items = []
+    for number, fields in enumerate(readers.split_rows(path), 1):
+        if len(fields) < 3:
+            raise UserError(f"{path}: line {number + 1} has no third field between commas")
+        text = fields[2].replace('""', '"').removeprefix(" ")
+        label = fields[0].replace('"', "").strip()
+        items.append(Item(id=f"{number}", words={"text": text}, answer=label))
+    return items
+
+
+def _sentiment(name: str, source: str, files: tuple[str, ...], published: Protocol) -> ChoiceTask:
+    protocol = Protocol(files=files, read=labelled, ask=asking(_REVIEW, _SENTIMENTS))
+    return ChoiceTask(
+        name=name, group="nlu", source=source, corrected=protocol, published=published
+    )
+
+
+def _published(*files: str, faults: tuple[str, ...] = ()) -> Protocol:
+    return Protocol(
+        files=files,
+        read=labelled,
+        ask=asking(_REVIEW, _SENTIMENTS),
+        scores=("sum",),
+        start=False,
+        faults=faults,
+    )
+
+
+def _topics(
+    name: str,
+    files: tuple[str, ...],
+    published: tuple[str, ...],
+    words: tuple[str, ...],
+    read: readers.Read,
+    faults: tuple[str, ...],
+) -> ChoiceTask:
+    protocol = Protocol(files=files, read=read, ask=asking(_TOPIC, words))
+    return ChoiceTask(
+        name=name,
+        group="nlu",
+        source="Zhang et al. 2015",
+        corrected=protocol,
+        published=dataclasses.replace(
+            protocol,
+            files=published,
+            read=cut_at_commas,
+            scores=("sum",),
+            spelled=True,
+            start=False,
+            faults=(_HEADER, *faults),
+        ),
+    )
+
+
+_MPQA = "MPQA (Wiebe et al. 2005)"
+TASKS = (
+    _sentiment(
+        "sst2",
+        "SST-2 (Socher et al. 2013), test split",
+        ("sst2_test.jsonl",),
+        _published(
+            "test_with_labels.json",
+            "sst2_blind_BAD_LABELS_test_with_labels.json",
+            faults=(
+                "labels were looked up with the number of a sentence as that of a phrase, and are "
+                "those of other texts",
+                "neutral sentences are asked about too",
+            ),
+        ),
+    ),
+    _sentiment(
+        "mpqa", _MPQA, ("mpqa_test.json", "test.json"), _published("mpqa_test.json", "test.json")
+    ),
+    _sentiment(
+        "mpqa_all",
+        _MPQA,
+        ("mpqa_test_all.json", "test_all.json"),
+        _published("mpqa_test_all.json", "test_all.json"),
+    ),
+    _topics(
+        "agnews",
+        ("agnews_test.jsonl", "agnews_test.csv"),
+        ("agnews_test.csv",),
+        AGNEWS,
+        news,
+        ("a text ends at its first comma, or is a piece of the title",),
+    ),
+    _topics(
+        "dbpedia",
+        ("dbpedia_sample5000.jsonl", "dbpedia_test.csv"),
+        ("dbpedia_test.csv",),
+        DBPEDIA,
+        ontology,
+        (),
+    ),
+)
