@@ -1,0 +1,101 @@
+"""Errors, intervals and paired tests against closed forms, other implementations, and draws."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from blindvalm_jax.tasks import statistics
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 7), (7, 7), (3, 7), (40, 109)])
+def test_one_question_an_item_has_the_exact_interval(right: int, count: int) -> None:
+    answers = np.arange(count) < right
+    found = statistics.accuracy(answers, [str(n) for n in range(count)])
+    exact = stats.binomtest(right, count).proportion_ci(0.95, "exact")
+    assert (found.items, found.questions) == (count, count)
+    assert (found.low, found.high) == pytest.approx(tuple(exact))
+    assert statistics.exact_interval(right, count) == pytest.approx(tuple(exact))
+
+
+def test_prompts_that_agree_are_no_more_evidence_than_one() -> None:
+    once = np.random.default_rng(0).random(50) < 0.4
+    items = [str(n) for n in range(50)]
+    alone = statistics.accuracy(once, items)
+    often = statistics.accuracy(np.tile(once, 9), items * 9)
+    assert often.questions == 450
+    assert often.stderr == pytest.approx(alone.stderr)
+    # Korn's and Graubard's ratio of t quantiles is a little below 1 for 450 questions.
+    assert (often.low, often.high) == pytest.approx((alone.low, alone.high), abs=0.01)
+    as_if_alone = statistics.accuracy(np.tile(once, 9), [str(n) for n in range(450)])
+    assert as_if_alone.stderr == pytest.approx(alone.stderr / 3, rel=0.02)
+
+
+def test_the_clustered_error_is_that_of_the_means_of_equal_clusters() -> None:
+    values = np.random.default_rng(1).random((20, 7))
+    items = [str(n) for n in np.repeat(np.arange(20), 7)]
+    error, count = statistics.clustered_error(values.ravel(), items)
+    assert count == 20
+    assert error == pytest.approx(np.std(values.mean(axis=1), ddof=1) / math.sqrt(20))
+    order = np.random.default_rng(2).permutation(140)
+    mixed = statistics.clustered_error(values.ravel()[order], [items[n] for n in order])
+    assert mixed == (pytest.approx(error), 20)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    """Items of different difficulty; 1,000 data sets: 0.95 within 4 standard errors, or more."""
+    rng = np.random.default_rng(3)
+    items = [str(n) for n in np.repeat(np.arange(60), 5)]
+    held = 0
+    for _ in range(1000):
+        chance = np.repeat(rng.beta(2, 1, 60), 5)
+        found = statistics.accuracy(rng.random(300) < chance, items)
+        held += found.low <= 2 / 3 <= found.high
+    assert held / 1000 > 0.95 - 4 * math.sqrt(0.95 * 0.05 / 1000)
+
+
+def test_one_item_says_nothing_of_its_error() -> None:
+    found = statistics.accuracy(np.array([True, False, True]), ["a"] * 3)
+    assert math.isnan(found.stderr)
+    assert found.items == 1
+    assert found.low < 0.05
+    assert found.high > 0.95
+
+
+@pytest.mark.parametrize("count", [12, 40])
+def test_of_one_question_an_item_the_paired_test_is_mcnemars(count: int) -> None:
+    mine = np.zeros(60, bool)
+    base = np.zeros(60, bool)
+    mine[: count // 4] = True
+    base[count // 4 : count] = True
+    found = statistics.paired(mine, base, [str(n) for n in range(60)])
+    expected = stats.binomtest(count // 4, count).pvalue
+    # 20,000 draws beyond 14 items: 4 standard errors.
+    error = 0.0 if count <= 14 else 4 * math.sqrt(expected / 20_000) + 1e-4
+    assert found.p == pytest.approx(expected, abs=max(error, 1e-12))
+    assert found.difference == pytest.approx((count // 4 - (count - count // 4)) / 60)
+
+
+def test_the_paired_test_takes_an_item_as_one() -> None:
+    """Ten prompts that all turn are one observation."""
+    base = np.zeros(30, bool)
+    mine = np.arange(30) < 10
+    items = [str(n // 10) for n in range(30)]
+    assert statistics.paired(mine, base, items).p == 1.0
+    assert statistics.paired(mine, base, [str(n) for n in range(30)]).p < 0.01
+    assert statistics.paired(mine, mine, items).p == 1.0
+
+
+def test_without_a_difference_small_p_values_are_rare() -> None:
+    """400 pairs of models that differ by luck: 5 % below 0.05, within 4 standard errors."""
+    rng = np.random.default_rng(4)
+    items = [str(n) for n in np.repeat(np.arange(12), 3)]
+    below = 0
+    for _ in range(400):
+        chance = np.repeat(rng.random(12), 3)
+        mine, base = rng.random((2, 36)) < chance
+        below += statistics.paired(mine, base, items).p < 0.05
+    assert below / 400 < 0.05 + 4 * math.sqrt(0.05 * 0.95 / 400)
