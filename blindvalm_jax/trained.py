@@ -50,6 +50,11 @@ class TrainedModel:
         """
         vocabulary = self.tokenizer
         ids = [np.append(vocabulary.eos_id, vocabulary.encode_lm(text)) for text in texts]
+        return self.batch_of_ids(ids, length=length)
+
+    def batch_of_ids(self, ids: Sequence[np.ndarray], *, length: int = 0) -> Batch:
+        """The same of rows of ids, which are taken as they are."""
+        vocabulary = self.tokenizer
         counts = np.array([len(row) for row in ids])
         length = length or int(counts.max())
         if counts.max() > length:

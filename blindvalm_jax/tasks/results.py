@@ -1,0 +1,96 @@
+"""What is known of a model's answers to a task: the entry of results.json, and a line an answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from blindvalm_jax.tasks import catalog, statistics
+from blindvalm_jax.tasks.answers import Answers
+from blindvalm_jax.tasks.questions import Item, Question
+from blindvalm_jax.tasks.task import ChoiceTask, Protocol
+
+PROTOCOLS = ("corrected", "published")
+
+
+def summary(
+    task: ChoiceTask,
+    protocol: Protocol,
+    items: Sequence[Item],
+    questions: Sequence[Question],
+    answers: Answers,
+) -> dict[str, Any]:
+    """The entry of results.json.
+
+    score: accuracy, counted as the protocol does; stderr, interval: of it, clustered by item.
+    per_prompt: accuracy by template. answers: how often each candidate was chosen and right.
+    """
+    way = protocol.scores[0]
+    about = [question.item for question in questions]
+    found = statistics.accuracy(answers.right[way], about)
+    without = catalog.baselines(items, questions)
+    per_prompt: dict[int, list[bool]] = {}
+    for question, right in zip(questions, answers.right[way], strict=True):
+        per_prompt.setdefault(question.template, []).append(bool(right))
+    share = protocol.share
+    return {
+        "metric": "accuracy",
+        "score": share * found.mean,
+        "stderr": share * found.stderr,
+        "interval": [share * found.low, share * found.high],
+        "n": len(items),
+        "questions": found.questions,
+        "clusters": found.items,
+        "majority": without.majority,
+        "random": without.random,
+        "per_prompt": [share * sum(of) / len(of) for _, of in sorted(per_prompt.items())],
+        "prompts": _prompts(questions),
+        "scored_by": way,
+        "beside": {
+            other: share * float(answers.right[other].mean()) for other in protocol.scores[1:]
+        },
+        "answers": _histogram(questions, answers),
+        "prompts_cut": answers.cut,
+        "faults": list(protocol.faults),
+        "source": task.source,
+    }
+
+
+def lines(
+    questions: Sequence[Question], answers: Answers, protocol: Protocol
+) -> Iterator[dict[str, Any]]:
+    """Every question with its scores and answer."""
+    way = protocol.scores[0]
+    for question, scores, place, right in zip(
+        questions, answers.scores, answers.chosen[way], answers.right[way], strict=True
+    ):
+        yield {
+            **dataclasses.asdict(question),
+            "scores": [float(score) for score in scores],
+            "chosen": int(place),
+            "right": bool(right),
+        }
+
+
+def _prompts(questions: Sequence[Question]) -> list[str]:
+    """The first prompt of every template."""
+    first: dict[int, str] = {}
+    for question in questions:
+        first.setdefault(question.template, question.prompt)
+    return [prompt for _, prompt in sorted(first.items())]
+
+
+def _histogram(questions: Sequence[Question], answers: Answers) -> dict[str, list[int]]:
+    """Candidate -> how often it was chosen, and how often right; places where all differ."""
+    way = next(iter(answers.chosen))
+    same = len({question.candidates for question in questions}) == 1
+
+    def named(question: Question, place: int) -> str:
+        return question.candidates[place] if same else f"candidate {place + 1}"
+
+    pairs = list(zip(questions, answers.chosen[way], strict=True))
+    chosen = Counter(named(question, int(place)) for question, place in pairs)
+    right = Counter(named(question, question.answer) for question in questions)
+    return {word: [chosen[word], right[word]] for word in sorted({*chosen, *right})}

@@ -1,0 +1,150 @@
+"""Log probabilities of chosen tokens in many rows: few compilations, no dependence on the batch.
+
+Rows are sorted by length into buckets, padded behind, and scored so many at once that all batches
+hold about the same number of tokens. Nothing a row is given depends on the others: pads come after
+all that it reads, and the tower cuts it by its own length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from blindvalm_jax import partitioning
+from blindvalm_jax.data.workers import Progress
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.objectives.language_model import Batch, Model
+from blindvalm_jax.trained import TrainedModel
+
+_SHORTEST = 16  # tokens of the smallest bucket
+_TOKENS_AT_ONCE = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What a model reads, and what is asked of it.
+
+    tokens: ids int32 [n]. at: positions [M]; wanted: ids [M, K], of each of which the log
+    probability is asked as the token behind position at[m].
+    """
+
+    tokens: np.ndarray
+    at: np.ndarray
+    wanted: np.ndarray
+
+
+class Scorer:
+    """A model that scores rows. compiled: how many programs it took so far."""
+
+    def __init__(self, model: TrainedModel, *, tokens_at_once: int = _TOKENS_AT_ONCE) -> None:
+        """tokens_at_once: of a batch, pads included.
+
+        Raises:
+          UserError: the model borrows features from other rows (grounding.control=shuffled).
+        """
+        if model.model.shuffled:
+            raise UserError(
+                "a model of grounding.control=shuffled reads the features of another row of the "
+                "batch: what it scores depends on the batch, and is no evaluation"
+            )
+        self._model, self._tokens_at_once = model, tokens_at_once
+        self._shapes: set[tuple[int, ...]] = set()
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a row, 0: any number."""
+        config = self._model.settings.decoder
+        return config.max_positions if config.positions == "learned" else 0
+
+    @property
+    def compiled(self) -> int:
+        """Programs compiled so far."""
+        return len(self._shapes)
+
+    def log_probabilities(self, rows: Sequence[Row], *, title: str = "score") -> list[np.ndarray]:
+        """float32 [M, K] of each row, in their order.
+
+        Raises:
+          UserError: a row is longer than the model's positions, or empty.
+        """
+        for row in rows:
+            if not len(row.tokens) or (self.longest and len(row.tokens) > self.longest):
+                raise UserError(
+                    f"a row of {len(row.tokens)} tokens: expected 1 to "
+                    f"{self.longest or 'any number'}"
+                )
+        found: list[np.ndarray] = [np.empty(0)] * len(rows)
+        with Progress(title, total=len(rows), unit="row") as progress:
+            for length, places in self._batches(rows):
+                part = [rows[place] for place in places]
+                values = self._score(part, length)
+                for place, row, value in zip(places, part, values, strict=False):
+                    found[place] = value[: row.wanted.shape[0], : row.wanted.shape[1]]
+                progress.advance(len(places))
+        return found
+
+    def _batches(self, rows: Sequence[Row]) -> Iterator[tuple[int, list[int]]]:
+        """Lengths of buckets, and places of the rows of each batch."""
+        keys = [self._bucket(row) for row in rows]
+        for key in sorted(set(keys)):
+            places = [place for place, own in enumerate(keys) if own == key]
+            size = self._rows_at_once(key[0])
+            for first in range(0, len(places), size):
+                yield key[0], places[first : first + size]
+
+    def _bucket(self, row: Row) -> tuple[int, int, int]:
+        length = max(_power_of_two(len(row.tokens)), _SHORTEST)
+        if self.longest:
+            length = min(length, self.longest)
+        asked, each = row.wanted.shape
+        return length, _power_of_two(asked), _power_of_two(each)
+
+    def _rows_at_once(self, length: int) -> int:
+        return max(self._tokens_at_once // length, 1)
+
+    def _score(self, rows: Sequence[Row], length: int) -> np.ndarray:
+        """float32 [B, M, K], M and K filled up to those of the bucket."""
+        size, (_, asked, each) = self._rows_at_once(length), self._bucket(rows[0])
+        filled = [*rows, *[rows[-1]] * (size - len(rows))]
+        at_BM = np.zeros((size, asked), np.int32)
+        wanted_BMK = np.zeros((size, asked, each), np.int32)
+        for number, row in enumerate(filled):
+            at_BM[number, : len(row.at)] = row.at
+            wanted_BMK[number, : row.wanted.shape[0], : row.wanted.shape[1]] = row.wanted
+        model = self._model
+        batch = model.batch_of_ids([row.tokens for row in filled], length=length)
+        self._shapes.add((size, length, asked, each))
+        with partitioning.use(model.mesh):
+            values = _compiled(model.model)(model.params, model.frozen, batch, at_BM, wanted_BMK)
+        return np.asarray(values)
+
+
+@functools.cache
+def _compiled(model: Model) -> Callable[..., Array]:
+    """Log probabilities [B, M, K] of wanted_BMK behind positions at_BM."""
+
+    def run(
+        params: Any, frozen: Mapping[str, Any], batch: Batch, at_BM: Array, wanted_BMK: Array
+    ) -> Array:
+        decoder = model.decoder
+        hidden: Any = decoder.apply(
+            {"params": params}, batch.tokens_BT, model.features(frozen, batch), method="hidden"
+        )
+        # Before the output projection, which is the largest of all products.
+        asked_BMD = jnp.take_along_axis(hidden.hidden_BTD, at_BM[:, :, None], axis=1)
+        logits_BMV: Any = decoder.apply({"params": params}, asked_BMD, method="logits")
+        log_p_BMV = jax.nn.log_softmax(logits_BMV.astype(jnp.float32))
+        return jnp.take_along_axis(log_p_BMV, wanted_BMK, axis=2)
+
+    return jax.jit(run)
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
