@@ -1,0 +1,207 @@
+"""Evaluation of a run: against a plain loop, in any batch and order, both protocols, files."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from blindvalm_jax import partitioning, trained
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.objectives.language_model import Batch, Model
+from blindvalm_jax.tasks import answers, catalog
+from blindvalm_jax.tasks.questions import Question
+from blindvalm_jax.tasks.scoring import Row, Scorer
+from blindvalm_jax.tasks.task import Protocol
+from blindvalm_jax.trained import TrainedModel
+from tests import small_models, small_text, test_train
+
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = {
+    "gpt2": {"grounding__source": "none", "grounding__tower": ""},
+    "token": {"decoder__positions": "learned", "decoder__max_positions": 32},
+    "eos": {"grounding__readout": "eos"},
+}
+COLORS = """Index,Descriptor,Item,Color
+1,a ,sunflower,yellow
+2,the ,ocean,blue
+3,,grass,green
+4,the inside of a,watermelon from a garden,red
+"""
+SHAPES = 'word,gt,options\nwheel,circle,"[]"\ndoor,rectangle,"[]"\ncarrot,triangle,"[]"\n'
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly() -> Iterator[None]:
+    with small_models.quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """runs/KIND, each after two updates; data/, small files of tasks."""
+    directory = tmp_path_factory.mktemp("evaluated")
+    text = directory / "text.txt"
+    small_text.write_text(text, small_text.documents(120))
+    for kind, changes in KINDS.items():
+        values = test_train.settings(text, train__steps=2, eval__every_steps=0, **changes)
+        values.data.cache = str(directory / "cache")
+        test_train.run(values, directory / kind)
+    data = directory / "data" / "vlu"
+    data.mkdir(parents=True)
+    (data / "memory_color_data.csv").write_text(COLORS)
+    (data / "shape_association.csv").write_text(SHAPES)
+    heights = [("a tree", "an ant", 1), ("an ant", "a house", 0), ("a tree", "a mouse", 1)]
+    lines = [json.dumps({"obj_a": a, "obj_b": b, "label": label}) for a, b, label in heights]
+    (data / "tnwit_height.json").write_text("\n".join(lines))
+    return directory
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(runs: Path, request: pytest.FixtureRequest) -> TrainedModel:
+    return trained.load(runs / request.param)
+
+
+def asked(name: str, data: Path, protocol: str = "corrected") -> tuple[Protocol, list[Question]]:
+    found = getattr(catalog.TASKS[name], protocol)
+    return found, found.questions(found.items(data))
+
+
+def plainly(model: TrainedModel, tokens: np.ndarray) -> np.ndarray:
+    """log p [T, V] of every next token, of one row alone."""
+    learned = model.settings.decoder.positions == "learned"
+    batch = model.batch_of_ids([tokens], length=32 if learned else 64)
+    with partitioning.use(model.mesh):
+        return np.asarray(_plain(model.model)(model.params, model.frozen, batch))
+
+
+@functools.cache
+def _plain(model: Model) -> Callable[..., jax.Array]:
+    @jax.jit
+    def run(params: Any, frozen: Any, batch: Batch) -> jax.Array:
+        z_BTKE = model.features(frozen, batch)
+        logits_BTV: Any = model.decoder.apply({"params": params}, batch.tokens_BT, z_BTKE)
+        return jax.nn.log_softmax(logits_BTV[0])
+
+    return run
+
+
+@pytest.mark.parametrize("task", ["memory_colors", "tnwit_height"])
+def test_scores_are_those_of_one_row_at_a_time(model: TrainedModel, runs: Path, task: str) -> None:
+    """1e-4 for sums of ten log probabilities in fp32."""
+    protocol, questions = asked(task, runs / "data")
+    found = answers.answer(Scorer(model), model.tokenizer, protocol, questions)
+    vocabulary = model.tokenizer
+    for place in np.random.default_rng(0).permutation(len(questions))[:6]:
+        question = questions[place]
+        prompt = np.append(vocabulary.eos_id, vocabulary.encode_lm(question.prompt.rstrip()))
+        for candidate, score in zip(question.candidates, found.scores[place], strict=True):
+            ids = vocabulary.encode_lm(f" {candidate}")
+            longest = max(len(vocabulary.encode_lm(f" {x}")) for x in question.candidates)
+            behind = prompt
+            if model.settings.decoder.positions == "learned":  # 32 of them
+                behind = prompt[-(32 - longest + 1) :]
+            log_p = plainly(model, np.concatenate([behind, ids[:-1]]))
+            expected = sum(log_p[len(behind) - 1 + n, token] for n, token in enumerate(ids))
+            assert score == pytest.approx(expected, abs=1e-4)
+        assert found.chosen["continuation"][place] == np.argmax(found.scores[place])
+
+
+def test_no_score_depends_on_the_batch_or_the_order(model: TrainedModel, runs: Path) -> None:
+    protocol, questions = asked("memory_colors", runs / "data")
+    expected = answers.answer(Scorer(model), model.tokenizer, protocol, questions)
+    order = np.random.default_rng(1).permutation(len(questions))
+    for tokens_at_once in (32, 200):
+        scorer = Scorer(model, tokens_at_once=tokens_at_once)
+        mixed = [questions[place] for place in order]
+        found = answers.answer(scorer, model.tokenizer, protocol, mixed)
+        for place, scores in zip(order, found.scores, strict=True):
+            np.testing.assert_allclose(scores, expected.scores[place], atol=1e-5, rtol=0)
+
+
+def test_the_published_protocol_reads_one_distribution(model: TrainedModel, runs: Path) -> None:
+    protocol, questions = asked("shapeit", runs / "data", "published")
+    found = answers.answer(Scorer(model), model.tokenizer, protocol, questions)
+    vocabulary = model.tokenizer
+    for question, scores in zip(questions, found.scores, strict=True):
+        prompt = vocabulary.encode_lm(question.prompt.rstrip())
+        log_p = plainly(model, prompt)[len(prompt) - 1]
+        ids = [vocabulary.encode_lm(f" {candidate}") for candidate in question.candidates]
+        expected = [(1 + log_p[own].sum()) / len(own) for own in ids]
+        np.testing.assert_allclose(scores, expected, atol=1e-4, rtol=0)
+    sums = np.array([np.argmax(scores) for scores in found.scores])
+    assert not np.array_equal(sums, found.chosen["sum_from_one"]), "one way of scoring tested"
+
+
+def test_positions_run_out_at_the_beginning_of_a_prompt(runs: Path) -> None:
+    model = trained.load(runs / "token")
+    scorer = Scorer(model)
+    assert scorer.longest == 32
+    long = Question(item="1", template=0, prompt="sea " * 60, candidates=("red", "blue"), answer=0)
+    protocol = asked("memory_colors", runs / "data")[0]
+    found = answers.answer(scorer, model.tokenizer, protocol, [long])
+    assert found.cut == 1
+    with pytest.raises(UserError, match="a row of 33 tokens: expected 1 to 32"):
+        scorer.log_probabilities([Row(np.zeros(33, np.int32), np.array([0]), np.array([[0]]))])
+
+
+def test_a_model_that_reads_other_rows_is_refused(runs: Path) -> None:
+    model = trained.load(runs / "eos")
+    shuffled = dataclasses.replace(model, model=dataclasses.replace(model.model, shuffled=True))
+    with pytest.raises(UserError, match="what it scores depends on the batch"):
+        Scorer(shuffled)
+
+
+def command(runs: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "blindvalm_jax.evaluate", f"--workdir={runs / 'eos'}"]
+    return subprocess.run([*line, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command_writes_what_checks_rely_on(runs: Path, tmp_path: Path) -> None:
+    tasks = f"--data={runs / 'data'}", "--tasks=tnwit_height,memory_colors"
+    done = command(runs, *tasks)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((runs / "eos" / "eval" / "results.json").read_text())["tasks"]
+    assert [*found] == ["memory_colors", "tnwit_height"]
+    colors = found["memory_colors"]
+    needed = {"protocol", "metric", "score", "stderr", "n", "majority", "random", "per_prompt"}
+    assert needed <= colors.keys()
+    assert (colors["protocol"], colors["n"], colors["random"]) == ("corrected", 4, 0.25)
+    assert np.mean(colors["per_prompt"]) == pytest.approx(colors["score"])
+    lines = (runs / "eos" / "eval" / "memory_colors.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 9 * 4
+    assert np.mean([row["right"] for row in rows]) == pytest.approx(colors["score"])
+    assert all(np.argmax(row["scores"]) == row["chosen"] for row in rows)
+    assert sum(chosen for chosen, _ in colors["answers"].values()) == 36
+    again = command(runs, *tasks, "--protocol=published", f"--out={tmp_path}")
+    assert again.returncode == 0, again.stderr
+    heights = json.loads((tmp_path / "results.json").read_text())["tasks"]["tnwit_height"]
+    assert heights["score"] <= 0.5
+    assert "counted twice" in heights["faults"][0]
+    assert heights["beside"].keys() == {"sum"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks=colours", "--data=."], "--tasks must be names or groups (vlu, nlu, lm), got"),
+        (["--tasks=sst2", "--data=DATA"], "sst2_test.jsonl is not in"),
+        (["--tasks=sst2"], "--data is missing"),
+    ],
+)
+def test_wrong_commands_are_one_line(runs: Path, arguments: list[str], message: str) -> None:
+    given = [argument.replace("DATA", str(runs / "data")) for argument in arguments]
+    done = command(runs, *given)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
