@@ -79,7 +79,7 @@ def asked(name: str, data: Path, protocol: str = "corrected") -> tuple[Protocol,
 def plainly(model: TrainedModel, tokens: np.ndarray) -> np.ndarray:
     """log p [T, V] of every next token, of one row alone."""
     learned = model.settings.decoder.positions == "learned"
-    batch = model.batch_of_ids([tokens], length=32 if learned else 64)
+    batch = model.batch_of_ids([tokens], length=32 if learned else 128)
     with partitioning.use(model.mesh):
         return np.asarray(_plain(model.model)(model.params, model.frozen, batch))
 
