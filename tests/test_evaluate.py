@@ -26,7 +26,7 @@ from blindvalm_jax.trained import TrainedModel
 from tests import small_models, small_text, test_train
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "gpt2": {"grounding__source": "none", "grounding__tower": ""},
     "token": {"decoder__positions": "learned", "decoder__max_positions": 32},
     "eos": {"grounding__readout": "eos"},
@@ -194,7 +194,7 @@ def test_the_command_writes_what_checks_rely_on(runs: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks=colours", "--data=."], "--tasks must be names or groups (vlu, nlu, lm), got"),
+        (["--tasks=colours", "--data=."], "--tasks must be names or groups (vlu, nlu), got"),
         (["--tasks=sst2", "--data=DATA"], "sst2_test.jsonl is not in"),
         (["--tasks=sst2"], "--data is missing"),
     ],

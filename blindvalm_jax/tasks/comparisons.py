@@ -13,7 +13,7 @@ from pathlib import Path
 
 from blindvalm_jax.tasks import readers
 from blindvalm_jax.tasks.questions import Ask, Item, Question, fill
-from blindvalm_jax.tasks.task import ChoiceTask, Protocol
+from blindvalm_jax.tasks.task import ONE_DISTRIBUTION, ChoiceTask, Protocol
 
 _MORE, _LESS = "more", "less"  # what A is to B
 _WHICH_SIZE = (
@@ -45,7 +45,6 @@ _THAN_SIZE_PUBLISHED = (*_THAN_SIZE[:3], _THAN_SIZE[3] + _THAN_SIZE[4], _THAN_SI
 _THAN_HEIGHT = ("[A] is taller or shorter than [B]?", "[B] is taller or shorter than [A]?")
 _COUNTED_TWICE = "each answer is counted twice in the total, so that the accuracy is half"
 _ONE_ORDER = "pairs are asked in the order of the file"
-_ONE_DISTRIBUTION = "the tokens of a candidate are all read from the distribution of the next one"
 
 
 def pairs(path: Path, *, first: str, second: str, relation: str, more: object) -> list[Item]:
@@ -155,7 +154,7 @@ def _task(
             share=0.5,
             spelled=True,
             start=False,
-            faults=(_COUNTED_TWICE, _ONE_ORDER, _ONE_DISTRIBUTION, *faults),
+            faults=(_COUNTED_TWICE, _ONE_ORDER, ONE_DISTRIBUTION, *faults),
         ),
     )
 

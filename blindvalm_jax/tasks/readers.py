@@ -105,13 +105,3 @@ def json_rows(path: Path, columns: Iterable[str]) -> list[dict[str, Any]]:
         if lacking:
             raise UserError(f"{path}: example {number} lacks {', '.join(lacking)}")
     return rows
-
-
-def word_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Lines of words.
-
-    Raises:
-      UserError: a line has more or fewer words than there are columns.
-    """
-    lines = enumerate(text_of(path).splitlines(), 1)
-    return [_row(path, number, columns, line.split()) for number, line in lines if line.strip()]

@@ -16,8 +16,9 @@ from blindvalm_jax.tasks.questions import Ask, Item, Question
 #   sum_from_one, mean_from_one: the same, where summing began at 1
 #   mean_probability: of p(c_i | prompt)
 Score = Literal["continuation", "sum", "mean", "sum_from_one", "mean_from_one", "mean_probability"]
-Group = Literal["vlu", "nlu", "lm"]
-GROUPS: tuple[Group, ...] = ("vlu", "nlu", "lm")
+Group = Literal["vlu", "nlu"]
+GROUPS: tuple[Group, ...] = ("vlu", "nlu")
+ONE_DISTRIBUTION = "the tokens of a candidate are all read from the distribution of the next one"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -29,34 +29,23 @@ def labelled(path: Path) -> list[Item]:
     ]
 
 
-def news(path: Path) -> list[Item]:
-    """AG News (Zhang et al. 2015): label, title, description; labels as words or 1 ... 4.
+def topics(words: tuple[str, ...]) -> readers.Read:
+    """Reads label, title, text as AG News and DBPedia have them (Zhang et al. 2015), or lines.
 
-    Raises:
-      UserError: a label is neither.
+    words: of the labels, which may also be numbers from 1. A reader raises `UserError` where a
+    label is neither.
     """
-    if path.suffix == ".jsonl":
-        return labelled(path)
-    rows = readers.bare_csv_rows(path, ("label", "title", "text"))
-    return [
-        Item(id=f"{n}", words={"text": row["text"]}, answer=_label(path, row["label"], AGNEWS))
-        for n, row in enumerate(rows)
-    ]
 
+    def read(path: Path) -> list[Item]:
+        if path.suffix == ".jsonl":
+            return labelled(path)
+        rows = readers.bare_csv_rows(path, ("label", "title", "text"))
+        return [
+            Item(id=f"{n}", words={"text": row["text"]}, answer=_label(path, row["label"], words))
+            for n, row in enumerate(rows)
+        ]
 
-def ontology(path: Path) -> list[Item]:
-    """DBPedia (Zhang et al. 2015): label, title, abstract; labels as words or 1 ... 14.
-
-    Raises:
-      UserError: a label is neither.
-    """
-    if path.suffix == ".jsonl":
-        return labelled(path)
-    rows = readers.bare_csv_rows(path, ("label", "title", "text"))
-    return [
-        Item(id=f"{n}", words={"text": row["text"]}, answer=_label(path, row["label"], DBPEDIA))
-        for n, row in enumerate(rows)
-    ]
+    return read
 
 
 def _label(path: Path, label: str, words: tuple[str, ...]) -> str:
@@ -103,10 +92,9 @@ def _topics(
     files: tuple[str, ...],
     published: tuple[str, ...],
     words: tuple[str, ...],
-    read: readers.Read,
     faults: tuple[str, ...],
 ) -> ChoiceTask:
-    protocol = Protocol(files=files, read=read, ask=asking(_TOPIC, words))
+    protocol = Protocol(files=files, read=topics(words), ask=asking(_TOPIC, words))
     return ChoiceTask(
         name=name,
         group="nlu",
@@ -154,7 +142,6 @@ TASKS = (
         ("agnews_test.jsonl", "agnews_test.csv"),
         ("agnews_test.csv",),
         AGNEWS,
-        news,
         ("a text ends at its first comma, or is a piece of the title",),
     ),
     _topics(
@@ -162,7 +149,6 @@ TASKS = (
         ("dbpedia_sample5000.jsonl", "dbpedia_test.csv"),
         ("dbpedia_test.csv",),
         DBPEDIA,
-        ontology,
         (),
     ),
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from blindvalm_jax.tasks import comparisons, readers
 from blindvalm_jax.tasks.questions import Item, asking
-from blindvalm_jax.tasks.task import ChoiceTask, Protocol
+from blindvalm_jax.tasks.task import ONE_DISTRIBUTION, ChoiceTask, Protocol
 
 _COLORS = (
     "Q: What is the color of [DESCRIPTOR] [ITEM]? A: It is",
@@ -47,7 +47,6 @@ _SHAPES_OF = (
     "[ITEM] is",
     "This [ITEM] is",
 )
-_ONE_DISTRIBUTION = "the tokens of a candidate are all read from the distribution of the next one"
 
 
 def memory_colors(path: Path) -> list[Item]:
@@ -106,7 +105,7 @@ def _vicomte_shape(name: str, file: str) -> ChoiceTask:
         scores=("mean_probability",),
         spelled=True,
         start=False,
-        faults=(_ONE_DISTRIBUTION,),
+        faults=(ONE_DISTRIBUTION,),
     )
     return ChoiceTask(
         name=name,
@@ -125,7 +124,7 @@ def _shapeit(name: str, templates: tuple[str, ...]) -> ChoiceTask:
         spelled=True,
         start=False,
         faults=(
-            _ONE_DISTRIBUTION,
+            ONE_DISTRIBUTION,
             "log probabilities are added to 1, which is then divided among the tokens too",
         ),
     )
