@@ -175,8 +175,8 @@ def from_weights(
     tower, tower_tokenizer: as `grounding.tower` and `grounding.tokenizer`; of a run it is
     RUN/tower. tokenizer: where the language model's lies, if not beside the weights;
     tokenizer_kind: where the weights do not record it, "": gpt2. grounding: other settings of that
-    section, since weights do not record how z is made: readout, segments, for a VALM source, index
-    and neighbours. dtype: of decoder and tower.
+    section, since weights do not record how z is made: readout and segments, of a VALM also
+    source, index and neighbours. dtype: of decoder and tower.
 
     Raises:
       UserError: it is no such model, lacks something, or its parts do not go together.
@@ -239,7 +239,9 @@ def _read_decoder(directory: str | Path) -> formats.Converted:
     if found.layout == "hf_gpt2":
         return formats.load(found)
     if found.layout == "run":
-        raise UserError(f"{path} is a run, which is read whole: weights without a run were expected")
+        raise UserError(
+            f"{path} is a run, which is read whole: weights without a run were expected"
+        )
     raise UserError(
         f"{path} is of the layout {found.layout}: make weights of it first, with python -m "
         f"blindvalm_jax.convert --input={path} --out=DIR"
@@ -250,7 +252,9 @@ def _read_tokenizer(place: str | Path, record: Mapping[str, str], *, source: str
     """The tokenizer of a record: its kind and, where known, its fingerprint."""
     found = tokenizers.load(record["kind"], str(place))
     if "fingerprint" in record and found.fingerprint != record["fingerprint"]:
-        raise UserError(f"{source} was trained with another tokenizer than lies in {place}")
+        raise UserError(
+            f"{source} was trained with another tokenizer than lies in {place}: bring its own back"
+        )
     return found
 
 

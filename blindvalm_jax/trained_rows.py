@@ -24,7 +24,7 @@ class Document(NamedTuple):
     """int32[n], language-model ids."""
     tower: np.ndarray
     """int32[m], the tower's ids that the last token may look at."""
-    index: np.ndarray
+    seen: np.ndarray
     """int32[n], how many of them each token may look at."""
 
 
@@ -117,6 +117,6 @@ def aligned_tower(
     for number, document in enumerate(documents):
         tower[number, : counts[number]] = document.tower
         index[number] = counts[number]
-        index[number, : len(document.index)] = document.index
+        index[number, : len(document.seen)] = document.seen
     starts = segments.starts(tower, rule=rule, separators=separators, counts=counts)
     return {"tower_tokens": tower, "tower_starts": starts, "tower_index": index}
