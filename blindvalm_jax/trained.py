@@ -140,10 +140,6 @@ def load(workdir: str | Path, *, mesh: Mesh | None = None) -> TrainedModel:
     aligned = (run.tokenizer_directory.parent / "tower_tokenizer").exists()
     if aligned and tower_tokenizer is None and settings.grounding.source != "none":
         raise UserError(f"the tokenizer of the tower of {workdir} is gone: it was kept in {kept}")
-    grounding = settings.grounding
-    if grounding.search == "prepared":  # there are no neighbours of new texts
-        grounding = dataclasses.replace(grounding, search="exact", prepared="")
-        settings = dataclasses.replace(settings, grounding=grounding)
     model = _joined(
         settings,
         run.config,
@@ -322,6 +318,10 @@ def _joined(
 ) -> TrainedModel:
     """The parts as one model, checked against each other and placed."""
     mesh = mesh or partitioning.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    grounding = settings.grounding
+    if grounding.search == "prepared":  # there are no neighbours of new texts
+        grounding = dataclasses.replace(grounding, search="exact", prepared="")
+        settings = dataclasses.replace(settings, grounding=grounding)
     tower = system.prepare_tower(
         settings, tower, vocabulary=packing.record(tower_tokenizer or tokenizer), resuming=True
     )
@@ -331,8 +331,8 @@ def _joined(
             f"the tower ({tower.source}) gives features of width {tower.config.projection}, the "
             f"decoder was trained on {spec.memory_width}: name the tower it was trained with"
         )
-    if settings.grounding.source == "images" and tower is not None:
-        images = Images(settings.grounding, mesh, text_sha256=tower.sha256)
+    if grounding.source == "images" and tower is not None:
+        images = Images(grounding, mesh, text_sha256=tower.sha256)
     model = system.build(
         settings,
         vocab_size=spec.vocab_size,

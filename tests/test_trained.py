@@ -356,6 +356,11 @@ def test_weights_that_do_not_go_together_are_refused_in_one_line(
         (own, {"tower": own}, "expected kind clip_text or clip, got 'decoder'"),
         (own, {"tower": tower, "grounding": {"readout": "last"}}, "grounding.readout"),
         (own, {"tower": tower, "grounding": {"depth": 1}}, "depth"),
+        (
+            own,
+            {"tower": tower, "grounding": {"source": "none"}},
+            "grounding.source=none reads none",
+        ),
         (tmp_path / "nothing", {}, "does not exist"),
     ]
     for directory, options, message in cases:
