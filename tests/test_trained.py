@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from blindvalm_jax.data.windows import Windows
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import clip_model, weights
 from blindvalm_jax.objectives import language
-from blindvalm_jax.objectives.language_model import Batch
+from blindvalm_jax.objectives.language_model import Batch, Model
 from blindvalm_jax.trained import TrainedModel
 from tests import small_models, small_text, small_valm, test_train, tiny_tokenizers
 from tests.foreign_models import BLIND, GPT2, random_params
@@ -55,6 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tokenizer__path": str(gpt2),
         "grounding__tower": str(tower),
         "train__steps": 2,
+        "data__workers": 1,
         "eval__every_steps": 0,
     }
     values = test_train.settings(root / "text.txt", **changes)
@@ -118,17 +120,20 @@ def plain(random_weights: Path) -> TrainedModel:
     return trained.from_weights(random_weights / "plain")
 
 
+@functools.cache
+def _compiled(model: Model) -> Callable[..., Any]:
+    def run(params: Any, frozen: Any, batch: Batch) -> Any:
+        z_BTKE = model.features(frozen, batch)
+        logits_BTV: Any = model.decoder.apply({"params": params}, batch.tokens_BT, z_BTKE)
+        return z_BTKE, logits_BTV[..., : model.decoder.vocab_size]
+
+    return jax.jit(run)
+
+
 def answers(model: TrainedModel, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """Features [B, T, K, E], if the model has a tower, and logits [B, T, V]."""
-
-    @jax.jit
-    def run(params: Any, frozen: Any, batch: Batch) -> Any:
-        z_BTKE = model.model.features(frozen, batch)
-        logits_BTV: Any = model.model.decoder.apply({"params": params}, batch.tokens_BT, z_BTKE)
-        return z_BTKE, logits_BTV[..., : model.tokenizer.vocab_size]
-
     with partitioning.use(model.mesh):
-        z, logits = run(model.params, model.frozen, batch)
+        z, logits = _compiled(model.model)(model.params, model.frozen, batch)
     return np.asarray(z), np.asarray(logits)
 
 
@@ -226,20 +231,24 @@ def test_a_prefix_has_the_features_of_the_whole_under_the_causal_rule(
 def test_without_the_start_a_text_is_alone(mode: str, request: pytest.FixtureRequest) -> None:
     """The tower then reads no end token; where it reads text, that token changed nothing: 1e-5."""
     model = request.getfixturevalue(mode)
-    bare, whole = (model.batch([SENTENCE], start=start) for start in (False, True))
+    ids = model.tokenizer.encode_lm(SENTENCE)
+    bare = model.batch([SENTENCE], start=False, length=LENGTH)
+    whole = model.batch([SENTENCE], length=LENGTH)
     assert bare.tower is not None
     assert whole.tower is not None
-    np.testing.assert_array_equal(bare.tokens_BT[0], model.tokenizer.encode_lm(SENTENCE))
-    np.testing.assert_array_equal(bare.tokens_BT[0], whole.tokens_BT[0, 1:])
-    read = bare.tokens_BT.shape[1]
+    np.testing.assert_array_equal(bare.tokens_BT[0, : len(ids)], ids)
+    np.testing.assert_array_equal(whole.tokens_BT[0, 1 : len(ids) + 1], ids)
+    read, grounded = len(ids), np.ones(LENGTH - 1, bool)
     if mode == "aligned":
-        np.testing.assert_array_equal(bare.tower.index_BT, whole.tower.index_BT[:, 1:] - 1)
-        read = int(bare.tower.index_BT[0, -1])
-    ids = bare.tower.tokens_BS[0, :read]
-    np.testing.assert_array_equal(ids, whole.tower.tokens_BS[0, 1 : read + 1])
-    grounded = bare.tower.index_BT[0] > 0 if mode == "aligned" else np.ones(read, bool)
+        index = np.asarray(bare.tower.index_BT)[0, :-1]
+        np.testing.assert_array_equal(index, whole.tower.index_BT[0, 1:] - 1)
+        read, grounded = int(index[-1]), index > 0
+    tower_ids = bare.tower.tokens_BS[0, :read]
+    np.testing.assert_array_equal(tower_ids, whole.tower.tokens_BS[0, 1 : read + 1])
+    grounded[len(ids) :] = False
+    assert grounded.sum() > 10
     (short, _), (long, _) = (answers(model, batch) for batch in (bare, whole))
-    np.testing.assert_allclose(short[0, grounded], long[0, 1:][grounded], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(short[0, :-1][grounded], long[0, 1:][grounded], rtol=0, atol=1e-5)
 
 
 def test_a_text_of_which_the_tower_knows_no_token_yet_is_a_row(aligned: TrainedModel) -> None:
