@@ -1,9 +1,10 @@
-"""A finished run as a model to ask: decoder, tower, index and tokenizer, as they were trained."""
+"""A trained model to ask: decoder, tower, index and tokenizers, of a run or of weights alone."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from blindvalm_jax import config, files, partitioning, runs, system
-from blindvalm_jax.data import manifest, prepared, tokenizers
+from blindvalm_jax import config, files, hub, partitioning, runs, system, trained_rows
+from blindvalm_jax.data import packing, prepared, tokenizer_files, tokenizers
+from blindvalm_jax.data.clip_bpe import ClipTokenizer
 from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import segments
 from blindvalm_jax.grounding.images import Images
-from blindvalm_jax.grounding.text import TowerInput
-from blindvalm_jax.interop import run_directory, weights
+from blindvalm_jax.interop import formats, run_directory, weights
 from blindvalm_jax.objectives import language
 from blindvalm_jax.objectives.language_model import Batch, Model
 
@@ -27,91 +28,314 @@ from blindvalm_jax.objectives.language_model import Batch, Model
 class TrainedModel:
     """A language model with its parameters on the devices of `mesh`.
 
-    step: updates done; images: its index, for a VALM.
+    tower_tokenizer: of a tower that does not read the language model's tokens; step: updates done,
+    0 of weights without a run; images: its index, for a VALM.
     """
 
     model: Model
     params: Any
     frozen: dict[str, Any]
     tokenizer: Tokenizer
+    tower_tokenizer: ClipTokenizer | None
     settings: config.Config
     step: int
     mesh: Mesh
     images: Images | None
 
-    def batch(self, texts: Sequence[str], *, length: int = 0) -> Batch:
+    def batch(self, texts: Sequence[str], *, length: int = 0, start: bool = True) -> Batch:
         """Rows of texts, each as the beginning of a document, padded behind to a common length.
 
         Targets are the next tokens, weights 1 where there is one. length: of a row, 0: the
-        longest's.
+        longest's. start: with the end-of-text token in front, as in training.
 
         Raises:
-          UserError: a text does not fit, or the tower has a tokenizer of its own.
+          UserError: a text does not fit, or has no token.
         """
-        vocabulary = self.tokenizer
-        ids = [np.append(vocabulary.eos_id, vocabulary.encode_lm(text)) for text in texts]
-        return self.batch_of_ids(ids, length=length)
+        if self.model.tower is None or self.tower_tokenizer is None:
+            front = np.full(int(start), self.tokenizer.eos_id, np.int32)
+            encoded = self.tokenizer.encode_lm_batch(texts)
+            return self.batch_of_ids([np.append(front, ids) for ids in encoded], length=length)
+        documents = [
+            trained_rows.document(
+                text,
+                tokenizer=self.tokenizer,
+                tower_tokenizer=self.tower_tokenizer,
+                rule=self._rule,
+                start=start,
+            )
+            for text in texts
+        ]
+        rows = self._language_rows([document.tokens for document in documents], length)
+        tower = trained_rows.aligned_tower(
+            documents,
+            length=rows["tokens"].shape[1],
+            rule=self._rule,
+            separators=self._separators,
+        )
+        return _placed(rows | tower)
 
-    def batch_of_ids(self, ids: Sequence[np.ndarray], *, length: int = 0) -> Batch:
-        """The same of rows of ids, which are taken as they are."""
-        vocabulary = self.tokenizer
-        counts = np.array([len(row) for row in ids])
-        length = length or int(counts.max())
-        if counts.max() > length:
-            raise UserError(f"a text of {counts.max()} tokens does not fit in rows of {length}")
-        tokens = np.full((len(ids), length + 1), vocabulary.pad_id, np.int32)
-        for row, values in zip(tokens, ids, strict=True):
-            row[: len(values)] = values
-        weights_ = (np.arange(1, length + 1) < counts[:, None]).astype(np.float32)
-        rows = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights_}
-        placed = {name: jax.numpy.asarray(value) for name, value in rows.items()}
-        tower = None if self.model.tower is None else self._tower_input(rows["tokens"], counts)
-        return Batch(placed["tokens"], placed["targets"], placed["weights"], tower)
+    def batch_of_ids(self, rows: Sequence[np.ndarray], *, length: int = 0) -> Batch:
+        """Rows of language-model ids as they are, padded behind to a common length; see `batch`.
 
-    def _tower_input(self, tokens: np.ndarray, counts: np.ndarray) -> TowerInput:
-        """What the tower reads: the language model's own tokens, cut by the rule of the run."""
-        ids = manifest.tower_table(self.tokenizer)[tokens]
+        Raises:
+          UserError: a row does not fit or is empty, or the tower has a tokenizer of its own.
+        """
+        found = self._language_rows(rows, length)
+        if self.model.tower is not None:
+            if self.tower_tokenizer is not None:
+                raise UserError(
+                    "the tower has a tokenizer of its own, which needs the text and not the "
+                    "language model's ids: make the batch from texts"
+                )
+            found |= trained_rows.shared_tower(
+                found["tokens"],
+                np.array([len(row) for row in rows]),
+                tokenizer=self.tokenizer,
+                rule=self._rule,
+                separators=self._separators,
+            )
+        return _placed(found)
+
+    def _language_rows(self, ids: Sequence[np.ndarray], length: int) -> trained_rows.Rows:
+        decoder = self.model.decoder
+        learned = decoder.config.positions == "learned"
+        return trained_rows.language_rows(
+            ids,
+            vocab_size=decoder.vocab_size,
+            pad_id=self.tokenizer.pad_id,
+            length=length,
+            longest=decoder.config.max_positions if learned else None,
+        )
+
+    @property
+    def _rule(self) -> segments.Rule:
+        return prepared.segment_rule(self.settings.grounding.segments)
+
+    @functools.cached_property
+    def _separators(self) -> segments.Separators:
         tower = self.model.tower
         if tower is None:
             raise ValueError("a model without a tower reads no segments")
-        starts = segments.starts(
-            ids,
-            rule=prepared.segment_rule(self.settings.grounding.segments),
-            separators=segments.separators_for(self.tokenizer, tower.config.longest_segment),
-            counts=counts,
-        )
-        return TowerInput(jax.numpy.asarray(ids), jax.numpy.asarray(starts))
+        read = self.tower_tokenizer or self.tokenizer
+        return segments.separators_for(read, tower.config.longest_segment)
 
 
 def load(workdir: str | Path, *, mesh: Mesh | None = None) -> TrainedModel:
     """The newest checkpoint of a language model's run.
 
     Raises:
-      UserError: it is no such run, lacks something, or its tower reads tokens of its own; its image
-        index, or FAISS's of it, is another than it was trained on.
+      UserError: it is no such run or lacks something; its tokenizer, tower or image index, or
+        FAISS's of it, is another than it was trained with.
     """
     workdir = Path(workdir).expanduser()
     run = run_directory.load(workdir)
     if not isinstance(run.config, weights.DecoderSpec):
         raise UserError(f"{workdir} is a run of a {weights.kind_of(run.config)}, not of a decoder")
     settings = config.from_dict(files.read_object(workdir / "config.json"))
-    mesh = mesh or partitioning.make_mesh(config.MeshConfig(), jax.devices()[:1])
     if run.tokenizer_directory is None:
         raise UserError(f"the tokenizer of {workdir} is gone: its windows are where it was kept")
-    if (run.tokenizer_directory.parent / "tower_tokenizer").exists():
-        raise UserError(f"{workdir}: towers with a tokenizer of their own cannot be asked yet")
-    tower = system.read_tower(settings, workdir)
+    tokenizer = _read_tokenizer(run.tokenizer_directory, run.tokenizer, source=str(workdir))
+    kept = workdir / "tower"
+    tower_tokenizer = _own(prepared.tower_tokenizer(settings, kept), tokenizer)
+    aligned = (run.tokenizer_directory.parent / "tower_tokenizer").exists()
+    if aligned and tower_tokenizer is None and settings.grounding.source != "none":
+        raise UserError(f"the tokenizer of the tower of {workdir} is gone: it was kept in {kept}")
+    model = _joined(
+        settings,
+        run.config,
+        run.params,
+        tower=system.read_tower(settings, workdir),
+        tokenizer=tokenizer,
+        tower_tokenizer=tower_tokenizer,
+        step=run.step,
+        mesh=mesh,
+    )
+    if model.images is not None:
+        runs.check_images(workdir, model.images.describe())
+    return model
+
+
+def from_weights(
+    directory: str | Path,
+    *,
+    tower: str | Path = "",
+    tower_tokenizer: str | Path = "",
+    tokenizer: str | Path = "",
+    tokenizer_kind: str = "",
+    grounding: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+) -> TrainedModel:
+    """A decoder that `convert` wrote, or a Hugging Face GPT-2, with its tokenizer beside it.
+
+    tower, tower_tokenizer: as `grounding.tower` and `grounding.tokenizer`; of a run it is
+    RUN/tower. tokenizer: where the language model's lies, if not beside the weights;
+    tokenizer_kind: where the weights do not record it, "": gpt2. grounding: other settings of that
+    section, since weights do not record how z is made: readout and segments, of a VALM also
+    source, index and neighbours. dtype: of decoder and tower.
+
+    Raises:
+      UserError: it is no such model, lacks something, or its parts do not go together.
+    """
+    found = _read_decoder(directory)
+    spec = found.config
+    if not isinstance(spec, weights.DecoderSpec):
+        raise UserError(f"{directory} is a {weights.kind_of(spec)}, not a decoder")
+    if not spec.fusion_layers and (tower or tower_tokenizer or grounding):
+        raise UserError(f"{directory} has no fusion layers, so it reads no tower: name none")
+    if spec.fusion_layers and tower in ("", "random"):
+        raise UserError(
+            f"{directory} has fusion layers {spec.fusion_layers}: name the text tower it was "
+            "trained with (of a run: RUN/tower)"
+        )
+    place = str(tokenizer or found.tokenizer_directory or "")
+    if not place:
+        raise UserError(f"{directory} has no tokenizer beside it: name the directory of its own")
+    record = found.tokenizer or {"kind": tokenizer_kind or "gpt2"}
+    vocabulary = _read_tokenizer(place, record, source=str(directory))
+    if vocabulary.vocab_size != spec.vocab_size:
+        raise UserError(
+            f"{directory} knows {spec.vocab_size} tokens, the tokenizer in {place} has "
+            f"{vocabulary.vocab_size}: name the tokenizer that it was trained with"
+        )
+    named = {"tower": str(tower), "tokenizer": str(tower_tokenizer), "dtype": dtype}
+    settings = _settings_of(
+        spec,
+        tokenizer=config.TokenizerConfig(kind=vocabulary.kind, path=place),
+        grounding={**(grounding or {}), **named} if spec.fusion_layers else {"source": "none"},
+        dtype=dtype,
+    )
+    read = system.read_tower(settings, None)
+    own = None if read is None else _tower_tokenizer(settings, read, vocabulary)
+    return _joined(
+        settings,
+        spec,
+        found.params,
+        tower=read,
+        tokenizer=vocabulary,
+        tower_tokenizer=own,
+        step=0,
+        mesh=mesh,
+    )
+
+
+def _read_decoder(directory: str | Path) -> formats.Converted:
+    """Weights of ours, or of a Hugging Face GPT-2."""
+    path = hub.local_path(directory)
+    found = formats.open_model(path)
+    if found.layout == "weights":
+        stored = weights.load(path, kind="decoder")
+        return formats.Converted(
+            config=stored.config,
+            params=stored.params,
+            source=stored.source,
+            tokenizer_directory=weights.tokenizer_directory(path),
+            tokenizer=stored.tokenizer,
+        )
+    if found.layout == "hf_gpt2":
+        return formats.load(found)
+    if found.layout == "run":
+        raise UserError(
+            f"{path} is a run, which is read whole: weights without a run were expected"
+        )
+    raise UserError(
+        f"{path} is of the layout {found.layout}: make weights of it first, with python -m "
+        f"blindvalm_jax.convert --input={path} --out=DIR"
+    )
+
+
+def _read_tokenizer(place: str | Path, record: Mapping[str, str], *, source: str) -> Tokenizer:
+    """The tokenizer of a record: its kind and, where known, its fingerprint."""
+    found = tokenizers.load(record["kind"], str(place))
+    if "fingerprint" in record and found.fingerprint != record["fingerprint"]:
+        raise UserError(
+            f"{source} was trained with another tokenizer than lies in {place}: bring its own back"
+        )
+    return found
+
+
+def _settings_of(
+    spec: weights.DecoderSpec,
+    *,
+    tokenizer: config.TokenizerConfig,
+    grounding: Mapping[str, Any],
+    dtype: str,
+) -> config.Config:
+    """The settings of a run that would have made these weights, as far as the weights tell."""
+    default = config.Config()
+    decoder = dataclasses.replace(
+        spec.decoder, vocab_size=spec.vocab_size, fusion_layers=spec.fusion_layers
+    )
+    length = default.data.sequence_length
+    if decoder.positions == "learned":
+        length = min(length, decoder.max_positions)
+    values = dataclasses.asdict(
+        dataclasses.replace(
+            default,
+            tokenizer=tokenizer,
+            data=dataclasses.replace(default.data, sequence_length=length),
+            decoder=decoder,
+            fusion=spec.fusion,
+            train=dataclasses.replace(default.train, dtype=dtype),
+        )
+    )
+    return config.from_dict({**values, "grounding": {**values["grounding"], **grounding}})
+
+
+def _tower_tokenizer(
+    settings: config.Config, tower: system.Tower, tokenizer: Tokenizer
+) -> ClipTokenizer | None:
+    """The tokenizer of a tower that was read from files, None where it reads the LM's tokens.
+
+    Where none is named, it does if it says so, or if none lies beside it and its start and end
+    tokens are those of a tower that was made for the language model's vocabulary.
+    """
+    named, vocabulary = settings.grounding, packing.record(tokenizer)
+    made_for = (vocabulary.tower_vocab_size, vocabulary.tower_end_id)
+    fits = (tower.config.start_id, tower.config.end_id) == made_for
+    bare = not tokenizer_files.holds_tokenizer(named.tower)
+    if not named.tokenizer and (tower.shares_tokens or (bare and fits)):
+        return None
+    return _own(prepared.tower_tokenizer(settings, None), tokenizer)
+
+
+def _own(found: Tokenizer | None, tokenizer: Tokenizer) -> ClipTokenizer | None:
+    """A tower's tokenizer, None if it is the language model's."""
+    same = found is None or found.fingerprint == tokenizer.fingerprint
+    return found if isinstance(found, ClipTokenizer) and not same else None
+
+
+def _joined(
+    settings: config.Config,
+    spec: weights.DecoderSpec,
+    params: Any,
+    *,
+    tower: system.Tower | None,
+    tokenizer: Tokenizer,
+    tower_tokenizer: ClipTokenizer | None,
+    step: int,
+    mesh: Mesh | None,
+) -> TrainedModel:
+    """The parts as one model, checked against each other and placed."""
+    mesh = mesh or partitioning.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    grounding = settings.grounding
+    if grounding.search == "prepared":  # there are no neighbours of new texts
+        grounding = dataclasses.replace(grounding, search="exact", prepared="")
+        settings = dataclasses.replace(settings, grounding=grounding)
+    tower = system.prepare_tower(
+        settings, tower, vocabulary=packing.record(tower_tokenizer or tokenizer), resuming=True
+    )
     images = None
-    if settings.grounding.source == "images" and tower is not None:
-        grounding = settings.grounding
-        if grounding.search == "prepared":  # there are no neighbours of new texts
-            grounding = dataclasses.replace(grounding, search="exact", prepared="")
-            settings = dataclasses.replace(settings, grounding=grounding)
+    if tower is not None and tower.config.projection != spec.memory_width:
+        raise UserError(
+            f"the tower ({tower.source}) gives features of width {tower.config.projection}, the "
+            f"decoder was trained on {spec.memory_width}: name the tower it was trained with"
+        )
+    if grounding.source == "images" and tower is not None:
         images = Images(grounding, mesh, text_sha256=tower.sha256)
-        runs.check_images(workdir, images.describe())
     model = system.build(
         settings,
-        vocab_size=run.config.vocab_size,
+        vocab_size=spec.vocab_size,
         tower=tower,
         platform=jax.devices()[0].platform,
         search=None if images is None else images.search,
@@ -122,11 +346,16 @@ def load(workdir: str | Path, *, mesh: Mesh | None = None) -> TrainedModel:
         frozen["tower"] = language.place_tower(tower, like)
     return TrainedModel(
         model=model,
-        params=jax.device_put(run.params, partitioning.replicated(mesh)),
+        params=jax.device_put(params, partitioning.replicated(mesh)),
         frozen=frozen,
-        tokenizer=tokenizers.load(run.tokenizer["kind"], str(run.tokenizer_directory)),
+        tokenizer=tokenizer,
+        tower_tokenizer=tower_tokenizer,
         settings=settings,
-        step=run.step,
+        step=step,
         mesh=mesh,
         images=images,
     )
+
+
+def _placed(rows: trained_rows.Rows) -> Batch:
+    return language.make_batch({name: jax.numpy.asarray(x) for name, x in rows.items()})

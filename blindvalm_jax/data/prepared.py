@@ -57,7 +57,7 @@ def ensure_prepared(
             found,
             directory,
             config,
-            None if shared else _tower_tokenizer(config, stored_tower),
+            None if shared else tower_tokenizer(config, stored_tower),
             longest=longest,
         )
         return directory
@@ -74,7 +74,7 @@ def ensure_prepared(
     recipe = packing.Recipe(
         source=source,
         tokenizer=tokenizer,
-        tower_tokenizer=None if shared else _tower_tokenizer(config, stored_tower),
+        tower_tokenizer=None if shared else tower_tokenizer(config, stored_tower),
         sequence_length=config.data.sequence_length,
         rule=segment_rule(config.grounding.segments),
         longest_segment=longest,
@@ -187,6 +187,35 @@ def keep_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
                 raise UserError(f"{directory} cannot be written: {error.strerror}") from error
 
 
+def tower_tokenizer(config: Config, stored_tower: Path | None) -> Tokenizer | None:
+    """CLIP's tokenizer when the tower has one of its own; None: it reads the LM's tokens.
+
+    stored_tower: see `ensure_prepared`.
+
+    Raises:
+      UserError: the tower needs one and brings none.
+    """
+    grounding, kind = config.grounding, config.tokenizer.kind
+    if grounding.source == "none":
+        return None
+    if stored_tower is not None:
+        has = tokenizer_files.holds_tokenizer(str(stored_tower))
+        return tokenizers.load("clip", str(stored_tower)) if has else None
+    if grounding.tokenizer:
+        return tokenizers.load("clip", grounding.tokenizer, setting="grounding.tokenizer")
+    tower = grounding.tower
+    if tower in ("random", config.tokenizer.path):
+        return None
+    if Path(tower).expanduser().exists() and not tokenizer_files.holds_tokenizer(tower):
+        if kind == "clip":
+            return None
+        raise UserError(
+            f"grounding.tower {tower} brings no tokenizer, and with tokenizer.kind={kind} it "
+            "needs CLIP's: set grounding.tokenizer to a directory that holds it"
+        )
+    return tokenizers.load("clip", tower, setting="grounding.tokenizer (empty: grounding.tower)")
+
+
 def segment_rule(name: str) -> segments.Rule:
     """A rule by its name.
 
@@ -223,29 +252,6 @@ def _sample(texts: Generator[str, None, None]) -> Iterator[str]:
             if left <= 0:
                 break
     print("learn the BPE's merges from it", file=sys.stderr, flush=True)
-
-
-def _tower_tokenizer(config: Config, stored_tower: Path | None) -> Tokenizer | None:
-    """CLIP's tokenizer when the tower has one of its own; None: it reads the LM's tokens."""
-    grounding, kind = config.grounding, config.tokenizer.kind
-    if grounding.source == "none":
-        return None
-    if stored_tower is not None:
-        has = tokenizer_files.holds_tokenizer(str(stored_tower))
-        return tokenizers.load("clip", str(stored_tower)) if has else None
-    if grounding.tokenizer:
-        return tokenizers.load("clip", grounding.tokenizer, setting="grounding.tokenizer")
-    tower = grounding.tower
-    if tower in ("random", config.tokenizer.path):
-        return None
-    if Path(tower).expanduser().exists() and not tokenizer_files.holds_tokenizer(tower):
-        if kind == "clip":
-            return None
-        raise UserError(
-            f"grounding.tower {tower} brings no tokenizer, and with tokenizer.kind={kind} it "
-            "needs CLIP's: set grounding.tokenizer to a directory that holds it"
-        )
-    return tokenizers.load("clip", tower, setting="grounding.tokenizer (empty: grounding.tower)")
 
 
 def _check(
