@@ -22,25 +22,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from blindvalm_jax import partitioning
 from blindvalm_jax.config import MeshConfig
-from blindvalm_jax.data import manifest, prepared
+from blindvalm_jax.decoding import tower_text
+from blindvalm_jax.decoding.tower_text import TowerText
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.grounding import segments
 from blindvalm_jax.objectives.language_model import Model
 from blindvalm_jax.trained import TrainedModel
 
 Wanted = Literal["all", "last"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class TowerText:
-    """How a tower reads a language model's tokens.
-
-    rule, separators: of its segments; ids: its id of each of the language model's, int32 [V].
-    """
-
-    rule: segments.Rule
-    separators: segments.Separators
-    ids: np.ndarray
 
 
 @struct.dataclass
@@ -211,7 +199,7 @@ class Reader:
     ) -> tuple[Array, Any, Array]:
         """z [B, T, K, E], the tower's cache, and the length of each row's open segment."""
         ids_BT = jnp.take(jnp.asarray(text.ids), tokens_BT, mode="clip")
-        position_BT, segment_B = segment_positions(
+        position_BT, segment_B = tower_text.positions(
             ids_BT, slot_BT < self.capacity, state.segment_B, minimum=text.separators.minimum
         )
         features_BTE, kept = self._read(
@@ -327,33 +315,8 @@ def reader(trained: TrainedModel, *, capacity: int) -> Reader:
     Raises:
       UserError: see `Reader`.
     """
-    text, tower = None, trained.model.tower
-    if tower is not None:
-        text = TowerText(
-            rule=prepared.segment_rule(trained.settings.grounding.segments),
-            separators=segments.separators_for(trained.tokenizer, tower.config.longest_segment),
-            ids=manifest.tower_table(trained.tokenizer),
-        )
+    text = tower_text.of(trained)
     return Reader(trained.model, capacity=capacity, text=text, mesh=trained.mesh)
-
-
-def segment_positions(
-    ids_BT: Array, real_BT: Array, segment_B: Array, *, minimum: Any
-) -> tuple[Array, Array]:
-    """Place of each token in its segment [B, T], from 1, and the open segments' lengths after all.
-
-    The causal rule (see `segments.step`) on tower ids; segment_B: lengths before them. Tokens that
-    are not real, the last of a row, change no length.
-    """
-    minimum = jnp.asarray(minimum, jnp.int32)
-
-    def read(length_B: Array, at: tuple[Array, Array]) -> tuple[Array, Array]:
-        ids_B, real_B = at
-        after_B = segments.step(length_B, ids_B, minimum=minimum)
-        return jnp.where(real_B, after_B, length_B), length_B + 1
-
-    segment_B, position_TB = jax.lax.scan(read, segment_B, (ids_BT.T, real_BT.T))
-    return position_TB.T, segment_B
 
 
 def _take(caches: dict[str, Any], rows_N: Array) -> dict[str, Any]:
