@@ -23,6 +23,7 @@ from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import retrieval, segments
 from blindvalm_jax.grounding.images import on_devices
 from blindvalm_jax.grounding.text import TowerInput
+from blindvalm_jax.models.attention import Cached, Dropout, Memory
 from blindvalm_jax.models.clip import Readout, TextTower
 from blindvalm_jax.models.decoder import Decoder
 from blindvalm_jax.objectives.language_model import Batch, Model
@@ -100,6 +101,7 @@ def case(variant: str) -> Case:
         text, frozen["tower"] = tower_reads(), small_models.tower_params()
         ids = text.ids[tokens]
         starts = segments.starts(ids, rule="causal", separators=text.separators, counts=COUNTS)
+        assert starts[0].sum() > 3
         tower_input = TowerInput(jnp.asarray(ids), jnp.asarray(starts))
     if model.search is not None:
         frozen["index"] = retrieval.place_keys(image_vectors(), mesh)
@@ -200,6 +202,9 @@ def test_rows_are_taken_and_repeated_and_each_goes_on_alone() -> None:
     state = reader.start(given.frozen, rows=4)
     for at in range(0, 21, 7):
         _, state = reader.extend(given.params, given.frozen, state, given.tokens[:, at : at + 7])
+    for wrong in ([0, 4], [-1]):
+        with pytest.raises(UserError, match="of a state of 4"):
+            reader.take(state, wrong)
     state = reader.take(state, rows)
     tokens = given.tokens[rows, 21:23]
     tokens[2] = (tokens[2] + 1) % small_models.VOCAB
@@ -264,6 +269,8 @@ def test_rows_and_heads_are_split_over_a_mesh() -> None:
         assert cache.addressable_shards[0].data.size * 4 == cache.size
     with pytest.raises(UserError, match="3 rows, not a positive multiple"):
         reader.start(given.frozen, rows=3)
+    with pytest.raises(UserError, match="1 rows, not a positive multiple"):
+        reader.take(state, [2])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -376,3 +383,14 @@ def test_a_reader_refuses_what_it_could_not_read() -> None:
     ):
         with pytest.raises(UserError, match=why):
             Reader(model, capacity=capacity, text=given)
+
+
+def test_attention_over_a_cache_refuses_what_it_would_ignore() -> None:
+    x = jnp.zeros((1, 2, 1, 2))
+    given: dict[str, Any] = {"k_BSNH": x, "v_BSNH": x, "scale": 1.0}
+    slots, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 2), bool)
+    with pytest.raises(ValueError, match="takes no dropout"):
+        Cached(slots, mask).attend(x, x, x, dropout=Dropout(jax.random.key(0), 0.5), **given)
+    memory = Memory(x[:, :, None], x[:, :, None])
+    with pytest.raises(ValueError, match="beside <eos> no memory"):
+        Cached(slots, mask, side=True).attend(x, x, x, memory=memory, **given)

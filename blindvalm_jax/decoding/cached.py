@@ -82,11 +82,7 @@ class Reader:
         Raises:
           UserError: the mesh does not divide the rows.
         """
-        split = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        if rows < 1 or rows % split:
-            raise UserError(
-                f"{rows} rows, not a positive multiple of mesh.data x mesh.fsdp = {split}"
-            )
+        self._check_rows(rows)
         with partitioning.use(self.mesh):
             state = self._start(frozen, rows=rows)
         return dataclasses.replace(state, length_B=np.zeros(rows, np.int32))
@@ -144,8 +140,15 @@ class Reader:
         return found, dataclasses.replace(state, length_B=lengths + counts)
 
     def take(self, state: State, rows: Any) -> State:
-        """The state of some of the rows, in any order, each as often as it is named."""
-        rows_N = np.asarray(rows, np.int32)
+        """The state of some of the rows, in any order, each as often as it is named.
+
+        Raises:
+          UserError: there is no such row, or the mesh does not divide their number.
+        """
+        rows_N, there = np.asarray(rows, np.int32), len(state.length_B)
+        self._check_rows(len(rows_N))
+        if rows_N.min() < 0 or rows_N.max() >= there:
+            raise UserError(f"rows {rows_N.tolist()} of a state of {there}: they count from 0")
         segment_B = np.asarray(state.segment_B)[rows_N]
         placed = jax.device_put(segment_B, NamedSharding(self.mesh, PartitionSpec()))
         return State(self._take(state.caches, rows_N), np.asarray(state.length_B)[rows_N], placed)
@@ -259,6 +262,13 @@ class Reader:
     ) -> tuple[Array, State]:
         state = State(caches, length_B, segment_B)
         return self.step(params, frozen, state, tokens_BT, counts_B, logits=logits)
+
+    def _check_rows(self, rows: int) -> None:
+        split = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        if rows < 1 or rows % split:
+            raise UserError(
+                f"{rows} rows, not a positive multiple of mesh.data x mesh.fsdp = {split}"
+            )
 
     def _checked(self, lengths: np.ndarray, shape: tuple[int, ...], counts_B: Any) -> np.ndarray:
         """The counts, of numpy."""
