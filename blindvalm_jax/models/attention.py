@@ -2,12 +2,14 @@
 
 Three patterns cover every model here. `Causal` is the decoder's. `Packed` is the CLIP text
 tower's: many short texts side by side in one row behind one shared start token (reference.md,
-fact 2). `Full` is the image tower's. A query may have a `Memory`: extra keys that belong to it
-alone and share its softmax (VALM, section 3.3; the fusion layer of BLIND-VALM, and the <eos> side
-tokens of the text tower).
+fact 2). `Full` is the image tower's. `Cached` is the first two over again, for rows that are read
+in pieces. A query may have a `Memory`: extra keys that belong to it alone and share its softmax
+(VALM, section 3.3; the fusion layer of BLIND-VALM, and the <eos> side tokens of the text tower).
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -261,7 +263,53 @@ class Full:
         return joint_attention(q_BTNH, k_BTNH, v_BTNH, mask_BTS=mask_BTS, scale=scale)
 
 
-Pattern = Causal | Packed | Full
+@struct.dataclass
+class Cached:
+    """New positions of rows whose earlier keys and values are kept, each in a slot of S.
+
+    slot_BT: where those of each new position are put; S: nowhere, it is the filling of a row that
+    gets fewer. mask_BTS: True where a new position sees a slot, its own among them. With `side`,
+    the second half of the positions are <eos> tokens as in `Packed`, and these are not kept.
+    """
+
+    slot_BT: Array
+    mask_BTS: Array
+    side: bool = struct.field(pytree_node=False, default=False)
+
+    def write(self, cache_BSNH: Array, x_BTNH: Array) -> Array:
+        """The keys, or values, that were kept and those of the new positions."""
+        row_B1 = jnp.arange(len(x_BTNH))[:, None]
+        new_BTNH = x_BTNH[:, : self.slot_BT.shape[1]]
+        return cache_BSNH.at[row_B1, self.slot_BT].set(new_BTNH, mode="drop")
+
+    def attend(
+        self,
+        q_BTNH: Array,
+        k_BTNH: Array,
+        v_BTNH: Array,
+        *,
+        k_BSNH: Array,
+        v_BSNH: Array,
+        scale: float,
+        memory: Memory | None = None,
+        dropout: Dropout | None = None,
+    ) -> Attended:
+        """Attention over what is kept, k_BSNH and v_BSNH: the result of `write`. No dropout."""
+        if dropout is not None or (self.side and memory is not None):
+            raise ValueError("attention over a cache takes no dropout, beside <eos> no memory")
+        length = self.slot_BT.shape[1]
+        see = functools.partial(
+            joint_attention, k_BSNH=k_BSNH, v_BSNH=v_BSNH, mask_BTS=self.mask_BTS, scale=scale
+        )
+        main = see(q_BTNH[:, :length], memory=memory)
+        if not self.side:
+            return main
+        itself = Memory(k_BTNH[:, length:, None], v_BTNH[:, length:, None])
+        side = see(q_BTNH[:, length:], memory=itself)
+        return Attended(jnp.concatenate([main.out_BTNH, side.out_BTNH], axis=1))
+
+
+Pattern = Causal | Packed | Full | Cached
 
 
 def _power_of_two(n: int) -> int:

@@ -50,7 +50,6 @@ class TextTower(nn.Module):
     config: TowerConfig
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
     def __call__(self, tokens_BS: Array, starts_BS: Array, *, readout: Readout) -> Array:
         """Features [B, 1 + S, E] in fp32, of the start token and then of each token.
 
@@ -68,7 +67,39 @@ class TextTower(nn.Module):
             eos_BT = jnp.full_like(tokens_BT, config.end_id)
             tokens_BT = jnp.concatenate([tokens_BT, eos_BT], axis=1)
             position_BT = jnp.concatenate([position_BT, position_BT + 1], axis=1)
+        pattern = attention.Packed(segment_BT, config.longest_segment, side=readout == "eos")
+        return self._features(tokens_BT, position_BT, pattern)
 
+    def extend(
+        self,
+        tokens_BT: Array,
+        slot_BT: Array,
+        position_BT: Array,
+        *,
+        capacity: int,
+        readout: Readout,
+    ) -> Array:
+        """Features [B, T, E] of tokens that go on rows whose earlier ones are in the cache.
+
+        slot_BT: place of each token in its row, the start token in slot 0; `capacity` for filling,
+        which is not kept. position_BT: place in its text, from 1; 0 for the start token.
+        """
+        slot_S = jnp.arange(capacity)[None, None, :]
+        begin_BT = slot_BT - position_BT + 1
+        own_BTS = (slot_S >= begin_BT[:, :, None]) & (slot_S <= slot_BT[:, :, None])
+        if readout == "eos":
+            eos_BT = jnp.full_like(tokens_BT, self.config.end_id)
+            tokens_BT = jnp.concatenate([tokens_BT, eos_BT], axis=1)
+            position_BT = jnp.concatenate([position_BT, position_BT + 1], axis=1)
+        pattern = attention.Cached(slot_BT, own_BTS | (slot_S == 0), side=readout == "eos")
+        return self._features(tokens_BT, position_BT, pattern)
+
+    @nn.compact
+    def _features(
+        self, tokens_BT: Array, position_BT: Array, pattern: attention.Packed | attention.Cached
+    ) -> Array:
+        """Features of the tokens, or, where they are followed by <eos> side tokens, of those."""
+        config = self.config
         init = initializers.clip(width=config.width, layers=config.layers)
         table_init = initializers.partitioned(init.embedding, (None, "embed"))
         size = (config.vocab_size, config.width)
@@ -93,10 +124,9 @@ class TextTower(nn.Module):
             init=init,
             dtype=self.dtype,
         )
-        pattern = attention.Packed(segment_BT, config.longest_segment, side=readout == "eos")
         x_BTD, _ = Stack(shape, config.layers, deterministic=True, name="h")(x_BTD, pattern)
-        if readout == "eos":
-            x_BTD = x_BTD[:, segment_BT.shape[1] :]
+        if pattern.side:
+            x_BTD = x_BTD[:, tokens_BT.shape[1] // 2 :]
         x_BTD = layer_norm(config.norm_epsilon, self.dtype, "ln_final")(x_BTD)
         projection_init = initializers.partitioned(
             nn.initializers.normal(config.width**-0.5), ("embed", None)

@@ -117,16 +117,36 @@ class Decoder(nn.Module):
         """
         return self.transform(self.embed(tokens_BT, valid_BT), z_BTKE, valid_BT, grounded_BT)
 
-    def embed(self, tokens_BT: Array, valid_BT: Array | None = None) -> Array:
-        """Token plus position embedding [B, T, D]."""
+    def extend(
+        self, tokens_BT: Array, slot_BT: Array, z_BTKE: Array | None = None, *, capacity: int
+    ) -> Array:
+        """States [B, T, D] of tokens that go on rows whose earlier ones are in the cache.
+
+        slot_BT: place of each token in its row, from 0; `capacity` for filling, which is not kept.
+        """
+        mask_BTS = jnp.arange(capacity)[None, None, :] <= slot_BT[:, :, None]
+        x_BTD = self.embed(tokens_BT, place_BT=slot_BT)
+        return self._blocks(x_BTD, attention.Cached(slot_BT, mask_BTS), z_BTKE).hidden_BTD
+
+    def embed(
+        self, tokens_BT: Array, valid_BT: Array | None = None, place_BT: Array | None = None
+    ) -> Array:
+        """Token plus position embedding [B, T, D].
+
+        place_BT: of each token in its row, from 0; None: they are whole rows.
+        """
         table = nn.with_logical_constraint(self.wte, ("vocab", None))
         # Cast after the lookup: its gradient adds up a token's occurrences, which half precision
         # cannot. "clip": ids are known to be in range.
         x_BTD = jnp.take(table, tokens_BT, axis=0, mode="clip").astype(self.dtype)
         if self.config.embedding_scale == "sqrt_width":
             x_BTD = x_BTD * math.sqrt(self.config.width)
-        if self.config.positions == "learned":
+        if self.config.positions == "learned" and place_BT is not None:
+            position_BTD = jnp.take(self.wpe, place_BT, axis=0, mode="clip")
+        elif self.config.positions == "learned":
             position_BTD = self.wpe[None, : tokens_BT.shape[1]]
+        elif place_BT is not None:
+            position_BTD = sinusoids(place_BT + 2, self.config.width)
         else:
             position_BTD = sinusoidal(tokens_BT.shape[1], self.config.width, valid_BT)
         x_BTD = x_BTD + position_BTD.astype(self.dtype)
@@ -140,12 +160,14 @@ class Decoder(nn.Module):
         grounded_BT: Array | None = None,
     ) -> Hidden:
         """Blocks and final norm over embedded tokens."""
+        return self._blocks(x_BTD, attention.Causal(valid_BT, grounded_BT, self.kernel), z_BTKE)
+
+    def _blocks(self, x_BTD: Array, pattern: attention.Pattern, z_BTKE: Array | None) -> Hidden:
         if (z_BTKE is None) != (not self.fusion_layers):
             raise ValueError(
                 f"grounding features must be given iff there are fusion layers: got "
                 f"{None if z_BTKE is None else z_BTKE.shape} for layers {self.fusion_layers}"
             )
-        pattern = attention.Causal(valid_BT, grounded_BT, self.kernel)
         z_BTKE = None if z_BTKE is None else z_BTKE.astype(self.dtype)
         x_BTD, share_LBT = self.h(x_BTD, pattern, z_BTKE)
         return Hidden(self.ln_f(x_BTD), share_LBT)
@@ -167,14 +189,18 @@ def padded_vocab(vocab_size: int, multiple: int) -> int:
 def sinusoidal(length: int, width: int, valid_BT: Array | None) -> Array:
     """fairseq's position embedding [B or 1, T, D] (reference.md, section 1).
 
-    Row p is [sin(p w), cos(p w)], w_j = exp(-j ln(1e4) / (D/2 - 1)); the first real token has
-    p = 2, pads take no position and get zeros.
+    The first real token has position 2, pads take no position and get zeros.
     """
     if valid_BT is None:
         valid_BT = jnp.ones((1, length), bool)
     position_BT = jnp.cumsum(valid_BT, axis=1) + 1
+    table_BTD = sinusoids(position_BT, width)
+    return jnp.where(valid_BT[:, :, None], table_BTD, 0.0)
+
+
+def sinusoids(position_BT: Array, width: int) -> Array:
+    """[sin(p w), cos(p w)] of each position p [B, T, D], w_j = exp(-j ln(1e4) / (D/2 - 1))."""
     half = width // 2
     frequency = jnp.exp(jnp.arange(half) * (-math.log(1e4) / (half - 1)))
     angle = position_BT[:, :, None] * frequency[None, None, :]
-    table_BTD = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-    return jnp.where(valid_BT[:, :, None], table_BTD, 0.0)
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)

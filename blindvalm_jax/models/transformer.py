@@ -1,12 +1,14 @@
 """One attention module, one block, one stack: the decoder and the CLIP towers are made of these.
 
 Parameters carry logical axis names (embed, heads, kv, mlp, vocab, layers); `partitioning.RULES`
-says which mesh axis each one is split over.
+says which mesh axis each one is split over. Under the pattern `Cached` attention keeps its keys and
+values in the collection "cache".
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -144,7 +146,17 @@ class Attention(nn.Module):
         dropout = None
         if shape.attention_dropout > 0 and not self.deterministic:
             dropout = attention.Dropout(self.make_rng("dropout"), shape.attention_dropout)
-        attended = pattern.attend(
+        attend: Callable[..., attention.Attended]
+        if isinstance(pattern, attention.Cached):
+            size = (len(x_BTD), pattern.mask_BTS.shape[-1], heads, head_width)
+            kept_k = self.variable("cache", "k", jnp.zeros, size, k_BTNH.dtype)
+            kept_v = self.variable("cache", "v", jnp.zeros, size, v_BTNH.dtype)
+            kept_k.value = pattern.write(kept_k.value, k_BTNH)
+            kept_v.value = pattern.write(kept_v.value, v_BTNH)
+            attend = functools.partial(pattern.attend, k_BSNH=kept_k.value, v_BSNH=kept_v.value)
+        else:
+            attend = pattern.attend
+        attended = attend(
             q_BTNH, k_BTNH, v_BTNH, scale=scaled_by**-0.5, memory=memory, dropout=dropout
         )
         out = Projection(
@@ -321,7 +333,7 @@ class Stack(nn.Module):
                 length = segment.stop - segment.start
                 scanned = nn.scan(
                     scanned_block,
-                    variable_axes={"params": 0, "intermediates": 0},
+                    variable_axes={"params": 0, "intermediates": 0, "cache": 0},
                     split_rngs={"params": True, "dropout": True},
                     in_axes=nn.broadcast,
                     length=length,
