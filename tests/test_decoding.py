@@ -338,6 +338,7 @@ def finished_run(rule: str = "causal") -> TrainedModel:
         params=small_models.random_params(model.init, seed=3),
         frozen={"tower": small_models.tower_params(tower)},
         tokenizer=tokenizer,
+        tower_tokenizer=None,
         settings=dataclasses.replace(settings, grounding=grounding),
         step=0,
         mesh=mesh_of(),
@@ -348,6 +349,12 @@ def finished_run(rule: str = "causal") -> TrainedModel:
 def test_the_reference_rule_is_refused() -> None:
     with pytest.raises(UserError, match="segments=reference lets later tokens decide"):
         cached.reader(finished_run("reference"), capacity=8)
+
+
+def test_a_tower_with_a_tokenizer_of_its_own_is_refused() -> None:
+    given = dataclasses.replace(finished_run(), tower_tokenizer=small_text.small_clip())
+    with pytest.raises(UserError, match="whole text, which cannot be read in pieces"):
+        cached.reader(given, capacity=8)
 
 
 def test_what_does_not_fit_is_refused_and_the_state_stays_good() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from blindvalm_jax.data import manifest, prepared
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import segments
 from blindvalm_jax.trained import TrainedModel
 
@@ -28,10 +29,19 @@ class TowerText:
 
 
 def of(trained: TrainedModel) -> TowerText | None:
-    """That of a finished run; None: it has no tower."""
+    """That of a finished run; None: it has no tower.
+
+    Raises:
+      UserError: the tower has a tokenizer of its own, whose tokens are known with a whole text.
+    """
     tower = trained.model.tower
     if tower is None:
         return None
+    if trained.tower_tokenizer is not None:
+        raise UserError(
+            "the tower has a tokenizer of its own: its tokens are those of a whole text, which "
+            "cannot be read in pieces"
+        )
     return TowerText(
         rule=prepared.segment_rule(trained.settings.grounding.segments),
         separators=segments.separators_for(trained.tokenizer, tower.config.longest_segment),
