@@ -144,14 +144,7 @@ def _ours(path: Path) -> formats.Converted:
     """A model of ours: the newest checkpoint of a run, or a weights directory."""
     if run_directory.is_run(path):
         return formats.load(formats.Opened(path, "run"))
-    stored = weights.load(path, kind="decoder")
-    return formats.Converted(
-        config=stored.config,
-        params=stored.params,
-        source=stored.source,
-        tokenizer_directory=weights.tokenizer_directory(path),
-        tokenizer=stored.tokenizer,
-    )
+    return formats.load_weights(path)
 
 
 def _table(params: Mapping[str, Any], sha256: str) -> str:

@@ -14,7 +14,6 @@ reference's scripts do it, faults included; results.json names them.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +60,8 @@ def main(argv: Sequence[str]) -> int:
         out.mkdir(parents=True, exist_ok=True)
         files.write_bytes(out / f"{one.task.name}.jsonl", text.encode())
         print(_line(one.task.name, entry), flush=True)
+        if said.cut:
+            print(f"note: {said.cut} prompts lost their beginning: {scorer.longest} positions")
     files.write_json(
         out / "results.json",
         {
@@ -95,7 +96,7 @@ _HEAD = (
 
 def _line(name: str, entry: dict[str, Any]) -> str:
     low, high = (100 * value for value in entry["interval"])
-    error = "" if math.isnan(entry["stderr"]) else f"{100 * entry['stderr']:.2f}"
+    error = "" if entry["stderr"] is None else f"{100 * entry['stderr']:.2f}"
     return (
         f"{name:22} {100 * entry['score']:7.2f} {error:>7} {f'[{low:.2f}, {high:.2f}]':>17} "
         f"{100 * entry['majority']:9.2f} {100 * entry['random']:7.2f} {entry['n']:6}"

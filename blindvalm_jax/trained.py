@@ -224,14 +224,7 @@ def _read_decoder(directory: str | Path) -> formats.Converted:
     path = hub.local_path(directory)
     found = formats.open_model(path)
     if found.layout == "weights":
-        stored = weights.load(path, kind="decoder")
-        return formats.Converted(
-            config=stored.config,
-            params=stored.params,
-            source=stored.source,
-            tokenizer_directory=weights.tokenizer_directory(path),
-            tokenizer=stored.tokenizer,
-        )
+        return formats.load_weights(path)
     if found.layout == "hf_gpt2":
         return formats.load(found)
     if found.layout == "run":

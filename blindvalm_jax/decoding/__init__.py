@@ -1,0 +1,1 @@
+"""Rows read in pieces: caches of decoder and tower."""

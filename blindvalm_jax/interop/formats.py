@@ -171,3 +171,19 @@ def load(
         )
     files = weights.tokenizer_directory(path if path.is_dir() else path.parent)
     return Converted(config=config, params=params, source=str(path), tokenizer_directory=files)
+
+
+def load_weights(path: Path) -> Converted:
+    """A decoder of ours, from its weights directory.
+
+    Raises:
+      UserError: it is none.
+    """
+    stored = weights.load(path, kind="decoder")
+    return Converted(
+        config=stored.config,
+        params=stored.params,
+        source=stored.source,
+        tokenizer_directory=weights.tokenizer_directory(path),
+        tokenizer=stored.tokenizer,
+    )

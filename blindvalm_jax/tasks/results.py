@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,7 +25,8 @@ def summary(
 ) -> dict[str, Any]:
     """The entry of results.json.
 
-    score: accuracy, counted as the protocol does; stderr, interval: of it, clustered by item.
+    score: accuracy, counted as the protocol does; stderr, interval: of it, clustered by item; None
+    of a single item.
     per_prompt: accuracy by template. answers: how often each candidate was chosen and right.
     """
     way = protocol.scores[0]
@@ -38,7 +40,7 @@ def summary(
     return {
         "metric": "accuracy",
         "score": share * found.mean,
-        "stderr": share * found.stderr,
+        "stderr": None if math.isnan(found.stderr) else share * found.stderr,
         "interval": [share * found.low, share * found.high],
         "n": len(items),
         "questions": found.questions,

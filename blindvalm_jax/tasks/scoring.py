@@ -47,12 +47,18 @@ class Scorer:
         """tokens_at_once: of a batch, pads included.
 
         Raises:
-          UserError: the model borrows features from other rows (grounding.control=shuffled).
+          UserError: the model borrows features from other rows (grounding.control=shuffled), or
+            its tower has a tokenizer of its own.
         """
         if model.model.shuffled:
             raise UserError(
                 "a model of grounding.control=shuffled reads the features of another row of the "
                 "batch: what it scores depends on the batch, and is no evaluation"
+            )
+        if model.tower_tokenizer is not None:
+            raise UserError(
+                "a model whose tower has a tokenizer of its own cannot be evaluated yet: its tower "
+                "needs texts, and prompts are scored as tokens"
             )
         self._model, self._tokens_at_once = model, tokens_at_once
         self._shapes: set[tuple[int, ...]] = set()
