@@ -229,6 +229,18 @@ def test_two_processes_may_prepare_the_same_directory(tmp_path: Path) -> None:
     assert content(tmp_path / "both") == content(tmp_path / "alone")
 
 
+def test_finished_work_may_be_deleted_by_several_at_once(tmp_path: Path) -> None:
+    """Who writes the manifest cleans up, and so does who finds it: both may be at it."""
+    for attempt in range(20):
+        work = tmp_path / f"work{attempt}"
+        work.mkdir()
+        for number in range(50):
+            (work / f"train-{number:06}.npz").touch()
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            list(pool.map(output.remove_work, [work] * 4))
+        assert not work.exists()
+
+
 def test_a_dead_worker_is_one_clear_line() -> None:
     with Workers(2, None) as pool, pytest.raises(UserError, match="one of 2 worker processes died"):
         list(pool.map(small_text.die, range(5)))

@@ -216,12 +216,16 @@ def remove_shards(directory: Path) -> None:
 
 
 def remove_work(work: Path) -> None:
-    """Deletes the unfinished and intermediate files, and their directory if nothing is left."""
-    for pattern in _WORK:
-        for path in work.glob(pattern):
-            path.unlink()
-    if work.is_dir() and not any(work.iterdir()):
-        work.rmdir()
+    """Deletes the unfinished and intermediate files, and their directory if nothing is left.
+
+    Another process that found the work finished may be deleting the same files.
+    """
+    with contextlib.suppress(FileNotFoundError):  # the directory is gone
+        for pattern in _WORK:
+            for path in work.glob(pattern):
+                path.unlink(missing_ok=True)
+        if not any(work.iterdir()):
+            work.rmdir()
 
 
 def _check_own(out: Path, kind: Kind) -> None:
