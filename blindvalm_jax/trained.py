@@ -120,15 +120,15 @@ class TrainedModel:
         return segments.separators_for(read, tower.config.longest_segment)
 
 
-def load(workdir: str | Path, *, mesh: Mesh | None = None) -> TrainedModel:
-    """The newest checkpoint of a language model's run.
+def load(workdir: str | Path, *, step: int | None = None, mesh: Mesh | None = None) -> TrainedModel:
+    """A checkpoint of a language model's run; step: which, None: the newest.
 
     Raises:
-      UserError: it is no such run or lacks something; its tokenizer, tower or image index, or
-        FAISS's of it, is another than it was trained with.
+      UserError: it is no such run or lacks something, such as that checkpoint; its tokenizer,
+        tower or image index, or FAISS's of it, is another than it was trained with.
     """
     workdir = Path(workdir).expanduser()
-    run = run_directory.load(workdir)
+    run = run_directory.load(workdir, step=step)
     if not isinstance(run.config, weights.DecoderSpec):
         raise UserError(f"{workdir} is a run of a {weights.kind_of(run.config)}, not of a decoder")
     settings = config.from_dict(files.read_object(workdir / "config.json"))

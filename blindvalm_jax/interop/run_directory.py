@@ -40,18 +40,21 @@ def is_run(directory: Path) -> bool:
     return (directory / "config.json").is_file() and (directory / "checkpoints").is_dir()
 
 
-def load(directory: Path) -> Trained:
-    """The decoder or CLIP of a run.
+def load(directory: Path, *, step: int | None = None) -> Trained:
+    """The decoder or CLIP of a run; step: of which checkpoint, None: the newest.
 
     Raises:
-      UserError: there is no checkpoint yet, or the run's files lack something or do not agree.
+      UserError: there is no such checkpoint, or the run's files lack something or do not agree.
     """
     settings = config.from_dict(files.read_object(directory / "config.json"))
     record_path = directory / "run.json"
     record = files.read_object(record_path)
     tokenizer = _table(record, "tokenizer", record_path)
     spec = _spec(settings, record, record_path)
-    step = latest_step(directory)
+    there = steps(directory)
+    if step is not None and step not in there:
+        raise UserError(f"{directory} has no checkpoint of step {step}: it has {there}")
+    step = there[-1] if step is None else step
     path = directory / "checkpoints" / str(step) / "state"
     params = _restore(path, spec)
     weights.check(params, spec, str(path))
@@ -84,17 +87,17 @@ def _spec(settings: config.Config, record: dict[str, Any], path: Path) -> weight
     )
 
 
-def latest_step(directory: Path) -> int:
-    """Updates done in the newest checkpoint of a run; only whole ones have a plain number.
+def steps(directory: Path) -> list[int]:
+    """Updates done in the checkpoints of a run, ascending; only whole ones have a plain number.
 
     Raises:
       UserError: there is none.
     """
     found = (directory / "checkpoints").iterdir()
-    steps = [int(path.name) for path in found if path.name.isdecimal()]
-    if not steps:
+    there = sorted(int(path.name) for path in found if path.name.isdecimal())
+    if not there:
         raise UserError(f"{directory} is a run without a checkpoint yet: train it further first")
-    return max(steps)
+    return there
 
 
 def _restore(path: Path, spec: weights.Spec) -> dict[str, Any]:

@@ -13,8 +13,6 @@ from blindvalm_jax.tasks.answers import Answers
 from blindvalm_jax.tasks.questions import Item, Question
 from blindvalm_jax.tasks.task import ChoiceTask, Protocol
 
-PROTOCOLS = ("corrected", "published")
-
 
 def summary(
     task: ChoiceTask,

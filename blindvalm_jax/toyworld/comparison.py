@@ -160,7 +160,7 @@ def _train_and_measure(job: Job) -> dict[str, Any]:
         raise UserError(f"{job.label} ended with exit code {code}: see {job.workdir}/log.txt")
     stored = job.workdir / "measured.json"
     of = {
-        "step": run_directory.latest_step(job.workdir),
+        "step": run_directory.steps(job.workdir)[-1],
         "tower": measure.tower_sha256(job.workdir),
         "code": runs.CODE_SHA256,
     }
