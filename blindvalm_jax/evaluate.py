@@ -20,6 +20,7 @@ from absl import flags
 
 from blindvalm_jax import model_flags
 from blindvalm_jax.errors import UserError, run_main
+from blindvalm_jax.named_model import NamedModel
 from blindvalm_jax.tasks import evaluation
 from blindvalm_jax.tasks.scoring import Scorer
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _out(named: model_flags.Named) -> Path:
+def _out(named: NamedModel) -> Path:
     if _OUT.value:
         return Path(_OUT.value).expanduser()
     if named.run is None or named.step is not None:

@@ -1,0 +1,98 @@
+"""A trained model by name: a run, one of its checkpoints, weights, or a GPT-2 of others."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from blindvalm_jax import trained
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.trained import TrainedModel
+
+DTYPES = ("float32", "bfloat16")
+_NAMES = ("workdir", "checkpoint", "hf")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NamedModel:
+    """A run, a checkpoint or a Hugging Face GPT-2, and what weights do not say of themselves.
+
+    checkpoint: RUN/checkpoints/STEP, or a directory that `convert` wrote. hf: directory or hub id.
+    The others are for weights without a run: see `trained.from_weights`; "" and 0: not said.
+    """
+
+    workdir: str = ""
+    checkpoint: str = ""
+    hf: str = ""
+    tokenizer: str = ""
+    tower: str = ""
+    tower_tokenizer: str = ""
+    readout: str = ""
+    segments: str = ""
+    index: str = ""
+    neighbours: int = 0
+    dtype: str = ""
+
+    @property
+    def path(self) -> str:
+        """The directory or hub id of the model."""
+        return self.hf or str(Path(self.workdir or self.checkpoint).expanduser())
+
+    @property
+    def run(self) -> Path | None:
+        """The run that the model is of."""
+        path = Path(self.path)
+        if self.workdir:
+            return path
+        return path.parent.parent if self.step is not None else None
+
+    @property
+    def step(self) -> int | None:
+        """The checkpoint of the run that is named, None: none is, so it is the newest."""
+        path = Path(self.path)
+        named = bool(self.checkpoint) and path.parent.name == "checkpoints"
+        return int(path.name) if named and path.name.isdecimal() else None
+
+    def check(self) -> None:
+        """Refuses what names no model, or several, or says of a run what the run records.
+
+        Raises:
+          UserError: in these cases.
+        """
+        given = [name for name in _NAMES if getattr(self, name)]
+        if len(given) != 1:
+            raise UserError(
+                f"name one model, by one of {', '.join(_NAMES)}; got "
+                f"{' and '.join(given) or 'none'}"
+            )
+        for field in dataclasses.fields(self):
+            if self.run is not None and field.name not in _NAMES and getattr(self, field.name):
+                raise UserError(f"{field.name} is for weights without a run: {self.run} records it")
+
+    def load(self, *, mesh: Mesh | None = None) -> TrainedModel:
+        """Reads the model; mesh: None: the first device alone.
+
+        Raises:
+          UserError: see `check`, `trained.load` and `trained.from_weights`.
+        """
+        self.check()
+        if self.run is not None:
+            return trained.load(self.run, step=self.step, mesh=mesh)
+        grounding = {
+            "readout": self.readout,
+            "segments": self.segments,
+            "index": self.index,
+            "neighbours": self.neighbours,
+            "source": "images" if self.index else "",
+        }
+        return trained.from_weights(
+            self.path,
+            tower=self.tower,
+            tower_tokenizer=self.tower_tokenizer,
+            tokenizer=self.tokenizer,
+            grounding={name: value for name, value in grounding.items() if value},
+            dtype=self.dtype or DTYPES[0],
+            mesh=mesh,
+        )
