@@ -24,7 +24,7 @@ _TEXTS = {
 }
 _FLAGS = [flags.DEFINE_string(name, "", meaning) for name, meaning in _TEXTS.items()] + [
     flags.DEFINE_integer("neighbours", 0, "of weights of a VALM: K", lower_bound=0),
-    flags.DEFINE_enum("dtype", "", ["", *DTYPES], f"of weights: empty is {DTYPES[0]}"),
+    flags.DEFINE_enum("dtype", DTYPES[0], DTYPES, "of the computation, whatever it was trained in"),
 ]
 
 

@@ -20,7 +20,8 @@ class NamedModel:
     """A run, a checkpoint or a Hugging Face GPT-2, and what weights do not say of themselves.
 
     checkpoint: RUN/checkpoints/STEP, or a directory that `convert` wrote. hf: directory or hub id.
-    The others are for weights without a run: see `trained.from_weights`; "" and 0: not said.
+    dtype: of the computation; in bfloat16 a score depends on the batch in its third digit. The
+    others are for weights without a run: see `trained.from_weights`; "" and 0: not said.
     """
 
     workdir: str = ""
@@ -33,7 +34,7 @@ class NamedModel:
     segments: str = ""
     index: str = ""
     neighbours: int = 0
-    dtype: str = ""
+    dtype: str = DTYPES[0]
 
     @property
     def path(self) -> str:
@@ -68,7 +69,11 @@ class NamedModel:
                 f"{' and '.join(given) or 'none'}"
             )
         for field in dataclasses.fields(self):
-            if self.run is not None and field.name not in _NAMES and getattr(self, field.name):
+            if (
+                self.run is not None
+                and field.name not in (*_NAMES, "dtype")
+                and getattr(self, field.name)
+            ):
                 raise UserError(f"{field.name} is for weights without a run: {self.run} records it")
 
     def load(self, *, mesh: Mesh | None = None) -> TrainedModel:
@@ -79,7 +84,7 @@ class NamedModel:
         """
         self.check()
         if self.run is not None:
-            return trained.load(self.run, step=self.step, mesh=mesh)
+            return trained.load(self.run, step=self.step, dtype=self.dtype, mesh=mesh)
         grounding = {
             "readout": self.readout,
             "segments": self.segments,
@@ -93,6 +98,6 @@ class NamedModel:
             tower_tokenizer=self.tower_tokenizer,
             tokenizer=self.tokenizer,
             grounding={name: value for name, value in grounding.items() if value},
-            dtype=self.dtype or DTYPES[0],
+            dtype=self.dtype,
             mesh=mesh,
         )

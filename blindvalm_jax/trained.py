@@ -120,8 +120,12 @@ class TrainedModel:
         return segments.separators_for(read, tower.config.longest_segment)
 
 
-def load(workdir: str | Path, *, step: int | None = None, mesh: Mesh | None = None) -> TrainedModel:
-    """A checkpoint of a language model's run; step: which, None: the newest.
+def load(
+    workdir: str | Path, *, step: int | None = None, dtype: str = "", mesh: Mesh | None = None
+) -> TrainedModel:
+    """A checkpoint of a language model's run.
+
+    step: which, None: the newest. dtype: of decoder and tower, "": as in training.
 
     Raises:
       UserError: it is no such run or lacks something, such as that checkpoint; its tokenizer,
@@ -132,6 +136,12 @@ def load(workdir: str | Path, *, step: int | None = None, mesh: Mesh | None = No
     if not isinstance(run.config, weights.DecoderSpec):
         raise UserError(f"{workdir} is a run of a {weights.kind_of(run.config)}, not of a decoder")
     settings = config.from_dict(files.read_object(workdir / "config.json"))
+    if dtype:
+        settings = dataclasses.replace(
+            settings,
+            train=dataclasses.replace(settings.train, dtype=dtype),
+            grounding=dataclasses.replace(settings.grounding, dtype=dtype),
+        )
     if run.tokenizer_directory is None:
         raise UserError(f"the tokenizer of {workdir} is gone: its windows are where it was kept")
     tokenizer = _read_tokenizer(run.tokenizer_directory, run.tokenizer, source=str(workdir))
