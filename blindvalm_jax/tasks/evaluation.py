@@ -59,6 +59,8 @@ class AskedChoice:
 def read(names: Sequence[str], protocol: str, data: Path) -> list[AskedChoice]:
     """Tasks by their names or groups, under a protocol; every file is read.
 
+    A group has the tasks that know the protocol.
+
     Raises:
       UserError: there is no such task, it has no such protocol, or its file is not there or not
         what it should be.
@@ -66,8 +68,11 @@ def read(names: Sequence[str], protocol: str, data: Path) -> list[AskedChoice]:
     found = []
     for task in catalog.chosen(names):
         way = task.corrected if protocol == "corrected" else task.published
+        if way is None and task.name in names:
+            other = {"corrected": "published", "published": "corrected"}[protocol]
+            raise UserError(f"{task.name} has no protocol {protocol!r}: take --protocol={other}")
         if way is None:
-            raise UserError(f"{task.name} was not published with a protocol: take corrected")
+            continue
         items = way.items(data)
         found.append(AskedChoice(task, way, items, way.questions(items)))
     return found
