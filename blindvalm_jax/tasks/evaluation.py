@@ -102,7 +102,13 @@ def run(
         print(line_of(one.name, found[one.name]), flush=True)
         for note in outcome.notes:
             print(f"note: {note}")
-    whole = {"tasks": found, **about, "commit": runs.commit(), "versions": runs.versions()}
+    whole = {
+        "tasks": found,
+        **about,
+        "tokenizer": tokenizer.kind,
+        "commit": runs.commit(),
+        "versions": runs.versions(),
+    }
     files.write_json(out / "results.json", whole)
     return whole
 
