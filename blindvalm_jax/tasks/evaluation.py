@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -86,22 +87,24 @@ def run(
     protocol: str,
     out: Path,
     about: Mapping[str, Any],
+    quiet: bool = False,
 ) -> dict[str, Any]:
-    """Runs tasks and prints a line for each; `out` gets results.json and TASK.jsonl.
+    """Runs tasks and prints a line for each, unless quiet; `out` gets results.json and TASK.jsonl.
 
     about: what else results.json says of the model. Returns what results.json holds.
     """
     found: dict[str, Any] = {}
-    print(HEAD, flush=True)
+    tell = _silent if quiet else functools.partial(print, flush=True)
+    tell(HEAD)
     for one in asked:
         outcome = one.run(scorer, tokenizer)
         found[one.name] = {"protocol": protocol, **outcome.entry}
         text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in outcome.lines)
         out.mkdir(parents=True, exist_ok=True)
         files.write_bytes(out / f"{one.name}.jsonl", text.encode())
-        print(line_of(one.name, found[one.name]), flush=True)
+        tell(line_of(one.name, found[one.name]))
         for note in outcome.notes:
-            print(f"note: {note}")
+            tell(f"note: {note}")
     whole = {
         "tasks": found,
         **about,
@@ -111,6 +114,10 @@ def run(
     }
     files.write_json(out / "results.json", whole)
     return whole
+
+
+def _silent(line: str) -> None:
+    """Prints nothing."""
 
 
 def line_of(name: str, entry: Mapping[str, Any]) -> str:

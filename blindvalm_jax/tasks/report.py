@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def write(results: Mapping[str, Any], out: Path) -> Path:
     lines = [*_head(results), *_scores(tasks), *_constant(tasks), *_published(results)]
     lines += [line for name, entry in tasks.items() for line in _task(name, entry, out)]
     path = out / "report.md"
-    files.write_bytes(path, ("\n".join(lines) + "\n").encode())
+    files.write_bytes(path, re.sub("\n{3,}", "\n\n", "\n".join(lines)).encode())
     return path
 
 
@@ -105,12 +106,6 @@ def _published(results: Mapping[str, Any]) -> list[str]:
             rows.append([f"{name}, {way}" if way else name, _own(name, entry, way), *cells])
     if not rows:
         return []
-    faults: dict[str, list[str]] = {}
-    for name in tasks:
-        if published.of(name) and name in catalog.TASKS:
-            protocol = catalog.TASKS[name].published
-            for fault in () if protocol is None else protocol.faults:
-                faults.setdefault(fault, []).append(name)
     return [
         "## Beside published figures",
         "",
@@ -121,9 +116,22 @@ def _published(results: Mapping[str, Any]) -> list[str]:
         *table(["task", "this model", *columns], rows),
         "What is wrong with them:",
         "",
-        *(f"- {fault}: {', '.join(names)}" for fault, names in faults.items()),
-        *(f"- {fault}" for fault in published.FAULTS),
+        *(f"- {fault}" for fault in (*_faults(tasks), *published.FAULTS)),
         "",
+    ]
+
+
+def _faults(names: Iterable[str]) -> list[str]:
+    """What is wrong with the printed figures of tasks, each fault with those that have it."""
+    found: dict[str, list[str]] = {}
+    printed = [name for name in names if published.of(name)]
+    for name in printed:
+        protocol = catalog.TASKS[name].published if name in catalog.TASKS else None
+        for fault in () if protocol is None else protocol.faults:
+            found.setdefault(fault, []).append(name)
+    return [
+        f"{fault}: {'all of them' if own == printed else ', '.join(own)}"
+        for fault, own in found.items()
     ]
 
 
@@ -133,7 +141,7 @@ def _comparable(results: Mapping[str, Any]) -> str:
     if protocols == {"published"} and kind == "clip":
         return "this model was asked and reads alike."
     asked = " and ".join(f"`{protocol}`" for protocol in sorted(protocols))
-    return f"this model was asked under {asked} and reads {kind} tokens: **no like with like**."
+    return f"this model was asked under {asked} and reads `{kind}` tokens: **not like with like**."
 
 
 def _times(name: str) -> float:
