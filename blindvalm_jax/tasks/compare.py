@@ -188,8 +188,12 @@ def line_of(name: str, entry: Mapping[str, Any]) -> str:
     return (
         f"{name:22} {unit * entry['A']:8.2f} {unit * entry['B']:8.2f} "
         f"{shown(entry['difference'], 8)} {shown(entry['stderr'], 7)} {interval:>19} "
-        f"{entry['p']:7.4f} {entry['p_holm']:7.4f} {entry['only_A']:6} {entry['only_B']:6}"
+        f"{_p(entry['p']):>7} {_p(entry['p_holm']):>7} {entry['only_A']:6} {entry['only_B']:6}"
     )
+
+
+def _p(value: float) -> str:
+    return f"{value:.4f}" if value >= 0.0001 else "<0.0001"
 
 
 def write(found: Mapping[str, Any], out: Path) -> Path:
@@ -240,6 +244,6 @@ def _row(name: str, entry: Mapping[str, Any]) -> list[str]:
         f"{shown(entry['difference'])}{ratio}",
         shown(entry["stderr"]).removeprefix("+"),
         "[{}, {}]".format(*(shown(value) for value in entry["interval"])),
-        *(f"{entry['p']:.4f}", f"{entry['p_holm']:.4f}"),
+        *(_p(entry["p"]), _p(entry["p_holm"])),
         *(f"{entry['only_A']:,}", f"{entry['only_B']:,}", f"{entry['questions']:,}"),
     ]

@@ -80,8 +80,8 @@ def answers(entry: Mapping[str, Any]) -> Figure:
     _rows(right, [_short(word) for word in counts])
     right.set_xlabel("questions")
     handles = [
-        Line2D([], [], color=_MODEL, lw=6, label="answered"),
-        Line2D([], [], color=_GOLD, lw=6, label="right"),
+        Line2D([], [], color=_MODEL, lw=6, label="answered by the model"),
+        Line2D([], [], color=_GOLD, lw=6, label="right answers"),
         Line2D([], [], color=_OTHER, lw=1.6, label="majority"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)

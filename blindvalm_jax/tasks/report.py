@@ -129,10 +129,15 @@ def _faults(names: Iterable[str]) -> list[str]:
         protocol = catalog.TASKS[name].published if name in catalog.TASKS else None
         for fault in () if protocol is None else protocol.faults:
             found.setdefault(fault, []).append(name)
-    return [
-        f"{fault}: {'all of them' if own == printed else ', '.join(own)}"
-        for fault, own in found.items()
-    ]
+    return [f"{fault}: {_listed(own, printed)}" for fault, own in found.items()]
+
+
+def _listed(names: Sequence[str], every: Sequence[str]) -> str:
+    """Names, or which are not among them where that is shorter."""
+    others = [name for name in every if name not in names]
+    if len(names) < 4 or len(others) > 3:
+        return ", ".join(names)
+    return "all" + (f" but {', '.join(others)}" if others else "")
 
 
 def _comparable(results: Mapping[str, Any]) -> str:
