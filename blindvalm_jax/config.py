@@ -242,10 +242,16 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Loss on held-out windows or pairs."""
+    """Loss on held-out windows or pairs, and tasks put to a language model while it trains."""
 
     every_steps: int = field(500, "updates between evaluations; 0: never", low=0)
     windows: int = field(256, "held-out windows or pairs used; 0: all", low=0)
+    tasks: str = field("", "tasks or groups, comma-separated (docs/evaluation.md); empty: none")
+    tasks_every_steps: int = field(1000, "updates between tasks; the last one always asks", low=1)
+    tasks_data: str = field("", "directory of the tasks' files, or one above it")
+    tasks_protocol: str = field(
+        "corrected", "how tasks are asked", choices=("corrected", "published")
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

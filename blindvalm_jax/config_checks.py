@@ -32,6 +32,8 @@ def check(config: Config) -> None:
         _check_grounding(config)
     _check_batch(config)
     _check_data(config)
+    if config.eval.tasks:
+        _check_tasks(config)
     unknown = [size for size in dataclasses.astuple(config.mesh) if size == -1]
     if len(unknown) > 1 or 0 in dataclasses.astuple(config.mesh):
         raise UserError(f"mesh sizes must be positive, at most one -1, got {config.mesh}")
@@ -174,3 +176,20 @@ def _check_data(config: Config) -> None:
             "data.tfds_eval_split goes with data.tfds and without data.eval_files or "
             "data.eval_images"
         )
+
+
+def _check_tasks(config: Config) -> None:
+    if config.train.objective == "contrastive":
+        raise UserError("eval.tasks are for train.objective=language: leave them out")
+    if config.grounding.control == "shuffled":
+        raise UserError(
+            "eval.tasks cannot be put to a run of grounding.control=shuffled: it reads the "
+            "features of another row, so that its answers depend on the batch"
+        )
+    if config.grounding.search == "prepared":
+        raise UserError(
+            "eval.tasks need grounding.search=exact or faiss: prepared neighbours are those of "
+            "the training text alone"
+        )
+    if not config.eval.tasks_data:
+        raise UserError("eval.tasks needs eval.tasks_data, the directory of the tasks' files")

@@ -8,7 +8,15 @@ directory of the tasks' files as their authors publish them, or one above it: no
 corrected (default): candidates are scored token by token behind the prompt. published: as the
 reference's scripts do it, faults included; results.json names them.
 
-<workdir>/eval or --out holds results.json, and a line for every question in TASK.jsonl.
+<workdir>/eval or --out holds results.json, report.md with figures, and a line for every question in
+TASK.jsonl.
+
+    python -m blindvalm_jax.evaluate report DIR
+    python -m blindvalm_jax.evaluate compare A B [--tasks=...] [--out=DIR]
+
+Of directories that hold a results.json, or runs that were evaluated: report makes report.md anew,
+compare says what A knows that B does not, question by question, with paired tests. --out gets
+compare.json and compare.md with a figure; without it the table is all.
 """
 
 from __future__ import annotations
@@ -21,7 +29,7 @@ from absl import flags
 from blindvalm_jax import model_flags
 from blindvalm_jax.errors import UserError, run_main
 from blindvalm_jax.named_model import NamedModel
-from blindvalm_jax.tasks import evaluation
+from blindvalm_jax.tasks import compare, evaluation, report, results
 from blindvalm_jax.tasks.scoring import Scorer
 
 _TASKS = flags.DEFINE_list("tasks", [], "names of tasks, or groups")
@@ -34,6 +42,8 @@ _OUT = flags.DEFINE_string(
 
 def main(argv: Sequence[str]) -> int:
     """Runs the tasks that the command line names."""
+    if len(argv) > 1 and argv[1] in _COMMANDS:
+        return _COMMANDS[argv[1]](argv[2:])
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}: every setting is a --flag (see --help)")
     named = model_flags.named()
@@ -43,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     asked = evaluation.read(_TASKS.value, _PROTOCOL.value, Path(_DATA.value).expanduser())
     model = model_flags.load()
     scorer = Scorer(model)
-    evaluation.run(
+    found = evaluation.run(
         asked,
         scorer,
         model.tokenizer,
@@ -51,7 +61,17 @@ def main(argv: Sequence[str]) -> int:
         out=out,
         about={"model": named.path, "step": model.step},
     )
-    print(f"{out}/results.json; {scorer.compiled} programs were compiled")
+    page = report.write(found, out)
+    print(f"{page}, {out}/results.json; {scorer.compiled} programs were compiled")
+    return 0
+
+
+def _report(arguments: Sequence[str]) -> int:
+    """Makes report.md anew of a results.json."""
+    if len(arguments) != 1:
+        raise UserError(f"report takes one directory, got {len(arguments)}")
+    found, place = results.read(Path(arguments[0]).expanduser())
+    print(report.write(found, place))
     return 0
 
 
@@ -62,6 +82,22 @@ def _out(named: NamedModel) -> Path:
         raise UserError(f"--out is missing: say where the results of {named.path} are written")
     return named.run / "eval"
 
+
+def _compare(arguments: Sequence[str]) -> int:
+    """Prints what one evaluation has right that another has not."""
+    if len(arguments) != 2:
+        raise UserError(f"compare takes two directories, got {len(arguments)}")
+    first, second = (Path(name).expanduser() for name in arguments)
+    found = compare.compare(first, second, names=_TASKS.value)
+    print(compare.HEAD)
+    for name, entry in found["tasks"].items():
+        print(compare.line_of(name, entry))
+    if _OUT.value:
+        print(compare.write(found, Path(_OUT.value).expanduser()))
+    return 0
+
+
+_COMMANDS = {"compare": _compare, "report": _report}
 
 if __name__ == "__main__":
     run_main(main)

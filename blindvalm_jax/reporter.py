@@ -90,6 +90,12 @@ class Reporter:
         named = (f"{k.removeprefix('eval/').replace('_', ' ')} {v:.4g}" for k, v in scalars.items())
         print(f"step {done}/{self._last}  held-out {'  '.join(named)}", flush=True)
 
+    def answered(self, done: int, scalars: Mapping[str, float]) -> None:
+        """Writes the scores of tasks."""
+        self._writer.write(done, scalars)
+        named = (f"{name.rpartition('/')[2]} {value:.4g}" for name, value in scalars.items())
+        print(f"step {done}/{self._last}  tasks  {'  '.join(named)}", flush=True)
+
     def close(self) -> None:
         """Closes the files."""
         self._writer.close()

@@ -35,7 +35,7 @@ _FREE = (
 )
 MARKER = ".blindvalm_run"
 _WRITTEN = (
-    *("checkpoints", "config.json", "data", "metrics.jsonl", "parameters.txt", "run.json"),
+    *("checkpoints", "config.json", "data", "eval", "metrics.jsonl", "parameters.txt", "run.json"),
     *("tensorboard", "tower"),
 )
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

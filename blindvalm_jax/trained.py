@@ -34,7 +34,7 @@ class TrainedModel:
 
     model: Model
     params: Any
-    frozen: dict[str, Any]
+    frozen: Mapping[str, Any]
     tokenizer: Tokenizer
     tower_tokenizer: ClipTokenizer | None
     settings: config.Config
@@ -226,6 +226,25 @@ def from_weights(
         tower_tokenizer=own,
         step=0,
         mesh=mesh,
+    )
+
+
+def in_training(objective: language.Language) -> TrainedModel:
+    """The model of a run that is being trained, on the run's mesh.
+
+    Its parameters and those of the tower stay where the trainer has them: they are left out here.
+    """
+    tokenizer, tower_tokenizer = objective.read_tokenizers()
+    return TrainedModel(
+        model=objective.model,
+        params=None,
+        frozen={},
+        tokenizer=tokenizer,
+        tower_tokenizer=_own(tower_tokenizer, tokenizer),
+        settings=objective.resolved(),
+        step=0,
+        mesh=objective.mesh,
+        images=objective.images,
     )
 
 

@@ -28,6 +28,7 @@ from blindvalm_jax.objectives.contrastive import Contrastive
 from blindvalm_jax.objectives.language import Language
 from blindvalm_jax.objectives.objective import Objective
 from blindvalm_jax.reporter import Reporter
+from blindvalm_jax.tasks.training import TrainingTasks
 
 DIVERGED = 43
 _OBJECTIVES: dict[str, type[Language | Contrastive]] = {
@@ -73,6 +74,9 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
         return 0
     if resuming:
         runs.say_other_code(workdir)
+    tasks = None
+    if settings.eval.tasks and isinstance(objective, Language):
+        tasks = TrainingTasks(settings.eval, workdir, objective)
     start = None if resuming else objective.read_start(planned.params)
     begin = time.perf_counter()
     update = compilation.make_update(settings, objective.model, optimizer)
@@ -106,6 +110,7 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
                 batches=batches,
                 compiled=compiled,
                 checkpoints=checkpoints,
+                tasks=tasks,
                 flops_per_unit=about[f"flops_per_{objective.unit}"]["total"],
             )
 
@@ -120,9 +125,10 @@ def loop(
     batches: pipeline.Batches,
     compiled: Any,
     checkpoints: checkpoint.Checkpoints,
+    tasks: TrainingTasks | None,
     flops_per_unit: float,
 ) -> int:
-    """Updates until the last step, with metrics, evaluation and checkpoints on the way."""
+    """Updates until the last step, with metrics, evaluation, tasks and checkpoints on the way."""
     first, last = int(state.step), settings.train.steps
     reporter = Reporter(
         settings,
@@ -132,7 +138,7 @@ def loop(
         units_per_row=objective.units_per_row,
         flops_per_unit=flops_per_unit,
     )
-    every = settings.eval.every_steps
+    every, tasks_every = settings.eval.every_steps, settings.eval.tasks_every_steps
     # Metrics are read one update late, so that an accelerator never waits for the host. A CPU has
     # done the next update by then, which would be counted as part of this one.
     late = jax.devices()[0].platform != "cpu"
@@ -145,16 +151,19 @@ def loop(
             if not finished:
                 batch = objective.to_device(next(batches))
             evaluating = every > 0 and (finished or done % every == 0)
+            asking = tasks is not None and (finished or done % tasks_every == 0)
             saving = finished or done % settings.checkpoint.every_steps == 0
             due = [pending] if pending else []
             pending = None
             if finished or done % settings.log.every_steps == 0:
                 pending = (done, scalars)
-                if evaluating or saving or not late:  # what is saved must have been reported
+                if (
+                    evaluating or asking or saving or not late
+                ):  # what is saved must have been reported
                     due.append(pending)
                     pending = None
             sound = all(reporter.log(*report, batches.seconds_waited) for report in due)
-            if saving or evaluating:  # waits for the update: its time is not the pause's
+            if saving or evaluating or asking:  # waits for the update: its time is not the pause's
                 sound = sound and reporter.is_finite(scalars)
             if not sound:
                 if jax.process_index() == 0:
@@ -163,6 +172,8 @@ def loop(
             begin = time.perf_counter()
             if evaluating:
                 reporter.evaluated(done, objective.evaluate(state.params, frozen))
+            if tasks is not None and asking:
+                reporter.answered(done, tasks.ask(done, state.params, frozen))
             if saving:
                 checkpoints.save(state, step=done, config=settings)
             reporter.timer.pause(time.perf_counter() - begin)

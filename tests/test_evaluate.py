@@ -180,6 +180,8 @@ def test_the_command_writes_what_checks_rely_on(runs: Path, tmp_path: Path) -> N
     assert needed <= colors.keys()
     assert (colors["protocol"], colors["n"], colors["random"]) == ("corrected", 4, 0.25)
     assert np.mean(colors["per_prompt"]) == pytest.approx(colors["score"])
+    page = (runs / "eos" / "eval" / "report.md").read_text()
+    assert f"| {100 * colors['score']:.2f} |" in page
     lines = (runs / "eos" / "eval" / "memory_colors.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert len(rows) == 9 * 4

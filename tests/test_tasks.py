@@ -138,7 +138,7 @@ def test_published_news_ends_at_commas(tmp_path: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "agnews_test.csv").write_text(content)
     with pytest.raises(UserError, match=message):
-        catalog.TASKS["agnews"].corrected.items(tmp_path)
+        asked(catalog.TASKS["agnews"].corrected, tmp_path)
 
 
 def test_files_are_found_below_and_once(tmp_path: Path) -> None:
@@ -195,6 +195,7 @@ TABLE = {
 @pytest.mark.parametrize("name", TABLE)
 def test_counts_and_baselines_of_the_real_files(name: str, shared: Path) -> None:
     protocol = catalog.TASKS[name].corrected
+    assert protocol is not None
     items = protocol.items(shared / "data" / "eval")
     found = protocol.questions(items)
     of = catalog.baselines(items, found)
@@ -206,7 +207,11 @@ def test_counts_and_baselines_of_the_real_files(name: str, shared: Path) -> None
     ("name", "count", "majority"),
     [
         ("memory_colors", 981, 22.94),
+        ("memory_colors_valm", 981, 22.94),
         ("color_terms", 468, 19.23),
+        ("color_terms_valm", 468, 19.23),
+        ("vicomte_color_all_alt", 7 * 574, 12.54),
+        ("vicomte_color_single_alt", 7 * 252, 13.89),
         ("shapeit_p0", 545, 43.12),
         ("shapeit", 763, 43.12),
         ("shapeit_p2", 981, 43.12),
@@ -231,6 +236,7 @@ def test_how_many_news_the_published_script_cuts(shared: Path) -> None:
     """What protocols say of them: 2,228 whole descriptions up to quotes and blanks."""
     task = catalog.TASKS["agnews"]
     assert task.published is not None
+    assert task.corrected is not None
     whole = task.corrected.items(shared / "data" / "eval")[1:]
     cut = task.published.items(shared / "data" / "eval")
 

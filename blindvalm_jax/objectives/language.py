@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from blindvalm_jax import config, flops, partitioning, runs, system
 from blindvalm_jax.console import say
-from blindvalm_jax.data import pipeline, prepared
+from blindvalm_jax.data import pipeline, prepared, tokenizers
+from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.data.windows import Windows
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding.images import Images
@@ -25,7 +26,10 @@ from blindvalm_jax.objectives.objective import Scalars
 
 
 class Language:
-    """A decoder on windows of text, grounded or not (see `objective.Objective`)."""
+    """A decoder on windows of text, grounded or not (see `objective.Objective`).
+
+    mesh: what it was made for; images: the index of a VALM.
+    """
 
     unit, trained = "token", "decoder"
 
@@ -33,7 +37,7 @@ class Language:
         self, settings: config.Config, workdir: Path, mesh: Mesh, *, resuming: bool
     ) -> None:
         """Reads the tower, if any, and the windows, and checks them against each other."""
-        self._settings, self._workdir, self._mesh = settings, workdir, mesh
+        self._settings, self._workdir, self.mesh = settings, workdir, mesh
         system.check_tower_name(settings, workdir, resuming=resuming)
         tower = system.read_tower(settings, workdir if resuming else None)
         partitioning.check_divisible(settings, mesh, None if tower is None else tower.config)
@@ -54,9 +58,9 @@ class Language:
             self._check_named_tower(self._tower)
         shape = None if self._tower is None else self._tower.config
         partitioning.check_divisible(settings, mesh, shape)
-        self._images = None
+        self.images = None
         if settings.grounding.source == "images" and self._tower is not None:
-            self._images = Images(settings.grounding, mesh, text_sha256=self._tower.sha256)
+            self.images = Images(settings.grounding, mesh, text_sha256=self._tower.sha256)
         self._rows = self._with_images(self._windows, "train")
         self._held_out_rows = None if held_out is None else self._with_images(held_out, "eval")
         self.model: Model = system.build(
@@ -64,7 +68,7 @@ class Language:
             vocab_size=self._vocabulary.vocab_size,
             tower=self._tower,
             platform=jax.devices()[0].platform,
-            search=None if self._images is None else self._images.search,
+            search=None if self.images is None else self.images.search,
         )
         self.units_per_row = settings.data.sequence_length
         self._evaluate = jax.jit(self.model.loss)
@@ -77,8 +81,8 @@ class Language:
             say(f"note: so few windows are repeated within a batch of {rows} rows")
         if self._tower is not None:
             say(f"tower: {self._tower.source}, {_describe_grounding(settings)}")
-        if self._images is not None:
-            about = self._images.describe()
+        if self.images is not None:
+            about = self.images.describe()
             say(
                 f"images: the {about['neighbours']} nearest of {about['vectors']:,} "
                 f"({settings.grounding.index}), search: {about['search']}"
@@ -104,14 +108,14 @@ class Language:
         """Shapes and shardings of tower and index; matrices are in the dtype they compute in."""
         frozen = {}
         if self._tower is not None and self.model.tower is not None:
-            frozen["tower"] = abstract_tower(self._tower.config, self._settings, self._mesh)
-        return frozen | ({} if self._images is None else self._images.abstract_keys())
+            frozen["tower"] = abstract_tower(self._tower.config, self._settings, self.mesh)
+        return frozen | ({} if self.images is None else self.images.abstract_keys())
 
     def place_frozen(self, like: Mapping[str, Any], *, resuming: bool) -> dict[str, Any]:
         """Tower and index on the devices, as `like` describes them; a new run stores the tower."""
         if self._tower is None:
             return {}
-        placed = {} if self._images is None else self._images.place_keys()
+        placed = {} if self.images is None else self.images.place_keys()
         if "tower" in like:
             placed["tower"] = place_tower(self._tower, like["tower"])
         if not resuming:
@@ -137,7 +141,7 @@ class Language:
         """Shapes and shardings of a batch."""
         rows = next(iter(pipeline.eval_batches(self._rows, **self._reading(1), limit=1)))
         size = self._settings.train.batch_size
-        sharding = partitioning.batch_sharding(self._mesh)
+        sharding = partitioning.batch_sharding(self.mesh)
         shapes = {
             name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=sharding)
             for name, x in rows.items()
@@ -156,7 +160,7 @@ class Language:
 
     def to_device(self, rows: Mapping[str, Any]) -> Batch:
         """This process's rows as arrays of the global batch."""
-        return to_device(rows, self._mesh)
+        return to_device(rows, self.mesh)
 
     def evaluate(self, params: Any, frozen: Mapping[str, Any]) -> Scalars:
         """Loss over the held-out windows, without dropout."""
@@ -170,7 +174,7 @@ class Language:
         )
         zero = jnp.zeros(())
         total = Sums(zero, zero, zero)
-        with partitioning.use(self._mesh):
+        with partitioning.use(self.mesh):
             for batch in rows:
                 total += self._evaluate(params, frozen, self.to_device(batch))
         loss = float(total.loss) / float(total.weight)
@@ -184,7 +188,7 @@ class Language:
             vocab_size=manifest.tokenizer.vocab_size,
             tower=None if tower is None else tower.config,
             tower_length=0 if batch.tower is None else batch.tower.tokens_BS.shape[1],
-            vectors=0 if self._images is None else self._images.compared,
+            vectors=0 if self.images is None else self.images.compared,
         )
         grounding = None
         if tower is not None:
@@ -200,19 +204,28 @@ class Language:
                 "train_windows": len(self._windows),
             },
             "tower": grounding,
-            "images": None if self._images is None else self._images.describe(),
+            "images": None if self.images is None else self.images.describe(),
         }
 
     def resolved(self) -> config.Config:
         """The settings with vocabulary, mesh and layers filled in, and where the grounding lies."""
         resolved = config.resolve(
-            self._settings, vocab_size=self._vocabulary.vocab_size, mesh=self._mesh.shape
+            self._settings, vocab_size=self._vocabulary.vocab_size, mesh=self.mesh.shape
         )
         return dataclasses.replace(resolved, grounding=_placed(resolved.grounding))
 
+    def read_tokenizers(self) -> tuple[Tokenizer, Tokenizer | None]:
+        """The tokenizers that cut the windows: the language model's, and the tower's own if any."""
+        manifest, directory = self._windows.manifest, self._windows.directory
+        own = directory / "tower_tokenizer"
+        return (
+            tokenizers.load(manifest.tokenizer.kind, str(directory / "tokenizer")),
+            tokenizers.load("clip", str(own)) if manifest.aligned else None,
+        )
+
     def _with_images(self, windows: Windows, split: str) -> pipeline.WindowSource:
         """The windows, with features where those were found ahead of time."""
-        return windows if self._images is None else self._images.windows(windows, split)
+        return windows if self.images is None else self.images.windows(windows, split)
 
     def _reading(self, batch_size: int, *, processes: bool = False) -> dict[str, Any]:
         """What every reading of windows shares."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.tasks import ties
 from blindvalm_jax.tasks.questions import Question
 from blindvalm_jax.tasks.scoring import Row, Scorer
 from blindvalm_jax.tasks.task import Protocol, Score
@@ -19,8 +20,9 @@ class Answers:
     """What a model answers to each question.
 
     scores: of each question's candidates, under the protocol's first way of scoring. chosen: place
-    of the candidate with the highest, under each of its ways. right: whether that counts. cut: how
-    many prompts lost their beginning, as they were longer than the model's positions.
+    of the candidate with the highest, under each of its ways (see `ties`). right: whether that
+    counts. cut: how many prompts lost their beginning, as they were longer than the model's
+    positions.
     """
 
     scores: list[np.ndarray]
@@ -60,7 +62,9 @@ def answer(
         way: [np.array([_reduced(way, values) for values in own]) for own in tokens]
         for way in protocol.scores
     }
-    chosen = {way: np.array([int(np.argmax(own)) for own in of]) for way, of in scores.items()}
+    numbers = {word: _own_ids(tokenizer, found) for word, found in ids.items()}
+    keys = [[numbers[word] for word in question.candidates] for question in questions]
+    chosen = {way: ties.chosen(protocol.ties, of, keys) for way, of in scores.items()}
     said = {word: _spelled(tokenizer, found) for word, found in ids.items()}
     right = {
         way: np.array(
@@ -140,4 +144,9 @@ def _reduced(way: Score, log_p: np.ndarray) -> float:
 
 def _spelled(tokenizer: Tokenizer, ids: np.ndarray) -> str:
     """What the tokens of a candidate spell."""
-    return tokenizer.decode([int(token) - tokenizer.lm_offset for token in ids]).strip()
+    return tokenizer.decode(_own_ids(tokenizer, ids)).strip()
+
+
+def _own_ids(tokenizer: Tokenizer, ids: np.ndarray) -> tuple[int, ...]:
+    """Ids of the language model as the tokenizer itself numbers them."""
+    return tuple(int(token) - tokenizer.lm_offset for token in ids)

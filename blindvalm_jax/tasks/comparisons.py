@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from blindvalm_jax.tasks import readers
+from blindvalm_jax.tasks import readers, ties
 from blindvalm_jax.tasks.questions import Ask, Item, Question, fill
 from blindvalm_jax.tasks.task import ONE_DISTRIBUTION, ChoiceTask, Protocol
 
@@ -154,7 +154,8 @@ def _task(
             share=0.5,
             spelled=True,
             start=False,
-            faults=(_COUNTED_TWICE, _ONE_ORDER, ONE_DISTRIBUTION, *faults),
+            ties="set_of_tuples",
+            faults=(_COUNTED_TWICE, _ONE_ORDER, ONE_DISTRIBUTION, *faults, ties.BY_SET),
         ),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,6 +60,8 @@ class AskedChoice:
 def read(names: Sequence[str], protocol: str, data: Path) -> list[AskedChoice]:
     """Tasks by their names or groups, under a protocol; every file is read.
 
+    A group has the tasks that know the protocol.
+
     Raises:
       UserError: there is no such task, it has no such protocol, or its file is not there or not
         what it should be.
@@ -66,8 +69,11 @@ def read(names: Sequence[str], protocol: str, data: Path) -> list[AskedChoice]:
     found = []
     for task in catalog.chosen(names):
         way = task.corrected if protocol == "corrected" else task.published
+        if way is None and task.name in names:
+            other = {"corrected": "published", "published": "corrected"}[protocol]
+            raise UserError(f"{task.name} has no protocol {protocol!r}: take --protocol={other}")
         if way is None:
-            raise UserError(f"{task.name} was not published with a protocol: take corrected")
+            continue
         items = way.items(data)
         found.append(AskedChoice(task, way, items, way.questions(items)))
     return found
@@ -81,25 +87,37 @@ def run(
     protocol: str,
     out: Path,
     about: Mapping[str, Any],
+    quiet: bool = False,
 ) -> dict[str, Any]:
-    """Runs tasks and prints a line for each; `out` gets results.json and TASK.jsonl.
+    """Runs tasks and prints a line for each, unless quiet; `out` gets results.json and TASK.jsonl.
 
     about: what else results.json says of the model. Returns what results.json holds.
     """
     found: dict[str, Any] = {}
-    print(HEAD, flush=True)
+    tell = _silent if quiet else functools.partial(print, flush=True)
+    tell(HEAD)
     for one in asked:
         outcome = one.run(scorer, tokenizer)
         found[one.name] = {"protocol": protocol, **outcome.entry}
         text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in outcome.lines)
         out.mkdir(parents=True, exist_ok=True)
         files.write_bytes(out / f"{one.name}.jsonl", text.encode())
-        print(line_of(one.name, found[one.name]), flush=True)
+        tell(line_of(one.name, found[one.name]))
         for note in outcome.notes:
-            print(f"note: {note}")
-    whole = {"tasks": found, **about, "commit": runs.commit(), "versions": runs.versions()}
+            tell(f"note: {note}")
+    whole = {
+        "tasks": found,
+        **about,
+        "tokenizer": tokenizer.kind,
+        "commit": runs.commit(),
+        "versions": runs.versions(),
+    }
     files.write_json(out / "results.json", whole)
     return whole
+
+
+def _silent(line: str) -> None:
+    """Prints nothing."""
 
 
 def line_of(name: str, entry: Mapping[str, Any]) -> str:

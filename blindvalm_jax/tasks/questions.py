@@ -56,8 +56,8 @@ def fill(template: str, words: Mapping[str, str]) -> str:
 
 
 def choices(items: Sequence[Item]) -> tuple[str, ...]:
-    """All answers of a data set, in alphabetical order."""
-    return tuple(sorted({item.answer for item in items}))
+    """All answers of a data set, in the order in which they first occur."""
+    return tuple(dict.fromkeys(item.answer for item in items))
 
 
 def asking(templates: Sequence[str], candidates: Sequence[str] = ()) -> Ask:

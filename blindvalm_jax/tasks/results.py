@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from blindvalm_jax import files
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.tasks import catalog, statistics
 from blindvalm_jax.tasks.answers import Answers
 from blindvalm_jax.tasks.questions import Item, Question
 from blindvalm_jax.tasks.task import ChoiceTask, Protocol
+
+# What results.json has to say, of the whole and of every task.
+_HEAD = ("tasks", "model", "step", "tokenizer", "commit")
+_ENTRY = (
+    *("protocol", "metric", "score", "stderr", "interval", "n", "majority", "random"),
+    *("per_prompt", "faults", "source"),
+)
 
 
 def summary(
@@ -23,9 +34,9 @@ def summary(
 ) -> dict[str, Any]:
     """The entry of results.json.
 
-    score: accuracy, counted as the protocol does; stderr, interval: of it, clustered by item; None
-    of a single item.
-    per_prompt: accuracy by template. answers: how often each candidate was chosen and right.
+    score: accuracy, counted as the protocol does, and so are majority and random; stderr, interval:
+    of it, clustered by item; None of a single item. per_prompt: accuracy by template. answers: how
+    often each candidate was chosen and right.
     """
     way = protocol.scores[0]
     about = [question.item for question in questions]
@@ -43,8 +54,8 @@ def summary(
         "n": len(items),
         "questions": found.questions,
         "clusters": found.items,
-        "majority": without.majority,
-        "random": without.random,
+        "majority": share * without.majority,
+        "random": share * without.random,
         "per_prompt": [share * sum(of) / len(of) for _, of in sorted(per_prompt.items())],
         "prompts": _prompts(questions),
         "scored_by": way,
@@ -72,6 +83,37 @@ def lines(
             "chosen": int(place),
             "right": bool(right),
         }
+
+
+def read(directory: Path) -> tuple[dict[str, Any], Path]:
+    """What results.json holds that lies in a directory, or in eval of a run; and where it lies.
+
+    Raises:
+      UserError: there is none, or something is missing in it.
+    """
+    place = directory / "eval" if not (directory / "results.json").exists() else directory
+    path = place / "results.json"
+    found = files.read_object(path, hint=f"{directory} has not been evaluated")
+    lacking = [name for name in _HEAD if name not in found]
+    if not lacking and isinstance(found["tasks"], dict):
+        for task, entry in found["tasks"].items():
+            lacking += [f"{task}.{name}" for name in _ENTRY if name not in entry]
+    if lacking:
+        raise UserError(f"{path} lacks {', '.join(lacking[:5])}: evaluate again to have it")
+    return found, place
+
+
+def read_lines(directory: Path, task: str) -> list[dict[str, Any]]:
+    """A line for every question about a task, or document of it, as `read` found the directory.
+
+    Raises:
+      UserError: they are not there, or are no lines of JSON.
+    """
+    path = directory / f"{task}.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}; evaluate again to have it") from error
 
 
 def _prompts(questions: Sequence[Question]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from blindvalm_jax.tasks import readers
 from blindvalm_jax.tasks.questions import Ask, Item, Question
+from blindvalm_jax.tasks.ties import Ties
 
 # How the tokens c_1 ... c_n of a candidate become its score behind a prompt.
 #   continuation:     sum of log p(c_i | prompt, c_1 ... c_i-1)
@@ -28,7 +29,8 @@ class Protocol:
     files: names of its file, the preferred one first. scores: the first decides, others are
     reported beside it. faults: what is wrong with it. share: what the accuracy is multiplied by,
     as the published program counts. spelled: an answer counts only if the decoded tokens of the
-    candidate spell it. start: a prompt stands behind the end of a text, as in training.
+    candidate spell it. start: a prompt stands behind the end of a text, as in training. ties: what
+    decides between candidates that score alike.
     """
 
     files: tuple[str, ...]
@@ -39,6 +41,7 @@ class Protocol:
     share: float = 1.0
     spelled: bool = False
     start: bool = True
+    ties: Ties = "first"
 
     def items(self, data: Path) -> list[Item]:
         """The data set in a directory.
@@ -57,11 +60,12 @@ class Protocol:
 class ChoiceTask:
     """A task in which one of several candidates is right.
 
-    source: who made the data. published: None where the reference has no script for it.
+    source: who made the data. corrected: None where what is asked makes no sense but to repeat a
+    published figure. published: None where the reference has no script for it.
     """
 
     name: str
     group: Group
     source: str
-    corrected: Protocol
+    corrected: Protocol | None = None
     published: Protocol | None = None

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.tasks import readers
+from blindvalm_jax.tasks import readers, ties
 from blindvalm_jax.tasks.questions import Item, asking
 from blindvalm_jax.tasks.task import ChoiceTask, Protocol
 
@@ -83,7 +83,8 @@ def _published(*files: str, faults: tuple[str, ...] = ()) -> Protocol:
         ask=asking(_REVIEW, _SENTIMENTS),
         scores=("sum",),
         start=False,
-        faults=faults,
+        ties="previous",
+        faults=(*faults, ties.BY_PREVIOUS),
     )
 
 
@@ -107,7 +108,8 @@ def _topics(
             scores=("sum",),
             spelled=True,
             start=False,
-            faults=(_HEADER, *faults),
+            ties="set_of_ids",
+            faults=(_HEADER, *faults, ties.BY_SET),
         ),
     )
 

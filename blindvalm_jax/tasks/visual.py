@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from blindvalm_jax.tasks import comparisons, readers
+from blindvalm_jax.tasks import comparisons, readers, ties
 from blindvalm_jax.tasks.questions import Item, asking
 from blindvalm_jax.tasks.task import ONE_DISTRIBUTION, ChoiceTask, Protocol
 
@@ -23,6 +23,13 @@ _COLORS = (
     "The color of [DESCRIPTOR] [ITEM] is",
     "The usual color of [DESCRIPTOR] [ITEM] is",
     "[DESCRIPTOR] [ITEM] usually has the color of",
+)
+# VALM's own list: two templates are others.
+_COLORS_VALM = (
+    *(_COLORS[0], _COLORS[2], *_COLORS[4:8]),
+    "The common color of [DESCRIPTOR] [ITEM] is",
+    "The typical color of [DESCRIPTOR] [ITEM] is",
+    _COLORS[8],
 )
 _VICOMTE_COLORS = (
     "[ITEM] can be of color ",
@@ -71,12 +78,29 @@ def color_terms(path: Path) -> list[Item]:
     ]
 
 
+def color_terms_valm(path: Path) -> list[Item]:
+    """Color Terms as VALM's script fills its templates: the name of the descriptor stays there."""
+    return [
+        dataclasses.replace(item, words={**item.words, "descriptor": "[DESCRIPTOR]"})
+        for item in color_terms(path)
+    ]
+
+
+def _vicomte(path: Path, answer: str) -> list[Item]:
+    return [
+        Item(id=f"{number}", words={"item": row["sub"]}, answer=row[answer])
+        for number, row in enumerate(readers.json_rows(path, ("sub", answer)))
+    ]
+
+
 def vicomte(path: Path) -> list[Item]:
     """ViComTe, colours or shapes (Zhang et al. 2022): the typical value of a thing."""
-    return [
-        Item(id=f"{number}", words={"item": row["sub"]}, answer=row["obj"])
-        for number, row in enumerate(readers.json_rows(path, ("sub", "obj")))
-    ]
+    return _vicomte(path, "obj")
+
+
+def vicomte_alt(path: Path) -> list[Item]:
+    """The same things with a value that they do not have as the answer."""
+    return _vicomte(path, "alt")
 
 
 def shapeit(path: Path) -> list[Item]:
@@ -85,17 +109,39 @@ def shapeit(path: Path) -> list[Item]:
     return [Item(id=row["word"], words={"item": row["word"]}, answer=row["gt"]) for row in rows]
 
 
+def _as_published(protocol: Protocol, *faults: str) -> Protocol:
+    """A protocol of one-token candidates as the reference carries it out."""
+    return dataclasses.replace(
+        protocol,
+        scores=("sum",),
+        spelled=True,
+        start=False,
+        ties="set_of_ids",
+        faults=(*faults, ties.BY_SET),
+    )
+
+
 def _colors(name: str, source: str, protocol: Protocol) -> ChoiceTask:
     """A task of one-token candidates: as published, but for a prompt that stands alone."""
-    published = dataclasses.replace(protocol, scores=("sum",), spelled=True, start=False)
+    published = _as_published(protocol)
     return ChoiceTask(
         name=name, group="vlu", source=source, corrected=protocol, published=published
     )
 
 
-def _vicomte_color(name: str, file: str) -> ChoiceTask:
+def _only_published(name: str, source: str, protocol: Protocol, *faults: str) -> ChoiceTask:
+    """A variant that is here only because figures of it were printed."""
+    published = _as_published(protocol, *faults)
+    return ChoiceTask(name=name, group="vlu", source=source, published=published)
+
+
+def _vicomte_color(name: str, file: str) -> tuple[ChoiceTask, ChoiceTask]:
     protocol = Protocol(files=(file,), read=vicomte, ask=asking(_VICOMTE_COLORS))
-    return _colors(name, "ViComTe (Zhang et al. 2022)", protocol)
+    wrong = dataclasses.replace(protocol, read=vicomte_alt)
+    return (
+        _colors(name, _VICOMTE, protocol),
+        _only_published(f"{name}_alt", _VICOMTE, wrong, _DISTRACTOR),
+    )
 
 
 def _vicomte_shape(name: str, file: str) -> ChoiceTask:
@@ -105,12 +151,13 @@ def _vicomte_shape(name: str, file: str) -> ChoiceTask:
         scores=("mean_probability",),
         spelled=True,
         start=False,
-        faults=(ONE_DISTRIBUTION,),
+        ties="set_of_tuples",
+        faults=(ONE_DISTRIBUTION, ties.BY_SET),
     )
     return ChoiceTask(
         name=name,
         group="vlu",
-        source="ViComTe (Zhang et al. 2022)",
+        source=_VICOMTE,
         corrected=protocol,
         published=published,
     )
@@ -123,9 +170,11 @@ def _shapeit(name: str, templates: tuple[str, ...]) -> ChoiceTask:
         scores=("mean_from_one", "sum_from_one"),
         spelled=True,
         start=False,
+        ties="set_of_tuples",
         faults=(
             ONE_DISTRIBUTION,
             "log probabilities are added to 1, which is then divided among the tokens too",
+            ties.BY_SET,
         ),
     )
     return ChoiceTask(
@@ -137,19 +186,28 @@ def _shapeit(name: str, templates: tuple[str, ...]) -> ChoiceTask:
     )
 
 
+_MEMORY_COLORS = "Memory Colors (Norlund et al. 2021)"
+_COLOR_TERMS = "Color Terms (Bruni et al. 2012)"
+_VICOMTE = "ViComTe (Zhang et al. 2022)"
+_DISTRACTOR = "what counts as right is a colour that the thing does not have"
+_THINGS = Protocol(files=("memory_color_data.csv",), read=memory_colors, ask=asking(_COLORS))
+_OBJECTS = Protocol(files=("color-concrete-objects.csv",), read=color_terms, ask=asking(_COLORS))
 TASKS = (
-    _colors(
-        "memory_colors",
-        "Memory Colors (Norlund et al. 2021)",
-        Protocol(files=("memory_color_data.csv",), read=memory_colors, ask=asking(_COLORS)),
+    _colors("memory_colors", _MEMORY_COLORS, _THINGS),
+    _only_published(
+        "memory_colors_valm",
+        _MEMORY_COLORS,
+        dataclasses.replace(_THINGS, ask=asking(_COLORS_VALM)),
     ),
-    _colors(
-        "color_terms",
-        "Color Terms (Bruni et al. 2012)",
-        Protocol(files=("color-concrete-objects.csv",), read=color_terms, ask=asking(_COLORS)),
+    _colors("color_terms", _COLOR_TERMS, _OBJECTS),
+    _only_published(
+        "color_terms_valm",
+        _COLOR_TERMS,
+        dataclasses.replace(_OBJECTS, read=color_terms_valm, ask=asking(_COLORS_VALM)),
+        "every prompt holds the word [DESCRIPTOR]",
     ),
-    _vicomte_color("vicomte_color_all", "test_color_all.jsonl"),
-    _vicomte_color("vicomte_color_single", "test_color_single.jsonl"),
+    *_vicomte_color("vicomte_color_all", "test_color_all.jsonl"),
+    *_vicomte_color("vicomte_color_single", "test_color_single.jsonl"),
     _shapeit("shapeit", _SHAPES_OF),
     _shapeit("shapeit_p0", _SHAPES),
     _shapeit("shapeit_p2", (*_SHAPES_OF, *_SHAPES[:2])),

@@ -1,0 +1,249 @@
+"""Two evaluations question by question: who knows more, and how sure that is.
+
+Both have answered the same questions, so that what is hard for both falls out. The tests are
+`statistics.paired`; p-values are corrected for the number of tasks (Holm 1979).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blindvalm_jax import files
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.tasks import catalog, figures, results, statistics
+from blindvalm_jax.tasks.report import table
+from blindvalm_jax.tasks.task import GROUPS
+
+# What a line holds that the model has said; the rest is what it was asked.
+_SAID = ("scores", "chosen", "right", "nats")
+_WINDOWS = ("window", "stride")
+HEAD = (
+    f"{'task':22} {'A':>8} {'B':>8} {'A - B':>8} {'stderr':>7} {'95 % interval':>19} {'p':>7} "
+    f"{'Holm':>7} {'only A':>6} {'only B':>6}"
+)
+
+
+def compare(first: Path, second: Path, *, names: Sequence[str] = ()) -> dict[str, Any]:
+    """What compare.json holds: `first` (A) less `second` (B), by task.
+
+    first, second: runs, or directories with a results.json. names: of tasks or groups; none: all
+    that both were asked.
+
+    Raises:
+      UserError: a directory has no results, they share no task, or were asked other questions.
+    """
+    (mine, here), (base, there) = results.read(first), results.read(second)
+    tasks = _shared(mine["tasks"], base["tasks"], names)
+    found = {
+        name: {
+            **_settings(name, mine["tasks"][name], base["tasks"][name]),
+            **_compared(
+                name,
+                mine["tasks"][name]["metric"],
+                results.read_lines(here, name),
+                results.read_lines(there, name),
+            ),
+        }
+        for name in tasks
+    }
+    for name, p in zip(found, holm([entry["p"] for entry in found.values()]), strict=True):
+        found[name]["p_holm"] = p
+    about = [
+        {"directory": str(place), **{name: whole[name] for name in ("model", "step", "tokenizer")}}
+        for whole, place in ((mine, here), (base, there))
+    ]
+    return {"A": about[0], "B": about[1], "tasks": found, "correction": "Holm"}
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values corrected for their number, so that any error is as rare as one was (Holm 1979)."""
+    order = np.argsort(p, kind="stable")
+    scaled = np.asarray(p)[order] * (len(p) - np.arange(len(p)))
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    return [float(value) for value in corrected]
+
+
+def _shared(mine: Mapping[str, Any], base: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Names of the tasks to compare."""
+    both = [name for name in mine if name in base]
+    groups = [name for name in names if name in GROUPS]
+    for name in names:
+        if name not in both and name not in groups:
+            known = f"both have {', '.join(both) or 'no task'}"
+            raise UserError(f"{name} was not asked in A and B: {known}")
+    wanted = {*names, *(task.name for task in catalog.chosen(groups))} if groups else set(names)
+    found = [name for name in both if not names or name in wanted]
+    if not found:
+        raise UserError(f"A and B share no task: A has {', '.join(mine)}; B has {', '.join(base)}")
+    return found
+
+
+def _settings(name: str, mine: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """Metric and protocol of a task, which must be the same, and so must windows."""
+    for key in ("metric", "protocol", *_WINDOWS):
+        a, b = mine.get(key), base.get(key)
+        if a != b:
+            raise UserError(
+                f"{name} was asked with {key} {a} in A and {b} in B: evaluate both alike"
+            )
+    return {"metric": mine["metric"], "protocol": mine["protocol"]}
+
+
+def _compared(
+    name: str, metric: str, mine: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    _check_same(name, metric, mine, base)
+    items = [line["item"] for line in mine]
+    if metric == "perplexity":
+        return _perplexities(mine, base, items)
+    right, other = (np.array([line["right"] for line in lines], bool) for lines in (mine, base))
+    found = statistics.paired(right, other, items)
+    return {
+        "A": float(right.mean()),
+        "B": float(other.mean()),
+        **_difference(found, found),
+        "only_A": int(np.sum(right & ~other)),
+        "only_B": int(np.sum(other & ~right)),
+        "questions": len(items),
+    }
+
+
+def _perplexities(
+    mine: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]], items: Sequence[str]
+) -> dict[str, Any]:
+    """Difference of nats per token, and ratio of perplexities, by document."""
+    nats, other = (np.array([line["nats"] for line in lines]) for lines in (mine, base))
+    tokens = np.array([line["tokens"] for line in mine], float)
+    scale = 1 / tokens.mean()  # so that means over documents are those over tokens
+    tested = statistics.paired(scale * nats, scale * other, items)
+    # Long documents weigh more: the error is that of a ratio of two sums.
+    expected = scale * (other + tested.difference * (tokens - tokens.mean()))
+    sure = statistics.paired(scale * nats, expected, items)
+    a, b = float(nats.sum() / tokens.sum()), float(other.sum() / tokens.sum())
+    return {
+        "A": math.exp(a),
+        "B": math.exp(b),
+        **_difference(tested, sure),
+        "ratio": math.exp(tested.difference),
+        "only_A": int(np.sum(nats < other)),
+        "only_B": int(np.sum(other < nats)),
+        "questions": len(items),
+    }
+
+
+def _difference(tested: statistics.Paired, sure: statistics.Paired) -> dict[str, Any]:
+    """tested: whose p-value is taken; sure: whose error is."""
+    unknown = math.isnan(sure.stderr)
+    return {
+        "difference": tested.difference,
+        "stderr": None if unknown else sure.stderr,
+        "interval": [None, None] if unknown else [sure.low, sure.high],
+        "p": tested.p,
+        "items": tested.items,
+    }
+
+
+def _check_same(
+    name: str, metric: str, mine: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]
+) -> None:
+    """Refuses other questions: other data or templates; for perplexities another tokenizer too."""
+    said = _SAID if metric == "perplexity" else (*_SAID, "tokens")
+    if not mine or len(mine) != len(base):
+        raise UserError(
+            f"{name}: A has {len(mine)} questions or documents, B has {len(base)}: other data or "
+            "templates"
+        )
+    for number, pair in enumerate(zip(mine, base, strict=True), 1):
+        a, b = ({k: v for k, v in line.items() if k not in said} for line in pair)
+        if a != b:
+            key = next(key for key in [*a, *b] if key not in a or key not in b or a[key] != b[key])
+            told = (_short(of[key]) if key in of else "nothing" for of in (a, b))
+            raise UserError(
+                f"{name}: question {number} differs in {key}, {' in A, '.join(told)} in B: other "
+                "data, templates or tokens"
+            )
+
+
+def _short(value: object) -> str:
+    """A value as a few letters of an error."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def line_of(name: str, entry: Mapping[str, Any]) -> str:
+    """A task's line in the table: accuracies in percent; of perplexities nats per token differ."""
+    percent = entry["metric"] == "accuracy"
+    unit, digits = (100, 2) if percent else (1, 4)
+
+    def shown(value: float | None, width: int) -> str:
+        return " " * width if value is None else f"{unit * value:{width}.{digits}f}"
+
+    interval = "[{}, {}]".format(*(shown(value, 0) for value in entry["interval"]))
+    return (
+        f"{name:22} {unit * entry['A']:8.2f} {unit * entry['B']:8.2f} "
+        f"{shown(entry['difference'], 8)} {shown(entry['stderr'], 7)} {interval:>19} "
+        f"{_p(entry['p']):>7} {_p(entry['p_holm']):>7} {entry['only_A']:6} {entry['only_B']:6}"
+    )
+
+
+def _p(value: float) -> str:
+    return f"{value:.4f}" if value >= 0.0001 else "<0.0001"
+
+
+def write(found: Mapping[str, Any], out: Path) -> Path:
+    """Writes compare.json, compare.md and figures/compare.png; gives the path of the page."""
+    out.mkdir(parents=True, exist_ok=True)
+    tasks = found["tasks"]
+    files.write_json(out / "compare.json", found)
+    drawn = figures.differences(tasks, first="A", second="B")
+    figures.save(drawn, out / "figures" / "compare.png")
+    head = ["task", "protocol", "A", "B", "A − B", "stderr", "95 % interval", "p", "p (Holm)"]
+    head += ["only A", "only B", "of"]
+    rows = [_row(name, entry) for name, entry in tasks.items()]
+    lines = ["# Two evaluations compared", ""]
+    lines += [
+        f"- {which}: {found[which]['model']}, step {found[which]['step']}, in "
+        f"{found[which]['directory']}"
+        for which in ("A", "B")
+    ]
+    lines += [
+        "",
+        "![differences](figures/compare.png)",
+        *table(head, rows),
+        "Accuracies are shares of questions that are right, in percent, and their differences "
+        "points: under `published` the sizes of results.json are half of them. Of perplexities the "
+        "difference is in nats per token, with the ratio of perplexities in brackets; less is "
+        "better. Errors and tests are clustered by item or document. p is that of a permutation "
+        f"test; p (Holm) is corrected for these {len(tasks)} tasks. Only A: questions that A alone "
+        "has right, or documents that it predicts better; of: questions or documents.",
+        "",
+    ]
+    path = out / "compare.md"
+    files.write_bytes(path, "\n".join(lines).encode())
+    return path
+
+
+def _row(name: str, entry: Mapping[str, Any]) -> list[str]:
+    percent = entry["metric"] == "accuracy"
+
+    def shown(value: float | None) -> str:
+        if value is None:
+            return "–"
+        return f"{100 * value:+.2f}" if percent else f"{value:+.4f}"
+
+    unit = 100 if percent else 1
+    ratio = "" if percent else f" ({entry['ratio']:.4f})"
+    return [
+        *(name, entry["protocol"], f"{unit * entry['A']:.2f}", f"{unit * entry['B']:.2f}"),
+        f"{shown(entry['difference'])}{ratio}",
+        shown(entry["stderr"]).removeprefix("+"),
+        "[{}, {}]".format(*(shown(value) for value in entry["interval"])),
+        *(_p(entry["p"]), _p(entry["p_holm"])),
+        *(f"{entry['only_A']:,}", f"{entry['only_B']:,}", f"{entry['questions']:,}"),
+    ]

@@ -1,0 +1,218 @@
+"""Two evaluations compared: differences, their errors and tests, and what cannot be compared."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from blindvalm_jax import files
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.tasks import catalog, results
+from blindvalm_jax.tasks.answers import Answers
+from blindvalm_jax.tasks.compare import compare, holm, write
+from tests import small_tasks
+
+ROOT = Path(__file__).resolve().parents[1]
+ABOUT = {"step": 3, "tokenizer": "clip", "commit": "0"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_tasks.write(tmp_path_factory.mktemp("compared") / "tasks")
+
+
+def save(directory: Path, name: str, entry: dict[str, Any], lines: list[dict[str, Any]]) -> Path:
+    """A task of an evaluation, beside those that are there."""
+    directory.mkdir(exist_ok=True)
+    path = directory / "results.json"
+    whole: dict[str, Any] = {"tasks": {}, "model": directory.name, **ABOUT}
+    if path.exists():
+        whole = json.loads(path.read_text())
+    whole["tasks"][name] = entry
+    files.write_json(path, whole)
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    (directory / f"{name}.jsonl").write_text(text)
+    return directory
+
+
+def answered(
+    directory: Path, data: Path, *, seed: int, name: str = "memory_colors", way: str = "corrected"
+) -> Path:
+    """An evaluation of a model that draws its answers."""
+    task = catalog.TASKS[name]
+    protocol = task.corrected if way == "corrected" else task.published
+    assert protocol is not None
+    items = protocol.items(data)
+    questions = protocol.questions(items)
+    rng = np.random.default_rng(seed)
+    scores = [rng.standard_normal(len(question.candidates)) for question in questions]
+    chosen = np.array([int(np.argmax(own)) for own in scores])
+    right = chosen == np.array([question.answer for question in questions])
+    every = dict.fromkeys(protocol.scores, chosen)
+    said = Answers(scores, every, dict.fromkeys(protocol.scores, right), 0)
+    entry = {"protocol": way, **results.summary(task, protocol, items, questions, said)}
+    lines = list(results.lines(questions, said, protocol))
+    return save(directory, name, json.loads(json.dumps(entry)), json.loads(json.dumps(lines)))
+
+
+def read_texts(directory: Path, nats: np.ndarray, tokens: np.ndarray, *, window: int = 32) -> Path:
+    """An evaluation of perplexity, with these sums of documents."""
+    entry = {
+        "metric": "perplexity",
+        "protocol": "corrected",
+        "score": float(np.exp(nats.sum() / tokens.sum())),
+        **{"stderr": None, "interval": [None, None], "majority": None, "random": 320.0},
+        **{"n": len(nats), "window": window, "stride": 16, "per_prompt": [], "faults": []},
+        "source": "a text",
+    }
+    lines = [
+        {"item": f"{number}", "nats": float(a), "tokens": int(n)}
+        for number, (a, n) in enumerate(zip(nats, tokens, strict=True))
+    ]
+    return save(directory, "wikitext103", entry, lines)
+
+
+def test_accuracies_are_compared_question_by_question(data: Path, tmp_path: Path) -> None:
+    a = answered(tmp_path / "a", data, seed=1)
+    b = answered(tmp_path / "b", data, seed=2)
+    found = compare(a, b)["tasks"]["memory_colors"]
+    rows = [
+        [
+            json.loads(line)["right"]
+            for line in (of / "memory_colors.jsonl").read_text().split("\n")[:-1]
+        ]
+        for of in (a, b)
+    ]
+    mine, base = np.array(rows)
+    assert found["difference"] == pytest.approx(mine.mean() - base.mean())
+    assert (found["only_A"], found["only_B"]) == (sum(mine & ~base), sum(base & ~mine))
+    assert (found["A"], found["questions"], found["items"]) == (mine.mean(), 36, 4)
+    turned = compare(b, a)["tasks"]["memory_colors"]
+    assert turned["difference"] == -found["difference"]
+    assert turned["p"] == found["p"]
+    assert turned["interval"] == pytest.approx([-x for x in found["interval"][::-1]])
+    same = compare(a, a)["tasks"]["memory_colors"]
+    assert (same["difference"], same["p"], same["only_A"]) == (0.0, 1.0, 0)
+
+
+def test_one_question_an_item_is_mcnemars_test(data: Path, tmp_path: Path) -> None:
+    """Exact, as 12 items differ."""
+    rng = np.random.default_rng(3)
+    right = rng.random((2, 60)) < 0.5
+    right[:, 12:] = right[:1, 12:]
+    right[0, :12], right[1, :12] = [True] * 10 + [False] * 2, [False] * 10 + [True] * 2
+    for name, own in zip("ab", right, strict=True):
+        answered(tmp_path / name, data, seed=0)
+        lines = [{"item": f"{n}", "right": bool(hit)} for n, hit in enumerate(own)]
+        entry = json.loads((tmp_path / name / "results.json").read_text())["tasks"]
+        save(tmp_path / name, "memory_colors", entry["memory_colors"], lines)
+    found = compare(tmp_path / "a", tmp_path / "b")["tasks"]["memory_colors"]
+    assert found["p"] == pytest.approx(stats.binomtest(10, 12).pvalue)
+
+
+def test_perplexities_are_compared_by_document(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(20, 400, 40)
+    base = 3.0 * tokens + rng.standard_normal(40) * np.sqrt(tokens)
+    b = read_texts(tmp_path / "b", base, tokens)
+    worse = read_texts(tmp_path / "worse", base + 0.1 * tokens, tokens)
+    found = compare(worse, b)["tasks"]["wikitext103"]
+    # The same difference for every token: it is sure, however long the documents are.
+    assert found["difference"] == pytest.approx(0.1)
+    assert found["stderr"] == pytest.approx(0.0, abs=1e-9)
+    assert found["ratio"] == pytest.approx(np.exp(0.1))
+    assert (found["only_A"], found["only_B"]) == (0, 40)
+    assert found["p"] < 0.001
+    noise = rng.standard_normal(40) * np.sqrt(tokens)
+    other = read_texts(tmp_path / "other", base + 0.1 * tokens + noise, tokens)
+    found = compare(other, b)["tasks"]["wikitext103"]
+    gaps = 0.1 * tokens + noise
+    left_out = (gaps.sum() - gaps) / (tokens.sum() - tokens)
+    jackknife = np.sqrt(39 / 40 * np.sum((left_out - left_out.mean()) ** 2))
+    # Two estimates of one error; over 40 documents they differ by about a fortieth.
+    assert found["stderr"] == pytest.approx(jackknife, rel=0.1)
+    low, high = found["interval"]
+    assert low < found["difference"] < high
+
+
+def test_holms_correction() -> None:
+    """An example of Holm's procedure, worked by hand."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([0.2]) == [0.2]
+
+
+def other_data(place: Path, data: Path) -> Path:
+    rows = (data / "memory_color_data.csv").read_text().replace("ocean", "sea")
+    place.mkdir()
+    (place / "memory_color_data.csv").write_text(rows)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p, d: answered(p / "b", d, seed=2, way="published"), "asked with protocol correct"),
+        (
+            lambda p, d: answered(p / "b", other_data(p / "sea", d), seed=2),
+            "question 2 differs in prompt, 'Q: What is the color of the ocean",
+        ),
+        (lambda p, d: answered(p / "b", d, seed=2, name="tnwit_height"), "A and B share no task"),
+        (lambda p, d: p, "results.json is missing: .* has not been evaluated"),
+    ],
+)
+def test_other_questions_are_refused(
+    data: Path, tmp_path: Path, make: Callable[[Path, Path], Path], message: str
+) -> None:
+    a = answered(tmp_path / "a", data, seed=1)
+    with pytest.raises(UserError, match=message):
+        compare(a, make(tmp_path, data))
+
+
+def test_other_windows_and_tokens_are_refused(tmp_path: Path) -> None:
+    tokens = np.array([20, 30])
+    a = read_texts(tmp_path / "a", 3.0 * tokens, tokens)
+    b = read_texts(tmp_path / "b", 3.0 * tokens, tokens, window=64)
+    with pytest.raises(UserError, match="asked with window 32 in A and 64 in B"):
+        compare(a, b)
+    c = read_texts(tmp_path / "c", 3.0 * tokens, tokens + 1)
+    with pytest.raises(UserError, match="question 1 differs in tokens, 20 in A, 21 in B"):
+        compare(a, c)
+    with pytest.raises(UserError, match="sst2 was not asked in A and B: both have wikitext103"):
+        compare(a, c, names=["sst2"])
+
+
+def test_the_command_writes_a_page(data: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        place = tmp_path / name
+        place.mkdir()
+        answered(place / "eval", data, seed=seed)
+        answered(place / "eval", data, seed=seed, name="tnwit_height")
+        read_texts(place / "eval", np.array([60.0 + seed, 80.0]), np.array([20, 30]))
+    line = [sys.executable, "-m", "blindvalm_jax.evaluate", "compare", f"{tmp_path}/a"]
+    done = subprocess.run(
+        [*line, f"{tmp_path}/b", f"--out={tmp_path}/out"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert [row.split()[0] for row in done.stdout.splitlines()[1:4]] == [
+        *("memory_colors", "tnwit_height", "wikitext103"),
+    ]
+    kept = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert kept == compare(tmp_path / "a", tmp_path / "b")
+    group = compare(tmp_path / "a", tmp_path / "b", names=["vlu"])
+    assert [*group["tasks"]] == ["memory_colors", "tnwit_height"]
+    page = write(kept, tmp_path / "out").read_text()
+    assert "corrected for these 3 tasks" in page
+    for figure in ("figures/compare.png",):
+        assert f"]({figure})" in page
+        assert (tmp_path / "out" / figure).read_bytes().startswith(b"\x89PNG")
+    few = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert few.stderr == "error: compare takes two directories, got 1\n"

@@ -1,0 +1,90 @@
+"""Tasks put to a run while it trains: the same answers as afterwards, and the same training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blindvalm_jax import config, train, trained
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.tasks import evaluation, results
+from blindvalm_jax.tasks.scoring import Scorer
+from tests import small_models, small_tasks, small_text, test_train
+
+SHARDED = {"mesh__data": 2, "mesh__fsdp": 4, "eval__every_steps": 0, "train__steps": 3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly() -> Iterator[None]:
+    with small_models.quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """text.txt, tasks/ and a run without tasks in plain/."""
+    directory = tmp_path_factory.mktemp("training_tasks")
+    text = directory / "text.txt"
+    small_text.write_text(text, small_text.documents(120))
+    small_tasks.write(directory / "tasks")
+    return directory
+
+
+def values(files: Path, **changes: Any) -> Any:
+    found = test_train.settings(files / "text.txt", **SHARDED, **changes)
+    found.data.cache = str(files / "cache")
+    return found
+
+
+def asking(files: Path, **changes: Any) -> Any:
+    tasks = {"eval__tasks": "memory_colors", "eval__tasks_every_steps": 2}
+    tasks["eval__tasks_protocol"] = "published"  # few programs to compile
+    return values(files, **{**tasks, "eval__tasks_data": str(files / "tasks"), **changes})
+
+
+def test_asking_changes_no_update_and_is_what_the_run_says_afterwards(files: Path) -> None:
+    plain = test_train.run(values(files), files / "plain")
+    asked = test_train.run(asking(files), files / "asked")
+    scores = asked.pop("eval/tasks/memory_colors")
+    assert sorted(scores) == [2, 3]
+    assert test_train.computed(asked) == test_train.computed(plain), "another training"
+    assert not (files / "plain" / "eval").exists()
+
+    kept, place = results.read(files / "asked")
+    assert (kept["step"], kept["tasks"]["memory_colors"]["score"]) == (3, scores[3])
+    model = trained.load(files / "asked")  # on one device
+    questions = evaluation.read(["memory_colors"], "published", files / "tasks")
+    about = {"model": "asked", "step": model.step}
+    again = files / "again"
+    evaluation.run(
+        questions, Scorer(model), model.tokenizer, protocol="published", out=again, about=about
+    )
+    pairs = zip(*(results.read_lines(of, "memory_colors") for of in (place, again)), strict=True)
+    for a, b in pairs:
+        # Sums of a few log probabilities in fp32, added up over devices in another order.
+        np.testing.assert_allclose(a["scores"], b["scores"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval__tasks": "colours"}, "eval.tasks=colours: eval.tasks must be names or groups"),
+        ({"eval__tasks": "sst2"}, "eval.tasks=sst2: sst2_test.jsonl is not in"),
+        ({"eval__tasks_data": ""}, "eval.tasks needs eval.tasks_data"),
+        ({"grounding__control": "shuffled"}, "eval.tasks cannot be put to a run of"),
+        ({"train__objective": "contrastive"}, "eval.tasks are for train.objective=language"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_training(
+    files: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    given = asking(files, **changes)
+    if "train__objective" in changes:
+        given.data.files = ""
+    with pytest.raises(UserError, match=message):
+        train.train(config.parse(given), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
