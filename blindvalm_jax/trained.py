@@ -72,7 +72,7 @@ class TrainedModel:
             rule=self._rule,
             separators=self._separators,
         )
-        return _placed(rows | tower)
+        return self._placed(rows | tower)
 
     def batch_of_ids(self, rows: Sequence[np.ndarray], *, length: int = 0) -> Batch:
         """Rows of language-model ids as they are, padded behind to a common length; see `batch`.
@@ -94,7 +94,7 @@ class TrainedModel:
                 rule=self._rule,
                 separators=self._separators,
             )
-        return _placed(found)
+        return self._placed(found)
 
     def _language_rows(self, ids: Sequence[np.ndarray], length: int) -> trained_rows.Rows:
         decoder = self.model.decoder
@@ -106,6 +106,15 @@ class TrainedModel:
             length=length,
             longest=decoder.config.max_positions if learned else None,
         )
+
+    def _placed(self, rows: trained_rows.Rows) -> Batch:
+        """On the mesh: split where it divides the number of rows, else whole on every device."""
+        split = partitioning.row_shards(self.mesh)
+        whole = len(rows["tokens"]) % split
+        where = (
+            partitioning.replicated(self.mesh) if whole else partitioning.batch_sharding(self.mesh)
+        )
+        return language.make_batch({name: jax.device_put(x, where) for name, x in rows.items()})
 
     @property
     def _rule(self) -> segments.Rule:
@@ -348,7 +357,3 @@ def _joined(
         mesh=mesh,
         images=images,
     )
-
-
-def _placed(rows: trained_rows.Rows) -> Batch:
-    return language.make_batch({name: jax.numpy.asarray(x) for name, x in rows.items()})

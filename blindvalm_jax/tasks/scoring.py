@@ -44,7 +44,7 @@ class Scorer:
     """A model that scores rows. compiled: how many programs it took so far."""
 
     def __init__(self, model: TrainedModel, *, tokens_at_once: int = _TOKENS_AT_ONCE) -> None:
-        """tokens_at_once: of a batch, pads included.
+        """tokens_at_once: of a batch on each device that holds its own rows, pads included.
 
         Raises:
           UserError: the model borrows features from other rows (grounding.control=shuffled), or
@@ -113,7 +113,8 @@ class Scorer:
         return length, _power_of_two(asked), _power_of_two(each)
 
     def _rows_at_once(self, length: int) -> int:
-        return max(self._tokens_at_once // length, 1)
+        shards = partitioning.row_shards(self._model.mesh)
+        return max(self._tokens_at_once // length, 1) * shards
 
     def _score(self, rows: Sequence[Row], length: int) -> np.ndarray:
         """float32 [B, M, K], M and K filled up to those of the bucket."""
