@@ -66,7 +66,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 def check_divisible(config: Config, mesh: Mesh, tower: TowerConfig | None) -> None:
     """Refuses sizes that the mesh does not divide, before anything is compiled."""
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = row_shards(mesh)
     microbatch = config.train.batch_size // config.train.microbatches
     checks = [
         (microbatch, rows, "train.batch_size / train.microbatches", "mesh.data x mesh.fsdp"),
@@ -155,6 +155,11 @@ def init_sharded(init: Callable[[jax.Array], Any], key: jax.Array, mesh: Mesh) -
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Over how many devices rows are split: a batch must hold a multiple of it."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

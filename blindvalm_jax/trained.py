@@ -55,38 +55,33 @@ class TrainedModel:
             front = np.full(int(start), self.tokenizer.eos_id, np.int32)
             encoded = self.tokenizer.encode_lm_batch(texts)
             return self.batch_of_ids([np.append(front, ids) for ids in encoded], length=length)
-        documents = [
-            trained_rows.document(
-                text,
-                tokenizer=self.tokenizer,
-                tower_tokenizer=self.tower_tokenizer,
-                rule=self._rule,
-                start=start,
-            )
-            for text in texts
-        ]
-        rows = self._language_rows([document.tokens for document in documents], length)
-        tower = trained_rows.aligned_tower(
-            documents,
-            length=rows["tokens"].shape[1],
-            rule=self._rule,
-            separators=self._separators,
-        )
-        return _placed(rows | tower)
+        return self._aligned([self._document(text, start=start) for text in texts], length)
 
-    def batch_of_ids(self, rows: Sequence[np.ndarray], *, length: int = 0) -> Batch:
+    def batch_of_ids(
+        self, rows: Sequence[np.ndarray], *, length: int = 0, texts: Sequence[str] | None = None
+    ) -> Batch:
         """Rows of language-model ids as they are, padded behind to a common length; see `batch`.
 
+        texts: needed where the tower has a tokenizer of its own: of each row, a text that it is the
+        beginning of, behind an end-of-text token if the row starts with that.
+
         Raises:
-          UserError: a row does not fit or is empty, or the tower has a tokenizer of its own.
+          UserError: a row does not fit or is empty, or there are no texts where they are needed, or
+            a text does not begin with its row's tokens.
         """
-        found = self._language_rows(rows, length)
-        if self.model.tower is not None:
-            if self.tower_tokenizer is not None:
+        if self.model.tower is not None and self.tower_tokenizer is not None:
+            if texts is None:
                 raise UserError(
                     "the tower has a tokenizer of its own, which needs the text and not the "
                     "language model's ids: make the batch from texts"
                 )
+            documents = []
+            for row, text in zip(rows, texts, strict=True):
+                whole = self._document(text, start=bool(row[:1] == self.tokenizer.eos_id))
+                documents.append(trained_rows.beginning(whole, row, text=text))
+            return self._aligned(documents, length)
+        found = self._language_rows(rows, length)
+        if self.model.tower is not None:
             found |= trained_rows.shared_tower(
                 found["tokens"],
                 np.array([len(row) for row in rows]),
@@ -94,7 +89,28 @@ class TrainedModel:
                 rule=self._rule,
                 separators=self._separators,
             )
-        return _placed(found)
+        return self._placed(found)
+
+    def _document(self, text: str, *, start: bool) -> trained_rows.Document:
+        if self.tower_tokenizer is None:
+            raise ValueError("a tower that reads the language model's tokens reads no documents")
+        return trained_rows.document(
+            text,
+            tokenizer=self.tokenizer,
+            tower_tokenizer=self.tower_tokenizer,
+            rule=self._rule,
+            start=start,
+        )
+
+    def _aligned(self, documents: Sequence[trained_rows.Document], length: int) -> Batch:
+        rows = self._language_rows([document.tokens for document in documents], length)
+        tower = trained_rows.aligned_tower(
+            documents,
+            length=rows["tokens"].shape[1],
+            rule=self._rule,
+            separators=self._separators,
+        )
+        return self._placed(rows | tower)
 
     def _language_rows(self, ids: Sequence[np.ndarray], length: int) -> trained_rows.Rows:
         decoder = self.model.decoder
@@ -106,6 +122,15 @@ class TrainedModel:
             length=length,
             longest=decoder.config.max_positions if learned else None,
         )
+
+    def _placed(self, rows: trained_rows.Rows) -> Batch:
+        """On the mesh: split where it divides the number of rows, else whole on every device."""
+        split = partitioning.row_shards(self.mesh)
+        whole = len(rows["tokens"]) % split
+        where = (
+            partitioning.replicated(self.mesh) if whole else partitioning.batch_sharding(self.mesh)
+        )
+        return language.make_batch({name: jax.device_put(x, where) for name, x in rows.items()})
 
     @property
     def _rule(self) -> segments.Rule:
@@ -377,7 +402,3 @@ def _joined(
         mesh=mesh,
         images=images,
     )
-
-
-def _placed(rows: trained_rows.Rows) -> Batch:
-    return language.make_batch({name: jax.numpy.asarray(x) for name, x in rows.items()})

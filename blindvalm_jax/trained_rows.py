@@ -52,6 +52,21 @@ def document(
     return Document(tokens, tower[: index[-1:].sum()], index)
 
 
+def beginning(whole: Document, tokens: np.ndarray, *, text: str) -> Document:
+    """The part of a text's document that `tokens` are.
+
+    Raises:
+      UserError: the document does not begin with them.
+    """
+    count = len(tokens)
+    if not count or not np.array_equal(whole.tokens[:count], tokens):
+        raise UserError(
+            f"a row of {count} tokens is not what {text!r} begins with: the tokens of its parts "
+            "are others than those of the whole text, which the tower reads"
+        )
+    return Document(whole.tokens[:count], whole.tower[: whole.seen[count - 1]], whole.seen[:count])
+
+
 def language_rows(
     ids: Sequence[np.ndarray], *, vocab_size: int, pad_id: int, length: int, longest: int | None
 ) -> Rows:

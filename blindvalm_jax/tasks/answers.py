@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.tasks import ties
 from blindvalm_jax.tasks.questions import Question
-from blindvalm_jax.tasks.scoring import Row, Scorer
+from blindvalm_jax.tasks.scoring import Row, Scorer, Texts
 from blindvalm_jax.tasks.task import Protocol, Score
 
 
@@ -37,7 +38,7 @@ def answer(
     """Scores every candidate of every question.
 
     Raises:
-      UserError: a candidate has no tokens.
+      UserError: a candidate has no tokens; see `Scorer`.
     """
     ids = {
         word: tokenizer.encode_lm(f" {word}")
@@ -46,18 +47,22 @@ def answer(
     for word, found in ids.items():
         if not len(found):
             raise UserError(f"the candidate {word!r} has no tokens")
-    prompts = [_prompt(tokenizer, protocol, question.prompt) for question in questions]
     candidates = [[ids[word] for word in question.candidates] for question in questions]
-    room = scorer.longest
-    if room:
-        cut = [
-            prompt[-max(room - max(map(len, own)) + 1, 1) :]
-            for prompt, own in zip(prompts, candidates, strict=True)
+    prompts = [
+        _prompt(scorer, tokenizer, protocol, question.prompt, longest=max(map(len, own)))
+        for question, own in zip(questions, candidates, strict=True)
+    ]
+    texts = None
+    if scorer.reads_texts:
+        texts = [
+            Texts(prompt.text, [f" {word}" for word in question.candidates])
+            for prompt, question in zip(prompts, questions, strict=True)
         ]
+    behind = [prompt.ids for prompt in prompts]
+    if "continuation" in protocol.scores:
+        tokens = scorer.continuations(behind, candidates, texts=texts)
     else:
-        cut = prompts
-    shortened = sum(len(a) < len(b) for a, b in zip(cut, prompts, strict=True))
-    tokens = _token_scores(scorer, cut, candidates, ahead="continuation" in protocol.scores)
+        tokens = _one_distribution(scorer, prompts, candidates)
     scores: dict[Score, list[np.ndarray]] = {
         way: [np.array([_reduced(way, values) for values in own]) for own in tokens]
         for way in protocol.scores
@@ -76,56 +81,53 @@ def answer(
         )
         for way, of in chosen.items()
     }
-    return Answers(scores[protocol.scores[0]], chosen, right, shortened)
+    return Answers(scores[protocol.scores[0]], chosen, right, sum(prompt.cut for prompt in prompts))
 
 
-def _prompt(tokenizer: Tokenizer, protocol: Protocol, prompt: str) -> np.ndarray:
-    """Its ids; a blank at the end belongs to the candidate's first token, as in running text."""
-    ids = tokenizer.encode_lm(prompt.rstrip())
-    return np.append(tokenizer.eos_id, ids).astype(np.int32) if protocol.start else ids
+class _Prompt(NamedTuple):
+    """Its ids, the text they spell, and whether that lost its beginning."""
+
+    ids: np.ndarray
+    text: str
+    cut: bool
 
 
-def _token_scores(
-    scorer: Scorer,
-    prompts: Sequence[np.ndarray],
-    candidates: Sequence[Sequence[np.ndarray]],
-    *,
-    ahead: bool,
-) -> list[list[np.ndarray]]:
-    """Log probability of every token of every candidate.
+def _prompt(
+    scorer: Scorer, tokenizer: Tokenizer, protocol: Protocol, prompt: str, *, longest: int
+) -> _Prompt:
+    """A prompt with room for `longest` tokens behind it, of which the last is not read.
 
-    ahead: the second token and later ones behind those before them; else all behind the prompt.
+    A blank at its end belongs to the candidate's first token, as in running text. What does not fit
+    is cut off in front: tokens, or words where the text is read.
     """
-    rows = []
-    for prompt, own in zip(prompts, candidates, strict=True):
-        wanted = np.concatenate([ids[:1] if ahead else ids for ids in own])
-        rows.append(Row(prompt, np.array([len(prompt) - 1]), wanted[None]))
-    behind = scorer.log_probabilities(rows, title="next token")
-    if not ahead:
-        return [
-            np.split(values[0], np.cumsum([len(ids) for ids in own])[:-1])
-            for values, own in zip(behind, candidates, strict=True)
-        ]
-    found = [
-        [values[0, [place]] for place in range(len(own))]
-        for values, own in zip(behind, candidates, strict=True)
+    text = prompt.rstrip()
+    ids = tokenizer.encode_lm(text)
+    whole = np.append(tokenizer.eos_id, ids).astype(np.int32) if protocol.start else ids
+    room = max(scorer.longest - longest + 1, 1) if scorer.longest else len(whole)
+    if len(whole) <= room:
+        return _Prompt(whole, text, cut=False)
+    if not scorer.reads_texts:
+        return _Prompt(whole[-room:], text, cut=True)
+    while len(ids) > room and " " in text:
+        text = text.split(" ", 1)[1]
+        ids = tokenizer.encode_lm(text)
+    return _Prompt(ids, text, cut=True)
+
+
+def _one_distribution(
+    scorer: Scorer, prompts: Sequence[_Prompt], candidates: Sequence[Sequence[np.ndarray]]
+) -> list[list[np.ndarray]]:
+    """Log probability of every token of every candidate as the one right behind the prompt."""
+    rows = [
+        Row(prompt.ids, np.array([len(prompt.ids) - 1]), np.concatenate(own)[None], prompt.text)
+        for prompt, own in zip(prompts, candidates, strict=True)
     ]
-    longer = [
-        (number, place)
-        for number, own in enumerate(candidates)
-        for place, ids in enumerate(own)
-        if len(ids) > 1
+    return [
+        np.split(values[0], np.cumsum([len(ids) for ids in own])[:-1])
+        for values, own in zip(
+            scorer.log_probabilities(rows, title="next token"), candidates, strict=True
+        )
     ]
-    rest = []
-    for number, place in longer:
-        prompt, ids = prompts[number], candidates[number][place]
-        at = len(prompt) + np.arange(len(ids) - 1)
-        rest.append(Row(np.concatenate([prompt, ids[:-1]]), at, ids[1:, None]))
-    for (number, place), values in zip(
-        longer, scorer.log_probabilities(rest, title="further tokens") if rest else [], strict=True
-    ):
-        found[number][place] = np.concatenate([found[number][place], values[:, 0]])
-    return found
 
 
 def _reduced(way: Score, log_p: np.ndarray) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,33 +32,36 @@ class Row:
     """What a model reads, and what is asked of it.
 
     tokens: ids int32 [n]. at: positions [M]; wanted: ids [M, K], of each of which the log
-    probability is asked as the token behind position at[m].
+    probability is asked as the token behind position at[m]. text: needed by a tower with a
+    tokenizer of its own; see `TrainedModel.batch_of_ids`.
     """
 
     tokens: np.ndarray
     at: np.ndarray
     wanted: np.ndarray
+    text: str = ""
+
+
+class Texts(NamedTuple):
+    """What the ids of a prompt and of each candidate spell; blanks in between are a candidate's."""
+
+    prompt: str
+    candidates: Sequence[str]
 
 
 class Scorer:
     """A model that scores rows. compiled: how many programs it took so far."""
 
     def __init__(self, model: TrainedModel, *, tokens_at_once: int = _TOKENS_AT_ONCE) -> None:
-        """tokens_at_once: of a batch, pads included.
+        """tokens_at_once: of a batch on each device that holds its own rows, pads included.
 
         Raises:
-          UserError: the model borrows features from other rows (grounding.control=shuffled), or
-            its tower has a tokenizer of its own.
+          UserError: the model borrows features from other rows (grounding.control=shuffled).
         """
         if model.model.shuffled:
             raise UserError(
                 "a model of grounding.control=shuffled reads the features of another row of the "
                 "batch: what it scores depends on the batch, and is no evaluation"
-            )
-        if model.tower_tokenizer is not None:
-            raise UserError(
-                "a model whose tower has a tokenizer of its own cannot be evaluated yet: its tower "
-                "needs texts, and prompts are scored as tokens"
             )
         self._model, self._tokens_at_once = model, tokens_at_once
         self._shapes: set[tuple[int, ...]] = set()
@@ -68,6 +71,11 @@ class Scorer:
         """Most tokens of a row, 0: any number."""
         config = self._model.settings.decoder
         return config.max_positions if config.positions == "learned" else 0
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether rows need their texts."""
+        return self._model.tower_tokenizer is not None
 
     @property
     def compiled(self) -> int:
@@ -96,6 +104,43 @@ class Scorer:
                 progress.advance(len(places))
         return found
 
+    def continuations(
+        self,
+        prompts: Sequence[np.ndarray],
+        candidates: Sequence[Sequence[np.ndarray]],
+        *,
+        texts: Sequence[Texts] | None = None,
+    ) -> list[list[np.ndarray]]:
+        """log p of every token of every candidate, behind its prompt and its own earlier tokens.
+
+        prompts: ids of each; candidates: ids of those behind each prompt, none empty. texts: what
+        they spell, where the model `reads_texts`.
+
+        Raises:
+          UserError: see `log_probabilities`, or a prompt and a candidate together are other tokens
+            than each alone, where texts are read.
+        """
+        rows = []
+        for place, (prompt, own) in enumerate(zip(prompts, candidates, strict=True)):
+            wanted = np.concatenate([ids[:1] for ids in own])[None]
+            text = texts[place].prompt if texts else ""
+            rows.append(Row(prompt, np.array([len(prompt) - 1]), wanted, text))
+        behind = self.log_probabilities(rows, title="next token")
+        found = [[*np.split(values[0], values.shape[1])] for values in behind]
+        rows, places = [], []
+        for place, (prompt, own) in enumerate(zip(prompts, candidates, strict=True)):
+            for number, ids in enumerate(own):
+                if len(ids) > 1:
+                    at = len(prompt) + np.arange(len(ids) - 1)
+                    text = texts[place].prompt + texts[place].candidates[number] if texts else ""
+                    rows.append(Row(np.concatenate([prompt, ids[:-1]]), at, ids[1:, None], text))
+                    places.append((place, number))
+        if rows:
+            further = self.log_probabilities(rows, title="further tokens")
+            for (place, number), values in zip(places, further, strict=True):
+                found[place][number] = np.concatenate([found[place][number], values[:, 0]])
+        return found
+
     def _batches(self, rows: Sequence[Row]) -> Iterator[tuple[int, list[int]]]:
         """Lengths of buckets, and places of the rows of each batch."""
         keys = [self._bucket(row) for row in rows]
@@ -113,7 +158,8 @@ class Scorer:
         return length, _power_of_two(asked), _power_of_two(each)
 
     def _rows_at_once(self, length: int) -> int:
-        return max(self._tokens_at_once // length, 1)
+        shards = partitioning.row_shards(self._model.mesh)
+        return max(self._tokens_at_once // length, 1) * shards
 
     def _score(self, rows: Sequence[Row], length: int) -> np.ndarray:
         """float32 [B, M, K], M and K filled up to those of the bucket."""
@@ -125,8 +171,10 @@ class Scorer:
             at_BM[number, : len(row.at)] = row.at
             wanted_BMK[number, : row.wanted.shape[0], : row.wanted.shape[1]] = row.wanted
         model = self._model
-        batch = model.batch_of_ids([row.tokens for row in filled], length=length)
-        self._shapes.add((size, length, asked, each))
+        texts = [row.text for row in filled] if self.reads_texts else None
+        batch = model.batch_of_ids([row.tokens for row in filled], length=length, texts=texts)
+        read = 0 if batch.tower is None else batch.tower.tokens_BS.shape[1]
+        self._shapes.add((size, length, asked, each, read))
         with partitioning.use(model.mesh):
             values = _compiled(model.model)(model.params, model.frozen, batch, at_BM, wanted_BMK)
         return np.asarray(values)

@@ -1,0 +1,197 @@
+"""Scores of rows and of what may follow prompts: on a mesh, with texts, with a shared beginning."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from blindvalm_jax import config, partitioning, system, trained
+from blindvalm_jax.config import MeshConfig
+from blindvalm_jax.data import packing
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.interop import weights
+from blindvalm_jax.objectives.language_model import Batch
+from blindvalm_jax.tasks import answers, catalog
+from blindvalm_jax.tasks.questions import Question
+from blindvalm_jax.tasks.scoring import Row, Scorer, Texts
+from blindvalm_jax.trained import TrainedModel
+from tests import foreign_models, small_models, small_text, test_train, tiny_tokenizers
+
+POSITIONS = 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly() -> Iterator[None]:
+    with small_models.quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights that share one BPE: blind/, its tower/, and plain/, of learned positions."""
+    root = tmp_path_factory.mktemp("weights")
+    tokenizer = small_text.small_bpe()
+    tokenizer.save(root / "bpe")
+    vocabulary = packing.record(tokenizer)
+    shape = config.TextTowerConfig(layers=1, width=16, projection=16)
+    tower = system.tower_shape(shape, vocabulary, setting="grounding.random")
+    specs: dict[str, weights.Spec] = {
+        "blind": foreign_models.BLIND,
+        "plain": foreign_models.GPT2,
+        "tower": tower,
+    }
+    for name, spec in specs.items():
+        if isinstance(spec, weights.DecoderSpec):
+            resized = dataclasses.replace(
+                spec.decoder, vocab_size=0, layers=3, max_positions=POSITIONS
+            )
+            spec = dataclasses.replace(spec, decoder=resized, vocab_size=vocabulary.vocab_size)
+        weights.save(
+            root / name,
+            foreign_models.random_params(spec),
+            config=spec,
+            source="made for a test",
+            tokenizer={"kind": "train", "fingerprint": vocabulary.fingerprint},
+            tokenizer_files=None if name == "tower" else root / "bpe",
+        )
+    return root
+
+
+def model_of(kind: str, saved: Path, mesh: MeshConfig | None = None) -> TrainedModel:
+    tower = "" if kind == "plain" else saved / "tower"
+    placed = None if mesh is None else partitioning.make_mesh(mesh)
+    return trained.from_weights(saved / kind, mesh=placed, tower=tower)
+
+
+def rows_of(model: TrainedModel, count: int) -> list[Row]:
+    """Random rows of 17 to 30 tokens, asked for two tokens behind each of two."""
+    rng = np.random.default_rng(6)
+    size = model.tokenizer.vocab_size
+    found = []
+    for _ in range(count):
+        tokens = rng.integers(0, size, rng.integers(17, 31)).astype(np.int32)
+        at = rng.integers(0, len(tokens), 2)
+        found.append(Row(tokens, at, rng.integers(0, size, (2, 2))))
+    return found
+
+
+def test_rows_are_split_over_the_devices_of_a_mesh(saved: Path) -> None:
+    """29 rows, 8 devices; 1e-5: sums in fp32 in another order."""
+    one = model_of("blind", saved)
+    rows = rows_of(one, 29)
+    many = model_of("blind", saved, MeshConfig(data=4, fsdp=2))
+    batch = many.batch_of_ids([row.tokens for row in rows[:16]], length=32)
+    assert {shard.data.shape for shard in batch.tokens_BT.addressable_shards} == {(2, 32)}
+    odd = many.batch_of_ids([row.tokens for row in rows[:5]], length=32)
+    assert odd.tokens_BT.sharding.is_fully_replicated
+    assert odd.tokens_BT.sharding.device_set == set(jax.devices())
+    split = Scorer(many, tokens_at_once=64).log_probabilities(rows)
+    for got, expected in zip(split, Scorer(one).log_probabilities(rows), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def aligned(saved: Path) -> TrainedModel:
+    """GPT-2's tokens, and a tower with CLIP's."""
+    root = saved.parent / "aligned"
+    vocab, merges = tiny_tokenizers.clip_parts()
+    clip = test_train.write_tower(root / "clip", vocab_size=len(vocab))
+    tiny_tokenizers.write_pair(clip, vocab, merges)
+    bpe = tiny_tokenizers.write_pair(root / "gpt2", *tiny_tokenizers.gpt2_parts())
+    size = len(tiny_tokenizers.gpt2_parts()[0])
+    shape = dataclasses.replace(foreign_models.BLIND.decoder, vocab_size=0)
+    spec = dataclasses.replace(
+        foreign_models.BLIND, decoder=shape, vocab_size=size, memory_width=24
+    )
+    params = foreign_models.random_params(spec)
+    weights.save(root / "decoder", params, config=spec, source="made for a test")
+    return trained.from_weights(
+        root / "decoder", tower=clip, tower_tokenizer=clip, tokenizer=bpe, tokenizer_kind="gpt2"
+    )
+
+
+QUESTIONS = [
+    Question(
+        item=str(number),
+        template=0,
+        prompt=prompt,
+        candidates=("the cat", "reds", "red ring", "café"),
+        answer=0,
+    )
+    for number, prompt in enumerate(
+        ["What is it? ", "the red ring, and then; the cat", "naïve: it's 10 ... the ring is"]
+    )
+]
+
+
+def test_a_tower_with_a_tokenizer_of_its_own_reads_what_the_words_spell(
+    aligned: TrainedModel,
+) -> None:
+    """Each score is that of the whole text, made into a batch as for any question; 1e-4 of sums."""
+    scorer = Scorer(aligned)
+    assert scorer.reads_texts
+    protocol = catalog.TASKS["memory_colors"].corrected
+    found = answers.answer(scorer, aligned.tokenizer, protocol, QUESTIONS)
+    for question, scores in zip(QUESTIONS, found.scores, strict=True):
+        prompt = question.prompt.rstrip()
+        first = 1 + len(aligned.tokenizer.encode_lm(prompt))
+        texts = [f"{prompt} {word}" for word in question.candidates]
+        batch = aligned.batch(texts, length=48)
+        log_p = np.asarray(log_probabilities(aligned, batch))
+        for row, score in enumerate(scores):
+            count = int(batch.weights_BT[row].sum()) + 1
+            tokens = np.asarray(batch.tokens_BT[row, :count])
+            expected = sum(log_p[row, n - 1, tokens[n]] for n in range(first, count))
+            assert score == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_text_that_is_not_its_tokens_is_refused(aligned: TrainedModel) -> None:
+    scorer = Scorer(aligned)
+    ids = aligned.tokenizer.encode_lm
+    with pytest.raises(UserError, match="a row of 2 tokens is not what 'the cat' begins with"):
+        scorer.log_probabilities(
+            [Row(ids("redx"), np.zeros(1, int), np.ones((1, 1), int), "the cat")]
+        )
+    prompts, candidates = [ids("the r")], [[ids("ings")]]
+    texts = [Texts("the r", ["ings"])]
+    with pytest.raises(UserError, match="is not what 'the rings' begins with: the tokens of its"):
+        scorer.continuations(prompts, candidates, texts=texts)
+
+
+def test_words_are_cut_where_the_text_is_read(aligned: TrainedModel) -> None:
+    """A model of 32 positions: the words that are left, without the token between texts."""
+    decoder = dataclasses.replace(aligned.settings.decoder, positions="learned", max_positions=32)
+    settings = dataclasses.replace(aligned.settings, decoder=decoder)
+    scorer = Scorer(dataclasses.replace(aligned, settings=settings))
+    assert scorer.longest == 32
+    question = dataclasses.replace(QUESTIONS[0], prompt="the red cat " * 20 + "is")
+    protocol = catalog.TASKS["memory_colors"].corrected
+    found = answers.answer(scorer, aligned.tokenizer, protocol, [question])
+    assert found.cut == 1
+    alone = dataclasses.replace(protocol, start=False)
+    longest = max(len(aligned.tokenizer.encode_lm(f" {word}")) for word in question.candidates)
+    words = question.prompt.split(" ")
+    while len(aligned.tokenizer.encode_lm(" ".join(words))) > 32 - longest + 1:
+        words = words[1:]
+    short = dataclasses.replace(question, prompt=" ".join(words))
+    expected = answers.answer(Scorer(aligned), aligned.tokenizer, alone, [short])
+    np.testing.assert_allclose(found.scores[0], expected.scores[0], atol=1e-5, rtol=0)
+
+
+def log_probabilities(model: TrainedModel, batch: Batch) -> jax.Array:
+    """Of every next token [B, T, V], as training computes them."""
+
+    @jax.jit
+    def run(params: Any, frozen: Any, batch: Batch) -> jax.Array:
+        z_BTKE = model.model.features(frozen, batch)
+        logits_BTV: Any = model.model.decoder.apply({"params": params}, batch.tokens_BT, z_BTKE)
+        return jax.nn.log_softmax(logits_BTV)
+
+    with partitioning.use(model.mesh):
+        return run(model.params, model.frozen, batch)
