@@ -3,8 +3,11 @@ r"""Evaluates a language model on the tasks of the BLIND-VALM paper.
     python -m blindvalm_jax.evaluate --workdir=RUN|--checkpoint=DIR|--hf=DIR --tasks=vlu,nlu \
         --data=DIR [--protocol=corrected|published] [--out=DIR]
 
---tasks: names or groups (vlu: colours, shapes, sizes; nlu: sentiments and topics). --data: the
+--tasks: names or groups (vlu: colours, shapes, sizes; nlu: sentiments and topics; lm: perplexity
+of WikiText-103 and LAMBADA, and LAMBADA's last words); text:GLOB and file:GLOB give the perplexity
+of texts of your own, read as training reads them, or each file as one document. --data: the
 directory of the tasks' files as their authors publish them, or one above it: none is downloaded.
+Long texts are cut in windows of --window tokens, --stride apart: every token is scored once.
 corrected (default): candidates are scored token by token behind the prompt. published: as the
 reference's scripts do it, faults included; results.json names them.
 
@@ -30,10 +33,17 @@ from blindvalm_jax import model_flags
 from blindvalm_jax.errors import UserError, run_main
 from blindvalm_jax.named_model import NamedModel
 from blindvalm_jax.tasks import compare, evaluation, report, results
+from blindvalm_jax.tasks.asked import Windows
 from blindvalm_jax.tasks.scoring import Scorer
 
 _TASKS = flags.DEFINE_list("tasks", [], "names of tasks, or groups")
 _DATA = flags.DEFINE_string("data", "", "directory of the tasks' files, or one above it")
+_WINDOW = flags.DEFINE_integer(
+    "window", 0, "tokens read at once of a long text; 0: as in training", lower_bound=0
+)
+_STRIDE = flags.DEFINE_integer(
+    "stride", 0, "tokens from one window to the next; 0: half a window", lower_bound=0
+)
 _PROTOCOL = flags.DEFINE_enum("protocol", "corrected", evaluation.PROTOCOLS, "how tasks are asked")
 _OUT = flags.DEFINE_string(
     "out", "", "where results are written; empty: eval in the run's directory"
@@ -47,10 +57,12 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}: every setting is a --flag (see --help)")
     named = model_flags.named()
-    if not _DATA.value:
-        raise UserError("--data is missing (see --help)")
     out = _out(named)
-    asked = evaluation.read(_TASKS.value, _PROTOCOL.value, Path(_DATA.value).expanduser())
+    cut = Windows(_WINDOW.value, _STRIDE.value)
+    if _PROTOCOL.value == "published" and cut != Windows():
+        raise UserError("--window and --stride are of the corrected protocol")
+    data = Path(_DATA.value).expanduser() if _DATA.value else None
+    asked = evaluation.read(_TASKS.value, _PROTOCOL.value, data, cut=cut)
     model = model_flags.load()
     scorer = Scorer(model)
     found = evaluation.run(

@@ -72,7 +72,7 @@ def model(runs: Path, request: pytest.FixtureRequest) -> TrainedModel:
 
 
 def asked(name: str, data: Path, protocol: str = "corrected") -> tuple[Protocol, list[Question]]:
-    found = getattr(catalog.TASKS[name], protocol)
+    found = catalog.TASKS[name].protocols[protocol]
     return found, found.questions(found.items(data))
 
 

@@ -136,7 +136,7 @@ def test_a_tower_with_a_tokenizer_of_its_own_reads_what_the_words_spell(
     """Each score is that of the whole text, made into a batch as for any question; 1e-4 of sums."""
     scorer = Scorer(aligned)
     assert scorer.reads_texts
-    protocol = catalog.TASKS["memory_colors"].corrected
+    protocol = catalog.TASKS["memory_colors"].protocols["corrected"]
     found = answers.answer(scorer, aligned.tokenizer, protocol, QUESTIONS)
     for question, scores in zip(QUESTIONS, found.scores, strict=True):
         prompt = question.prompt.rstrip()
@@ -171,7 +171,7 @@ def test_words_are_cut_where_the_text_is_read(aligned: TrainedModel) -> None:
     scorer = Scorer(dataclasses.replace(aligned, settings=settings))
     assert scorer.longest == 32
     question = dataclasses.replace(QUESTIONS[0], prompt="the red cat " * 20 + "is")
-    protocol = catalog.TASKS["memory_colors"].corrected
+    protocol = catalog.TASKS["memory_colors"].protocols["corrected"]
     found = answers.answer(scorer, aligned.tokenizer, protocol, [question])
     assert found.cut == 1
     alone = dataclasses.replace(protocol, start=False)

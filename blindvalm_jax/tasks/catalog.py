@@ -7,26 +7,42 @@ from collections import Counter
 from collections.abc import Sequence
 
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.tasks import topics, visual
+from blindvalm_jax.tasks import texts, topics, visual
+from blindvalm_jax.tasks.last_word import LastWordTask
+from blindvalm_jax.tasks.perplexity import TextTask
 from blindvalm_jax.tasks.questions import Item, Question
 from blindvalm_jax.tasks.task import GROUPS, ChoiceTask
+from blindvalm_jax.tasks.texts import OwnTexts
 
 TASKS = {task.name: task for task in (*visual.TASKS, *topics.TASKS)}
+TEXTS = {task.name: task for task in texts.TASKS}
+Task = ChoiceTask | TextTask | LastWordTask | OwnTexts
 
 
-def chosen(names: Sequence[str]) -> list[ChoiceTask]:
+def chosen(names: Sequence[str]) -> list[Task]:
     """Tasks by their names or those of groups, each once, in the order of the catalogue.
 
+    text:GLOB and file:GLOB name texts of one's own; they come last.
+
     Raises:
-      UserError: nothing has such a name.
+      UserError: nothing has such a name, or two texts of one's own are called alike.
     """
-    unknown = [name for name in names if name not in (*TASKS, *GROUPS)]
+    known: dict[str, Task] = {**TASKS, **TEXTS}
+    given = {name: task for name in names if (task := texts.own(name)) is not None}
+    unknown = [name for name in names if name not in (*known, *given, *GROUPS)]
     if unknown or not names:
         raise UserError(
             f"--tasks must be names or groups ({', '.join(GROUPS)}), got {', '.join(unknown)!r}; "
-            f"known: {', '.join(TASKS)}"
+            f"known: {', '.join(known)}, text:PATH, file:PATH"
         )
-    return [task for task in TASKS.values() if {task.name, task.group} & set(names)]
+    called = [task.name for task in given.values()]
+    alike = {name for name in called if called.count(name) > 1}
+    if alike:
+        raise UserError(
+            f"{len(called)} texts are called {alike.pop()}: evaluate one after the other"
+        )
+    found = [task for task in known.values() if {task.name, task.group} & set(names)]
+    return [*found, *given.values()]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,9 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.tasks import readers, ties
-from blindvalm_jax.tasks.questions import Ask, Item, Question, fill
+from blindvalm_jax.tasks.questions import Ask, Item, Question, asking, fill
 from blindvalm_jax.tasks.task import ONE_DISTRIBUTION, ChoiceTask, Protocol
 
 _MORE, _LESS = "more", "less"  # what A is to B
@@ -43,6 +44,17 @@ _THAN_SIZE = (
 # The fourth and fifth are one: a comma is missing in the script.
 _THAN_SIZE_PUBLISHED = (*_THAN_SIZE[:3], _THAN_SIZE[3] + _THAN_SIZE[4], _THAN_SIZE[5])
 _THAN_HEIGHT = ("[A] is taller or shorter than [B]?", "[B] is taller or shorter than [A]?")
+_YES_NO = (
+    "Is [A] bigger than [B]?",
+    "Is [A] larger than [B]?",
+    "Is [A] taller than [B]?",
+    "[A] is bigger than [B], is it true?",
+    "[A] is larger than [B], is it true?",
+    "[A] is taller than [B], is it true?",
+)
+# The last three are one: two commas are missing in the script.
+_YES_NO_PUBLISHED = (*_YES_NO[:3], "".join(_YES_NO[3:]))
+_ANSWERS = ("no", "yes")  # as in the script, no wins a tie
 _COUNTED_TWICE = "each answer is counted twice in the total, so that the accuracy is half"
 _ONE_ORDER = "pairs are asked in the order of the file"
 
@@ -65,6 +77,28 @@ def _sized(path: Path) -> list[Item]:
 
 def _labelled(path: Path) -> list[Item]:
     return pairs(path, first="obj_a", second="obj_b", relation="label", more=1)
+
+
+def _larger_first(path: Path) -> list[Item]:
+    """Lines of two words, the larger thing first; all are asked whether that is so."""
+    found = []
+    for number, line in enumerate(readers.text_of(path).splitlines(), 1):
+        words = line.split()
+        if len(words) != 2:
+            raise UserError(f"{path}:{number} has {len(words)} words, expected LARGER SMALLER")
+        a, b = words
+        found.append(Item(id=" | ".join(sorted(words)), words={"a": a, "b": b}, answer="yes"))
+    return found
+
+
+def _larger_first_and_last(path: Path) -> list[Item]:
+    """The same, and each pair the other way round, of which the right answer is no."""
+    found = _larger_first(path)
+    turned = [
+        Item(id=item.id, words={"a": item.words["b"], "b": item.words["a"]}, answer="no")
+        for item in found
+    ]
+    return [*found, *turned]
 
 
 def both_orders(items: Sequence[Item]) -> list[Item]:
@@ -178,6 +212,29 @@ def _both(
     )
 
 
+def _size_pairs() -> ChoiceTask:
+    protocol = Protocol(
+        files=("sizePairsFull.txt",), read=_larger_first_and_last, ask=asking(_YES_NO, _ANSWERS)
+    )
+    return ChoiceTask(
+        name="size_pairs_legacy",
+        group="vlu",
+        source="Relative Size (Bagherinezhad et al. 2016), asked as in VALM (arXiv 2205.10178)",
+        corrected=protocol,
+        published=dataclasses.replace(
+            protocol,
+            read=_larger_first,
+            ask=asking(_YES_NO_PUBLISHED, _ANSWERS),
+            scores=("sum",),
+            start=False,
+            faults=(
+                "the larger thing is always named first: who always says yes is always right",
+                "three templates are one: two commas are missing",
+            ),
+        ),
+    )
+
+
 _TNWT = "Things not Written in Text (Liu et al. 2022)"
 TASKS = (
     *_both(
@@ -205,4 +262,5 @@ TASKS = (
         published=than(_THAN_HEIGHT, "taller", "shorter", right=_by_place),
         faults=("what counts as right depends on the template alone, not on the pair",),
     ),
+    _size_pairs(),
 )

@@ -13,24 +13,18 @@ from blindvalm_jax import files, runs
 from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.tasks import answers, catalog, results
+from blindvalm_jax.tasks.asked import Asked, Outcome, Windows
 from blindvalm_jax.tasks.questions import Item, Question
 from blindvalm_jax.tasks.scoring import Scorer
 from blindvalm_jax.tasks.task import ChoiceTask, Protocol
+from blindvalm_jax.tasks.texts import OwnTexts
 
 PROTOCOLS = ("corrected", "published")
+WINDOWS = Windows()
 HEAD = (
     f"{'task':22} {'score':>8} {'stderr':>7} {'95 % interval':>17} {'majority':>9} {'random':>9} "
     f"{'n':>6}"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What a task has given: its entry of results.json, a line for each question, and notes."""
-
-    entry: dict[str, Any]
-    lines: list[dict[str, Any]]
-    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,30 +51,42 @@ class AskedChoice:
         return Outcome(entry, list(results.lines(self.questions, said, self.protocol)), notes)
 
 
-def read(names: Sequence[str], protocol: str, data: Path) -> list[AskedChoice]:
+def read(
+    names: Sequence[str], protocol: str, data: Path | None, *, cut: Windows = WINDOWS
+) -> list[Asked]:
     """Tasks by their names or groups, under a protocol; every file is read.
 
-    A group has the tasks that know the protocol.
+    A group has the tasks that know the protocol. data: None if none is named. cut: how texts are
+    cut.
 
     Raises:
       UserError: there is no such task, it has no such protocol, or its file is not there or not
         what it should be.
     """
-    found = []
+    found: list[Asked] = []
     for task in catalog.chosen(names):
-        way = task.corrected if protocol == "corrected" else task.published
-        if way is None and task.name in names:
-            other = {"corrected": "published", "published": "corrected"}[protocol]
+        if isinstance(task, OwnTexts):
+            found.append(task.open(protocol, cut))
+        elif data is None:
+            raise UserError("--data is missing (see --help)")
+        elif not isinstance(task, ChoiceTask):
+            found.append(task.open(protocol, data, cut))
+        elif protocol in task.protocols:
+            found.append(_choices(task, protocol, data))
+        elif task.name in names:
+            [other] = task.protocols
             raise UserError(f"{task.name} has no protocol {protocol!r}: take --protocol={other}")
-        if way is None:
-            continue
-        items = way.items(data)
-        found.append(AskedChoice(task, way, items, way.questions(items)))
     return found
 
 
+def _choices(task: ChoiceTask, protocol: str, data: Path) -> AskedChoice:
+    way = task.protocols[protocol]
+    items = way.items(data)
+    return AskedChoice(task, way, items, way.questions(items))
+
+
 def run(
-    asked: Sequence[AskedChoice],
+    asked: Sequence[Asked],
     scorer: Scorer,
     tokenizer: Tokenizer,
     *,

@@ -28,12 +28,7 @@ def find(data: Path, names: Sequence[str]) -> Path:
     if not data.is_dir():
         raise UserError(f"--data={data} is no directory: name the one that holds the tasks' files")
     for name in names:
-        found = [
-            path
-            for depth in range(_DEEPEST + 1)
-            for path in sorted(data.glob("/".join(["*"] * depth + [name])))
-            if path.is_file()
-        ]
+        found = _places(data, name)
         if len(found) > 1:
             raise UserError(
                 f"{name} is in {found[0].parent} and in {found[1].parent}: name a directory that "
@@ -42,6 +37,20 @@ def find(data: Path, names: Sequence[str]) -> Path:
         if found:
             return found[0]
     raise UserError(f"{' or '.join(names)} is not in {data}, nor up to {_DEEPEST} levels below")
+
+
+def holds(data: Path, names: Sequence[str]) -> bool:
+    """Whether `find` finds any of the names."""
+    return any(_places(data, name) for name in names)
+
+
+def _places(data: Path, name: str) -> list[Path]:
+    return [
+        path
+        for depth in range(_DEEPEST + 1)
+        for path in sorted(data.glob("/".join(["*"] * depth + [name])))
+        if path.is_file()
+    ]
 
 
 def text_of(path: Path) -> str:

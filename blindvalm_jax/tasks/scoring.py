@@ -25,6 +25,7 @@ from blindvalm_jax.trained import TrainedModel
 
 _SHORTEST = 16  # tokens of the smallest bucket
 _TOKENS_AT_ONCE = 4096
+_LOGITS_AT_ONCE = 512  # positions: of 49,412 entries each they take 100 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,18 @@ class Texts(NamedTuple):
 
     prompt: str
     candidates: Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What a row was given.
+
+    log_p: float32 [M, K] of the wanted tokens. best: float32 [M], that of the likeliest token; a
+    wanted token that has it is what greedy decoding takes.
+    """
+
+    log_p: np.ndarray
+    best: np.ndarray
 
 
 class Scorer:
@@ -78,12 +91,22 @@ class Scorer:
         return self._model.tower_tokenizer is not None
 
     @property
+    def trained_length(self) -> int:
+        """Tokens of the windows that it was trained on, as far as its positions reach."""
+        length = self._model.settings.data.sequence_length
+        return min(length, self.longest) if self.longest else length
+
+    @property
     def compiled(self) -> int:
         """Programs compiled so far."""
         return len(self._shapes)
 
     def log_probabilities(self, rows: Sequence[Row], *, title: str = "score") -> list[np.ndarray]:
-        """float32 [M, K] of each row, in their order.
+        """float32 [M, K] of each row, in their order; see `scores`."""
+        return [found.log_p for found in self.scores(rows, title=title)]
+
+    def scores(self, rows: Sequence[Row], *, title: str = "score") -> list[Scored]:
+        """What each row is given, in their order.
 
         Raises:
           UserError: a row is longer than the model's positions, or empty.
@@ -94,15 +117,16 @@ class Scorer:
                     f"a row of {len(row.tokens)} tokens: expected 1 to "
                     f"{self.longest or 'any number'}"
                 )
-        found: list[np.ndarray] = [np.empty(0)] * len(rows)
+        found: dict[int, Scored] = {}
         with Progress(title, total=len(rows), unit="row") as progress:
             for length, places in self._batches(rows):
                 part = [rows[place] for place in places]
-                values = self._score(part, length)
-                for place, row, value in zip(places, part, values, strict=False):
-                    found[place] = value[: row.wanted.shape[0], : row.wanted.shape[1]]
+                log_p, best = self._score(part, length)
+                for number, (place, row) in enumerate(zip(places, part, strict=True)):
+                    asked, each = row.wanted.shape
+                    found[place] = Scored(log_p[number, :asked, :each], best[number, :asked])
                 progress.advance(len(places))
-        return found
+        return [found[place] for place in range(len(rows))]
 
     def continuations(
         self,
@@ -161,8 +185,8 @@ class Scorer:
         shards = partitioning.row_shards(self._model.mesh)
         return max(self._tokens_at_once // length, 1) * shards
 
-    def _score(self, rows: Sequence[Row], length: int) -> np.ndarray:
-        """float32 [B, M, K], M and K filled up to those of the bucket."""
+    def _score(self, rows: Sequence[Row], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """float32 [B, M, K] and [B, M], M and K filled up to those of the bucket."""
         size, (_, asked, each) = self._rows_at_once(length), self._bucket(rows[0])
         filled = [*rows, *[rows[-1]] * (size - len(rows))]
         at_BM = np.zeros((size, asked), np.int32)
@@ -176,26 +200,50 @@ class Scorer:
         read = 0 if batch.tower is None else batch.tower.tokens_BS.shape[1]
         self._shapes.add((size, length, asked, each, read))
         with partitioning.use(model.mesh):
-            values = _compiled(model.model)(model.params, model.frozen, batch, at_BM, wanted_BMK)
-        return np.asarray(values)
+            log_p_BMK, best_BM = _compiled(model.model)(
+                model.params, model.frozen, batch, at_BM, wanted_BMK
+            )
+        return np.asarray(log_p_BMK), np.asarray(best_BM)
 
 
 @functools.cache
-def _compiled(model: Model) -> Callable[..., Array]:
-    """Log probabilities [B, M, K] of wanted_BMK behind positions at_BM."""
+def _compiled(model: Model) -> Callable[..., tuple[Array, Array]]:
+    """Log probabilities [B, M, K] of wanted_BMK behind positions at_BM, and the highest [B, M].
+
+    M is a power of two. Few positions at a time meet the vocabulary, so that memory is bounded.
+    """
 
     def run(
         params: Any, frozen: Mapping[str, Any], batch: Batch, at_BM: Array, wanted_BMK: Array
-    ) -> Array:
+    ) -> tuple[Array, Array]:
         decoder = model.decoder
         hidden: Any = decoder.apply(
             {"params": params}, batch.tokens_BT, model.features(frozen, batch), method="hidden"
         )
         # Before the output projection, which is the largest of all products.
         asked_BMD = jnp.take_along_axis(hidden.hidden_BTD, at_BM[:, :, None], axis=1)
-        logits_BMV: Any = decoder.apply({"params": params}, asked_BMD, method="logits")
-        log_p_BMV = jax.nn.log_softmax(logits_BMV.astype(jnp.float32))
-        return jnp.take_along_axis(log_p_BMV, wanted_BMK, axis=2)
+
+        def behind(part: tuple[Array, Array]) -> tuple[Array, Array]:
+            hidden_BMD, wanted_BMK = part
+            logits_BMV: Any = decoder.apply({"params": params}, hidden_BMD, method="logits")
+            logits_BMV = logits_BMV.astype(jnp.float32)
+            total_BM1 = jax.nn.logsumexp(logits_BMV, axis=2, keepdims=True)
+            wanted_BMK = jnp.take_along_axis(logits_BMV, wanted_BMK, axis=2) - total_BM1
+            return wanted_BMK, jnp.max(logits_BMV, axis=2) - total_BM1[:, :, 0]
+
+        size, count = at_BM.shape
+        each = min(count, _power_of_two(max(_LOGITS_AT_ONCE // size, 1) + 1) // 2)
+
+        def parts(x_BM: Array) -> Array:
+            """[B, M, ...] to [M / each, B, each, ...]."""
+            return jnp.moveaxis(x_BM.reshape(size, -1, each, *x_BM.shape[2:]), 1, 0)
+
+        def whole(x_PBM: Array) -> Array:
+            x_BPM = jnp.moveaxis(x_PBM, 0, 1)
+            return x_BPM.reshape(size, count, *x_BPM.shape[3:])
+
+        log_p, best = jax.lax.map(behind, (parts(asked_BMD), parts(wanted_BMK)))
+        return whole(log_p), whole(best)
 
     return jax.jit(run)
 

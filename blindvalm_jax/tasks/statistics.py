@@ -61,11 +61,38 @@ def exact_interval(right: float, count: float) -> tuple[float, float]:
 def clustered_error(values: np.ndarray, items: Sequence[str]) -> tuple[float, int]:
     """Standard error of the mean of values [n] clustered by item, and how many items there are."""
     _, place = np.unique(np.asarray(items), return_inverse=True)
-    sums = np.bincount(place, weights=np.asarray(values, float) - np.mean(values))
-    count = len(sums)
-    if count < 2:
-        return float("nan"), count
-    return float(np.sqrt(np.sum(sums**2) * count / (count - 1)) / len(values)), count
+    sums = np.bincount(place, weights=np.asarray(values, float))
+    return ratio_error(sums, np.bincount(place)), len(sums)
+
+
+def ratio_error(sums: np.ndarray, counts: np.ndarray) -> float:
+    """Standard error of the mean over all values, given their sums and counts by item [n].
+
+    That of a ratio of two sums, clustered by item; nan with a single item.
+    """
+    items = len(sums)
+    if items < 2:
+        return float("nan")
+    rest = sums - counts * (np.sum(sums) / np.sum(counts))
+    return float(np.sqrt(np.sum(rest**2) * items / (items - 1)) / np.sum(counts))
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean nats of tokens; stderr (delta method), low, high: nan of one document."""
+
+    mean: float
+    stderr: float
+    low: float
+    high: float
+
+
+def perplexity(nats: np.ndarray, tokens: np.ndarray) -> Perplexity:
+    """Of sums of nats and counts of tokens by document [n]; 95 % interval of t on the log scale."""
+    mean, error = float(np.sum(nats) / np.sum(tokens)), ratio_error(nats, tokens)
+    half = float(stats.t.ppf(0.975, max(len(nats) - 1, 1)) * error)
+    low, middle, high = np.exp([mean - half, mean, mean + half]).tolist()
+    return Perplexity(middle, middle * error, low, high)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,8 @@ from blindvalm_jax.tasks.ties import Ties
 #   sum_from_one, mean_from_one: the same, where summing began at 1
 #   mean_probability: of p(c_i | prompt)
 Score = Literal["continuation", "sum", "mean", "sum_from_one", "mean_from_one", "mean_probability"]
-Group = Literal["vlu", "nlu"]
-GROUPS: tuple[Group, ...] = ("vlu", "nlu")
+Group = Literal["vlu", "nlu", "lm"]
+GROUPS: tuple[Group, ...] = ("vlu", "nlu", "lm")
 ONE_DISTRIBUTION = "the tokens of a candidate are all read from the distribution of the next one"
 
 
@@ -60,12 +60,19 @@ class Protocol:
 class ChoiceTask:
     """A task in which one of several candidates is right.
 
-    source: who made the data. corrected: None where what is asked makes no sense but to repeat a
-    published figure. published: None where the reference has no script for it.
+    group: None of a task that its name alone chooses. source: who made the data. corrected: None
+    where what is asked makes no sense but to repeat a published figure. published: None where the
+    reference has no script for it.
     """
 
     name: str
-    group: Group
+    group: Group | None
     source: str
     corrected: Protocol | None = None
     published: Protocol | None = None
+
+    @property
+    def protocols(self) -> dict[str, Protocol]:
+        """Those that it has, by name."""
+        both = {"corrected": self.corrected, "published": self.published}
+        return {name: protocol for name, protocol in both.items() if protocol is not None}

@@ -153,4 +153,12 @@ TASKS = (
         DBPEDIA,
         (),
     ),
+    ChoiceTask(
+        name="dbpedia_dev",
+        group=None,
+        source="Zhang et al. 2015, 256 examples of Lu et al. 2022",
+        corrected=Protocol(
+            files=("dbpedia_dev256.jsonl",), read=topics(DBPEDIA), ask=asking(_TOPIC, DBPEDIA)
+        ),
+    ),
 )

@@ -1,0 +1,186 @@
+"""Texts that are scored token by token: documents of files, and the lines of a fairseq data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from blindvalm_jax.data import corpora
+from blindvalm_jax.data.clip_bpe import FAIRSEQ_EOS
+from blindvalm_jax.data.tokenizers import Tokenizer
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.tasks import readers
+
+_TITLE = re.compile(r" ?= [^=\s](.*[^=\s])? = ?")
+_QUOTES = re.compile("“|”|''|``")
+# Of OpenAI's vocabulary of 49,408 entries behind fairseq's four specials.
+CLIP_FINGERPRINT = "2fe2c1a3f033352bb928cbd0d2731e12c8918788c441a647884d416051008dce"
+ReadTexts = Callable[[Path], list[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Files, the preferred one first, how they are read, and what is a document in them."""
+
+    files: tuple[str, ...]
+    read: ReadTexts
+    document: str
+
+    def open(self, data: Path) -> list[str]:
+        """The documents.
+
+        Raises:
+          UserError: there is no such file, it is not what it should be, or holds no text.
+        """
+        path = readers.find(data, self.files)
+        return _some(self.read(path), path)
+
+
+def articles(path: Path) -> list[str]:
+    """Articles of a WikiText file, each from its title, a line ` = Title = `, to the next.
+
+    A line like a title next to another of them is none: formulas are written so.
+    """
+    lines = readers.text_of(path).split("\n")
+    filled = [number for number, line in enumerate(lines) if line.strip()]
+    titles = [_TITLE.fullmatch(lines[number]) is not None for number in filled]
+    around = [False, *titles, False]
+    starts = [
+        number
+        for place, number in enumerate(filled)
+        if titles[place] and not around[place] and not around[place + 2]
+    ]
+    ends = [*starts, len(lines)]
+    beginning = [0] if not starts or any(number < starts[0] for number in filled) else []
+    cuts = sorted({*beginning, *ends})
+    return ["\n".join(lines[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+def lines(path: Path) -> list[str]:
+    """Lines that hold text."""
+    return [line for line in readers.text_of(path).split("\n") if line.strip()]
+
+
+def whole(path: Path) -> list[str]:
+    """A file as one document."""
+    return [readers.text_of(path)]
+
+
+def stripped_passages(path: Path) -> list[str]:
+    """LAMBADA: the field text of lines of JSON, or the lines of a text; no blanks around."""
+    if path.suffix == ".jsonl":
+        found = [str(row["text"]) for row in readers.json_rows(path, ("text",))]
+    else:
+        found = lines(path)
+    return [text.strip() for text in found]
+
+
+def straight_quotes(text: str) -> str:
+    """The text with one kind of double quote, as the reference's scripts write it."""
+    return _QUOTES.sub('"', text)
+
+
+def of_pattern(pattern: str, *, by_file: bool) -> list[str]:
+    """Documents of files as training reads them (`corpora.documents`), or each .txt as one.
+
+    Raises:
+      UserError: see `corpora.documents`; or a file to be read whole is no .txt.
+    """
+    if not by_file:
+        return list(corpora.documents([pattern]))
+    paths = corpora.find_files([pattern])
+    for path in paths:
+        if path.suffix != ".txt":
+            raise UserError(f"{path} is no .txt: give it as text:PATH, which reads it by documents")
+    return [text for path in paths for text in _some(whole(path), path)]
+
+
+def fairseq_lines(path: Path) -> list[np.ndarray]:
+    """Lines of language-model ids, each with its end token; arrays `ids` and `lens` of an .npz.
+
+    Raises:
+      UserError: it holds other arrays, or a line lacks its end.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            ids, lens = stored["ids"].astype(np.int32), stored["lens"].astype(np.int64)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} holds no arrays ids and lens: {error}") from error
+    if lens.sum() != len(ids) or not len(lens) or lens.min() < 1:
+        raise UserError(f"{path}: lens add up to {lens.sum()}, there are {len(ids)} ids")
+    found = np.split(ids, np.cumsum(lens)[:-1])
+    if any(line[-1] != FAIRSEQ_EOS for line in found):
+        raise UserError(f"{path}: every line must end in {FAIRSEQ_EOS}, the end token of fairseq")
+    return found
+
+
+class EncodedLines(NamedTuple):
+    """Language-model ids of lines with their end tokens; texts: None if they were given as ids."""
+
+    ids: list[np.ndarray]
+    texts: list[str] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Lines as fairseq makes blocks of them: in CLIP's tokens, or as texts for other tokenizers.
+
+    ids, texts: None where there is no such file, of one of them there is.
+    """
+
+    ids: list[np.ndarray] | None
+    texts: list[str] | None
+
+    def encode(self, tokenizer: Tokenizer) -> EncodedLines:
+        """The ids where they are those of the tokenizer, else of the texts.
+
+        Raises:
+          UserError: the tokenizer is not CLIP's own, and there is no text.
+        """
+        if self.ids is not None and tokenizer.fingerprint == CLIP_FINGERPRINT:
+            return EncodedLines(self.ids, None)
+        if self.texts is None:
+            raise UserError(
+                "these ids are of CLIP's own tokenizer, and the model has another: bring the text "
+                "that they were made of"
+            )
+        ids = [
+            np.append(own, tokenizer.eos_id).astype(np.int32)
+            for own in tokenizer.encode_lm_batch(self.texts)
+        ]
+        return EncodedLines(ids, self.texts)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockFiles:
+    """Files of ids, and of the texts, one of which is enough; how a line is changed before."""
+
+    ids: tuple[str, ...]
+    texts: tuple[str, ...]
+    change: Callable[[str], str] = str
+
+    def open(self, data: Path) -> Blocks:
+        """The lines.
+
+        Raises:
+          UserError: there is neither file, or one is not what it should be.
+        """
+        path = readers.find(data, (*self.ids, *self.texts))
+        ids = fairseq_lines(path) if path.name in self.ids else None
+        if ids is None or readers.holds(data, self.texts):
+            path = readers.find(data, self.texts)
+            return Blocks(ids, _some([self.change(line) for line in lines(path)], path))
+        return Blocks(ids, None)
+
+
+def _some(texts: Sequence[str], path: Path) -> list[str]:
+    found = [text for text in texts if text.strip()]
+    if not found:
+        raise UserError(f"{path} holds no text")
+    return found

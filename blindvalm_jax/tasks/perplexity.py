@@ -1,0 +1,228 @@
+"""How well a model predicts texts: perplexity by token and by word, and bits per byte."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blindvalm_jax.data.tokenizers import Tokenizer
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.tasks import readers, statistics, windows
+from blindvalm_jax.tasks.asked import Asked, Outcome, Windows
+from blindvalm_jax.tasks.passages import BlockFiles, Blocks, Texts
+from blindvalm_jax.tasks.scoring import Scorer
+from blindvalm_jax.tasks.task import Group
+
+LONGEST_BLOCK = 512  # tokens, end token included, of the reference's models
+_ADDED = 0.1  # to every count of the unigram
+_LARGEST_POWER = 700.0  # e to it is a float
+FAULTS = (
+    "every line stands alone behind an end token: no paragraph sees those before it",
+    f"lines of more than {LONGEST_BLOCK} tokens are left out",
+    "the end tokens of lines count as tokens",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextTask:
+    """Texts of which every token is predicted.
+
+    valid, blocks_valid: what the unigram baseline is counted in, where it is there. blocks: what
+    the published protocol scores, None where the reference has no script for it.
+    """
+
+    name: str
+    group: Group | None
+    source: str
+    corrected: Texts
+    valid: Texts | None = None
+    blocks: BlockFiles | None = None
+    blocks_valid: BlockFiles | None = None
+
+    def open(self, protocol: str, data: Path, cut: Windows) -> Asked:
+        """The task with its files read.
+
+        Raises:
+          UserError: one is not there, or not what it should be; or the task has no such protocol.
+        """
+        if protocol == "corrected":
+            valid = self.valid
+            known = valid is not None and readers.holds(data, valid.files)
+            counted = valid.open(data) if valid is not None and known else None
+            of = self.corrected
+            return AskedTexts(self.name, self.source, of.document, of.open(data), counted, cut)
+        if self.blocks is None:
+            raise UserError(f"{self.name} was not published with a protocol: take corrected")
+        beside = self.blocks_valid
+        known = beside is not None and readers.holds(data, (*beside.ids, *beside.texts))
+        others = beside.open(data) if beside is not None and known else None
+        return AskedBlocks(self.name, self.source, self.blocks.open(data), others)
+
+
+@dataclasses.dataclass(frozen=True)
+class AskedTexts:
+    """Documents in windows; counted: those of the unigram baseline, None without."""
+
+    name: str
+    source: str
+    document: str
+    texts: list[str]
+    counted: list[str] | None
+    cut: Windows
+
+    def run(self, scorer: Scorer, tokenizer: Tokenizer) -> Outcome:
+        """Scores every token of every document."""
+        encoded = tokenizer.encode_lm_batch(self.texts)
+        kept = [number for number, ids in enumerate(encoded) if len(ids)]
+        cut = windows.resolve(self.cut, scorer)
+        return _scored(
+            Tokens(
+                document=self.document,
+                ids=encoded,
+                kept=kept,
+                texts=self.texts,
+                counted=None if self.counted is None else tokenizer.encode_lm_batch(self.counted),
+                cut=cut,
+            ),
+            (self.name, self.source),
+            scorer,
+            tokenizer,
+            notes=(f"windows of {cut.window} tokens, {cut.stride} apart; {len(kept)} documents",),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class AskedBlocks:
+    """Lines as `fairseq-eval-lm --sample-break-mode eos` scores them."""
+
+    name: str
+    source: str
+    blocks: Blocks
+    counted: Blocks | None
+
+    def run(self, scorer: Scorer, tokenizer: Tokenizer) -> Outcome:
+        """Scores every line with its end token, behind an end token."""
+        lines = self.blocks.encode(tokenizer)
+        longest = min(LONGEST_BLOCK, scorer.longest or LONGEST_BLOCK)
+        kept = [number for number, ids in enumerate(lines.ids) if len(ids) <= longest]
+        skipped = len(lines.ids) - len(kept)
+        notes = (f"{skipped} lines of more than {longest} tokens are left out",) if skipped else ()
+        return _scored(
+            Tokens(
+                document="line",
+                ids=lines.ids,
+                kept=kept,
+                texts=None if lines.texts is None else [f"{line}\n" for line in lines.texts],
+                counted=None if self.counted is None else self.counted.encode(tokenizer).ids,
+                cut=Windows(longest, longest),
+            ),
+            (self.name, self.source),
+            scorer,
+            tokenizer,
+            faults=FAULTS,
+            notes=notes,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """What is scored: tokens of documents or lines, and how they are cut.
+
+    kept: places of those that are scored. texts: what they were made of, None where unknown.
+    counted: tokens of the unigram baseline.
+    """
+
+    document: str
+    ids: list[np.ndarray]
+    kept: list[int]
+    texts: list[str] | None
+    counted: list[np.ndarray] | None
+    cut: Windows
+
+
+def _scored(
+    tokens: Tokens,
+    about: tuple[str, str],
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    *,
+    faults: Sequence[str] = (),
+    notes: tuple[str, ...] = (),
+) -> Outcome:
+    """Entry, a line for each document, and notes; about: name and source of the task."""
+    (name, source), ids = about, [tokens.ids[number] for number in tokens.kept]
+    if not ids:
+        raise UserError(f"{name}: nothing is left to score of {len(tokens.ids)} documents")
+    rows = [windows.cut(own, front=tokenizer.eos_id, windows=tokens.cut) for own in ids]
+    nats = windows.nats(scorer, rows, title=name)
+    lower_cased = tokenizer.kind == "clip"
+    lines: list[dict[str, Any]] = [
+        {"item": f"{number}", "nats": float(own), "tokens": len(of), "rows": len(cut)}
+        for number, own, of, cut in zip(tokens.kept, nats, ids, rows, strict=True)
+    ]
+    if tokens.texts is not None:
+        for line, number in zip(lines, tokens.kept, strict=True):
+            text = tokens.texts[number]
+            line |= {"bytes": len(text.encode()), "words": len(text.split())}
+        if lower_cased:
+            notes = (*notes, "bytes are those of the file, whose case the tokenizer drops")
+    counts = np.array([len(own) for own in ids])
+    entry = {
+        **_entry(nats, counts, lines),
+        **_without_model(tokens.counted, ids, tokenizer),
+        "per_prompt": [],
+        "document": tokens.document,
+        "window": tokens.cut.window,
+        "stride": tokens.cut.stride,
+        "skipped": len(tokens.ids) - len(ids),
+        "lower_cased": lower_cased,
+        "faults": list(faults),
+        "source": source,
+    }
+    return Outcome(entry, lines, notes)
+
+
+def _entry(nats: np.ndarray, counts: np.ndarray, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The part of an entry that tells of the model."""
+    found, total = statistics.perplexity(nats, counts), float(nats.sum())
+    several, known = len(nats) > 1, "bytes" in lines[0]
+    size = sum(line["bytes"] for line in lines) if known else None
+    words = sum(line["words"] for line in lines) if known else None
+    return {
+        "metric": "perplexity",
+        "score": found.mean,
+        "stderr": found.stderr if several else None,
+        "interval": [found.low, found.high] if several else [None, None],
+        "n": len(nats),
+        "tokens": int(counts.sum()),
+        "bytes": size,
+        "words": words,
+        "nats_per_token": total / int(counts.sum()),
+        "bits_per_byte": total / math.log(2) / size if size else None,
+        "word_perplexity": power(total / words) if words else None,
+    }
+
+
+def _without_model(
+    counted: Sequence[np.ndarray] | None, ids: Sequence[np.ndarray], tokenizer: Tokenizer
+) -> dict[str, float | None]:
+    size = tokenizer.vocab_size
+    majority = None if counted is None else unigram(counted, ids, vocab_size=size)
+    return {"majority": majority, "random": float(size)}
+
+
+def unigram(counted: Sequence[np.ndarray], ids: Sequence[np.ndarray], *, vocab_size: int) -> float:
+    """Perplexity of `ids` under the frequencies of tokens in `counted`, each count plus 0.1."""
+    counts = np.bincount(np.concatenate(counted), minlength=vocab_size) + _ADDED
+    log_p = np.log(counts / counts.sum())
+    return float(np.exp(-log_p[np.concatenate(ids)].mean()))
+
+
+def power(nats: float) -> float | None:
+    """e to it, None where that is no float."""
+    return math.exp(nats) if nats < _LARGEST_POWER else None
