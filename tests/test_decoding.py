@@ -394,7 +394,7 @@ def test_a_reader_refuses_what_it_could_not_read() -> None:
 
 def test_attention_over_a_cache_refuses_what_it_would_ignore() -> None:
     x = jnp.zeros((1, 2, 1, 2))
-    given: dict[str, Any] = {"k_BSNH": x, "v_BSNH": x, "scale": 1.0}
+    given: dict[str, Any] = {"k_BNSH": x, "v_BNSH": x, "scale": 1.0}
     slots, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 2), bool)
     with pytest.raises(ValueError, match="takes no dropout"):
         Cached(slots, mask).attend(x, x, x, dropout=Dropout(jax.random.key(0), 0.5), **given)

@@ -22,21 +22,24 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from blindvalm_jax import partitioning
 from blindvalm_jax.config import MeshConfig
-from blindvalm_jax.decoding import tower_text
+from blindvalm_jax.decoding import tower_text, unstacked
 from blindvalm_jax.decoding.tower_text import TowerText
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.models.decoder import memory_shares
 from blindvalm_jax.objectives.language_model import Model
 from blindvalm_jax.trained import TrainedModel
 
 Wanted = Literal["all", "last"]
+
+_CACHE_AXES = PartitionSpec("batch", "heads", None, "kv")
 
 
 @struct.dataclass
 class State:
     """What rows of tokens have left behind.
 
-    caches: "decoder" and, where there is one, "tower": keys and values [B, S, N, H] of each block,
-    or [L, B, S, N, H] of a run of blocks; the tower's S is one more, for its start token.
+    caches: "decoder" and, where there is one, "tower": keys and values [B, N, S, H] of each block;
+    the tower's S is one more, for its start token.
     length_B: tokens read, of numpy outside jit. segment_B: those in the open segment, 0: none is.
     """
 
@@ -46,7 +49,10 @@ class State:
 
 
 class Reader:
-    """Reads rows of up to `capacity` tokens in pieces; compiles once for each width of a piece."""
+    """Reads rows of up to `capacity` tokens in pieces; compiles once for each width of a piece.
+
+    Parameters may be as trained; `unstacked` ones are not cut into blocks again by every call.
+    """
 
     def __init__(
         self,
@@ -64,11 +70,13 @@ class Reader:
         _check(model, capacity, text)
         self.capacity = capacity
         self.mesh = mesh or partitioning.make_mesh(MeshConfig(), jax.devices()[:1])
-        decoder = model.decoder.clone(deterministic=True, remat="none")
-        self._model = dataclasses.replace(model, decoder=decoder)
+        decoder = model.decoder.clone(deterministic=True, remat="none", stacked=False)
+        tower = None if model.tower is None else model.tower.clone(stacked=False)
+        self._model = dataclasses.replace(model, decoder=decoder, tower=tower)
         self._text = text if decoder.fusion_layers else None
-        rows = NamedSharding(self.mesh, PartitionSpec())
-        placed = State(jax.tree.map(self._sharding, self._shapes(1)), rows, rows)
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        rows = nn.logical_to_mesh_sharding(_CACHE_AXES, self.mesh, partitioning.RULES)
+        placed = State(jax.tree.map(lambda _: rows, self._shapes(1)), everywhere, everywhere)
         self._start = jax.jit(self._new, static_argnames="rows", out_shardings=placed)
         self._take = jax.jit(_take, out_shardings=placed.caches)
         run = functools.partial(
@@ -86,6 +94,16 @@ class Reader:
         with partitioning.use(self.mesh):
             state = self._start(frozen, rows=rows)
         return dataclasses.replace(state, length_B=np.zeros(rows, np.int32))
+
+    def unstacked(self, params: Any, frozen: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Copies of the parameters with every block by itself, for many calls or a loop of steps.
+
+        Everything but the stacks is shared with the arguments.
+        """
+        params = unstacked.params_of(params)
+        if "tower" in frozen:
+            frozen = {**frozen, "tower": unstacked.params_of(frozen["tower"])}
+        return params, dict(frozen)
 
     def prefill(
         self,
@@ -167,7 +185,27 @@ class Reader:
 
         What does not fit in a row's capacity is not kept, and the logits from there on are wrong.
         """
-        decoder = self._model.decoder
+        found, state, _ = self.probed_step(
+            params, frozen, state, tokens_BT, counts_B, logits=logits, probe=False
+        )
+        return found, state
+
+    def probed_step(
+        self,
+        params: Any,
+        frozen: Mapping[str, Any],
+        state: State,
+        tokens_BT: Array,
+        counts_B: Array,
+        *,
+        logits: Wanted = "all",
+        probe: bool = True,
+    ) -> tuple[Array, State, Array | None]:
+        """`step`, and how the positions of the logits attend to their grounding vectors.
+
+        That is `decoder.memory_shares` [L', B, T or 1, N]; None without fusion layers or `probe`.
+        """
+        decoder, params = self._model.decoder, unstacked.params_of(params)
         at_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
         real_BT = at_T[None] < counts_B[:, None]
         slot_BT = jnp.where(real_BT, state.length_B[:, None] + at_T[None], self.capacity)
@@ -183,14 +221,17 @@ class Reader:
             z_BTKE,
             capacity=self.capacity,
             method="extend",
-            mutable=["cache"],
+            mutable=["cache", "probes"] if probe else ["cache"],
         )
         caches["decoder"] = kept["cache"]
+        shares = memory_shares(kept["probes"]) if "probes" in kept else None
         if logits == "last":
-            last_B = jnp.maximum(counts_B, 1) - 1
-            hidden = jnp.take_along_axis(hidden, last_B[:, None, None], axis=1)
+            last_B11 = (jnp.maximum(counts_B, 1) - 1)[:, None, None]
+            hidden = jnp.take_along_axis(hidden, last_B11, axis=1)
+            if shares is not None:
+                shares = jnp.take_along_axis(shares, last_B11[None], axis=2)
         found: Any = decoder.apply({"params": params}, hidden, method="logits")
-        return found, State(caches, state.length_B + counts_B, segment_B)
+        return found, State(caches, state.length_B + counts_B, segment_B), shares
 
     def _grounding(
         self,
@@ -226,7 +267,7 @@ class Reader:
             raise ValueError("a model without a tower reads no text with it")
         features: Any
         features, kept = tower.apply(
-            {"params": frozen["tower"], "cache": cache},
+            {"params": unstacked.params_of(frozen["tower"]), "cache": cache},
             ids_BT,
             slot_BT,
             position_BT,
@@ -313,11 +354,6 @@ class Reader:
             shapes["tower"] = jax.eval_shape(read, key, at_BT, at_BT, at_BT)["cache"]
         return shapes
 
-    def _sharding(self, cache: Any) -> NamedSharding:
-        """Rows and heads of keys or values over the mesh."""
-        axes = (None,) * (cache.ndim - 4) + ("batch", None, "heads", "kv")
-        return nn.logical_to_mesh_sharding(PartitionSpec(*axes), self.mesh, partitioning.RULES)
-
 
 def reader(trained: TrainedModel, *, capacity: int) -> Reader:
     """A reader for a finished run.
@@ -330,7 +366,7 @@ def reader(trained: TrainedModel, *, capacity: int) -> Reader:
 
 
 def _take(caches: dict[str, Any], rows_N: Array) -> dict[str, Any]:
-    return jax.tree.map(lambda x: jnp.take(x, rows_N, axis=x.ndim - 4, mode="clip"), caches)
+    return jax.tree.map(lambda x: jnp.take(x, rows_N, axis=0, mode="clip"), caches)
 
 
 def _check(model: Model, capacity: int, text: TowerText | None) -> None:

@@ -51,10 +51,14 @@ class Dropout:
 
 @struct.dataclass
 class Attended:
-    """Result of an attention: out_BTNH, and the mean weight each query gave its memory, or None."""
+    """Result of an attention: out_BTNH, and the weight each query gave its memory, or None.
+
+    memory_share_BNT: of each head; memory_share_BT: their mean, without a gradient.
+    """
 
     out_BTNH: Array
     memory_share_BT: Array | None = None
+    memory_share_BNT: Array | None = None
 
 
 def joint_attention(
@@ -90,13 +94,14 @@ def joint_attention(
         scores_BNTK = jnp.where(memory_mask_BT[:, None, :, None], scores_BNTK, lowest)
     weights = jax.nn.softmax(jnp.concatenate([scores_BNTS, scores_BNTK], axis=-1))
     length = k_BSNH.shape[1]
-    share_BT = jnp.mean(jnp.sum(weights[..., length:], axis=-1), axis=1)
+    share_BNT = jnp.sum(weights[..., length:], axis=-1)
+    share_BT = jnp.mean(share_BNT, axis=1)
     if dropout is not None:
         weights = dropout(weights)
     weights = weights.astype(v_BSNH.dtype)
     out_BTNH = jnp.einsum("bnts,bsnh->btnh", weights[..., :length], v_BSNH)
     out_BTNH += jnp.einsum("bntk,btknh->btnh", weights[..., length:], memory.v_BTKNH)
-    return Attended(out_BTNH, jax.lax.stop_gradient(share_BT))
+    return Attended(out_BTNH, jax.lax.stop_gradient(share_BT), share_BNT)
 
 
 @struct.dataclass
@@ -276,11 +281,14 @@ class Cached:
     mask_BTS: Array
     side: bool = struct.field(pytree_node=False, default=False)
 
-    def write(self, cache_BSNH: Array, x_BTNH: Array) -> Array:
-        """The keys, or values, that were kept and those of the new positions."""
+    def write(self, cache_BNSH: Array, x_BTNH: Array) -> Array:
+        """The keys, or values, that were kept and those of the new positions.
+
+        Heads come first: a product over the slots of each head then reads them as they lie.
+        """
         row_B1 = jnp.arange(len(x_BTNH))[:, None]
         new_BTNH = x_BTNH[:, : self.slot_BT.shape[1]]
-        return cache_BSNH.at[row_B1, self.slot_BT].set(new_BTNH, mode="drop")
+        return cache_BNSH.at[row_B1, :, self.slot_BT].set(new_BTNH, mode="drop")
 
     def attend(
         self,
@@ -288,18 +296,22 @@ class Cached:
         k_BTNH: Array,
         v_BTNH: Array,
         *,
-        k_BSNH: Array,
-        v_BSNH: Array,
+        k_BNSH: Array,
+        v_BNSH: Array,
         scale: float,
         memory: Memory | None = None,
         dropout: Dropout | None = None,
     ) -> Attended:
-        """Attention over what is kept, k_BSNH and v_BSNH: the result of `write`. No dropout."""
+        """Attention over what is kept, k_BNSH and v_BNSH: the result of `write`. No dropout."""
         if dropout is not None or (self.side and memory is not None):
             raise ValueError("attention over a cache takes no dropout, beside <eos> no memory")
         length = self.slot_BT.shape[1]
         see = functools.partial(
-            joint_attention, k_BSNH=k_BSNH, v_BSNH=v_BSNH, mask_BTS=self.mask_BTS, scale=scale
+            joint_attention,
+            k_BSNH=k_BNSH.swapaxes(1, 2),
+            v_BSNH=v_BNSH.swapaxes(1, 2),
+            mask_BTS=self.mask_BTS,
+            scale=scale,
         )
         main = see(q_BTNH[:, :length], memory=memory)
         if not self.side:

@@ -45,10 +45,14 @@ class TowerConfig:
 
 
 class TextTower(nn.Module):
-    """Text tower with a packed row as input; features are L2-normalised, as in CLIP's space."""
+    """Text tower with a packed row as input; features are L2-normalised, as in CLIP's space.
+
+    stacked: see `transformer.Stack`.
+    """
 
     config: TowerConfig
     dtype: jnp.dtype = jnp.float32
+    stacked: bool = True
 
     def __call__(self, tokens_BS: Array, starts_BS: Array, *, readout: Readout) -> Array:
         """Features [B, 1 + S, E] in fp32, of the start token and then of each token.
@@ -124,7 +128,8 @@ class TextTower(nn.Module):
             init=init,
             dtype=self.dtype,
         )
-        x_BTD, _ = Stack(shape, config.layers, deterministic=True, name="h")(x_BTD, pattern)
+        blocks = Stack(shape, config.layers, deterministic=True, stacked=self.stacked, name="h")
+        x_BTD, _ = blocks(x_BTD, pattern)
         if pattern.side:
             x_BTD = x_BTD[:, tokens_BT.shape[1] // 2 :]
         x_BTD = layer_norm(config.norm_epsilon, self.dtype, "ln_final")(x_BTD)

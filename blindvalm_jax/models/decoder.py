@@ -8,6 +8,8 @@ pre-norm blocks, final LayerNorm, output projection tied to the embedding (refer
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -36,7 +38,7 @@ class Decoder(nn.Module):
     """Causal language model over a vocabulary padded to a multiple of `vocab_multiple`.
 
     vocab_size: real entries V; logits of the padded rows are the lowest float. fusion_layers:
-    indices of the blocks that take a memory of width `memory_width`.
+    indices of the blocks that take a memory of width `memory_width`. stacked: see `Stack`.
     """
 
     config: DecoderConfig
@@ -49,6 +51,7 @@ class Decoder(nn.Module):
     remat: str = "none"
     scan_unroll: int = 1
     deterministic: bool = True
+    stacked: bool = True
 
     def setup(self) -> None:
         """Declares embeddings, blocks and the final norm."""
@@ -92,6 +95,7 @@ class Decoder(nn.Module):
             memory_shape=memory_shape,
             remat=self.remat,
             scan_unroll=self.scan_unroll,
+            stacked=self.stacked,
         )
         self.ln_f = layer_norm(config.norm_epsilon, self.dtype, "ln_f")
 
@@ -179,6 +183,17 @@ class Decoder(nn.Module):
         logits_BTV = nn.with_logical_constraint(logits_BTV, ("batch", "length", "vocab"))
         real_V = jnp.arange(logits_BTV.shape[-1]) < self.vocab_size
         return jnp.where(real_V[None, None], logits_BTV, jnp.finfo(jnp.float32).min)
+
+
+def memory_shares(probes: Mapping[str, Any]) -> Array:
+    """Weight [L', B, T, N] that each head of each fusion layer gave a position's grounding vectors.
+
+    The rest, up to 1, went to the text. probes: the collection "probes" of a call of `hidden` or
+    `extend` with mutable=["probes"]; without that nothing is computed for it.
+    """
+    layers = sorted(probes["h"], key=lambda name: int(name.removeprefix("fusion_")))
+    shares = [probes["h"][name]["attn"]["memory_share_BNT"][0] for name in layers]
+    return jnp.stack(shares).swapaxes(2, 3)
 
 
 def padded_vocab(vocab_size: int, multiple: int) -> int:

@@ -148,19 +148,24 @@ class Attention(nn.Module):
             dropout = attention.Dropout(self.make_rng("dropout"), shape.attention_dropout)
         attend: Callable[..., attention.Attended]
         if isinstance(pattern, attention.Cached):
-            size = (len(x_BTD), pattern.mask_BTS.shape[-1], heads, head_width)
+            size = (len(x_BTD), heads, pattern.mask_BTS.shape[-1], head_width)
             kept_k = self.variable("cache", "k", jnp.zeros, size, k_BTNH.dtype)
             kept_v = self.variable("cache", "v", jnp.zeros, size, v_BTNH.dtype)
             kept_k.value = pattern.write(kept_k.value, k_BTNH)
             kept_v.value = pattern.write(kept_v.value, v_BTNH)
-            attend = functools.partial(pattern.attend, k_BSNH=kept_k.value, v_BSNH=kept_v.value)
+            attend = functools.partial(pattern.attend, k_BNSH=kept_k.value, v_BNSH=kept_v.value)
         else:
             attend = pattern.attend
         attended = attend(
             q_BTNH, k_BTNH, v_BTNH, scale=scaled_by**-0.5, memory=memory, dropout=dropout
         )
+        if attended.memory_share_BNT is not None:
+            self.sow("probes", "memory_share_BNT", attended.memory_share_BNT)
+        # einsum sums over letters in their order: with these the kernel is read as it lies, with
+        # n and h it is copied first, which one token at a time would notice.
+        cached = isinstance(pattern, attention.Cached)
         out = Projection(
-            equation="btnh,nhd->btd",
+            equation="btij,ijd->btd" if cached else "btnh,nhd->btd",
             kernel_shape=(heads, head_width, width),
             bias_shape=(width,),
             kernel_axes=("heads", "kv", "embed"),
@@ -301,7 +306,10 @@ def split_stack(layers: int, fusion_layers: tuple[int, ...]) -> tuple[Segment, .
 
 
 class Stack(nn.Module):
-    """All blocks of a model; runs of plain blocks are scanned over stacked parameters."""
+    """All blocks of a model; runs of plain blocks are scanned over stacked parameters.
+
+    stacked: False: each plain block has parameters of its own, as `decoding.unstacked` makes them.
+    """
 
     shape: BlockShape
     layers: int
@@ -310,6 +318,7 @@ class Stack(nn.Module):
     memory_shape: MemoryShape | None = None
     remat: str = "none"
     scan_unroll: int = 1
+    stacked: bool = True
 
     @nn.compact
     def __call__(
@@ -329,6 +338,10 @@ class Stack(nn.Module):
                 x_BTD, share_BT = fused(x_BTD, pattern, z_BTKE)
                 if share_BT is not None:
                     shares.append(share_BT)
+            elif not self.stacked:
+                for index in range(segment.start, segment.stop):
+                    plain = block(self.shape, self.deterministic, name=f"block_{index}")
+                    x_BTD, _ = plain(x_BTD, pattern)
             else:
                 length = segment.stop - segment.start
                 scanned = nn.scan(

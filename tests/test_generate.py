@@ -1,0 +1,533 @@
+"""Texts are those of full forward passes, whatever the batch, the block and the stop strings."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from blindvalm_jax import config, partitioning
+from blindvalm_jax.config import MeshConfig
+from blindvalm_jax.data.tokenizers import Tokenizer
+from blindvalm_jax.decoding import cached, generation, sampling
+from blindvalm_jax.decoding.generation import Generator
+from blindvalm_jax.decoding.sampling import Sampling
+from blindvalm_jax.decoding.streaming import Continuation
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.grounding import retrieval
+from blindvalm_jax.grounding.images import on_devices
+from blindvalm_jax.models.clip import TextTower
+from blindvalm_jax.models.decoder import Decoder, memory_shares
+from blindvalm_jax.objectives.language_model import Model
+from blindvalm_jax.trained import TrainedModel
+from tests import small_models, small_text, test_train
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPTS = ["The cat sat on the mat. A cat, so: (on) it; the mat!", "the AT&T", ""]
+NEW, IMAGES = 12, 30
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly() -> Iterator[None]:
+    with small_models.quick_compilation():
+        yield
+
+
+@functools.cache
+def made(variant: str, rule: str = "causal") -> TrainedModel:
+    """A model of random weights as if it were read from a run."""
+    tokenizer = small_text.small_clip()
+    size = tokenizer.vocab_size - tokenizer.lm_offset
+    tower = dataclasses.replace(
+        small_models.TOWER, layers=1, vocab_size=size, start_id=size - 2, end_id=size - 1
+    )
+    positions = "learned" if variant == "gpt_learned" else "sinusoidal"
+    shape = dataclasses.replace(
+        small_models.CONFIG, layers=2, positions=positions, max_positions=80
+    )
+    mesh = partitioning.make_mesh(MeshConfig(), jax.devices()[:1])
+    frozen: dict[str, Any] = {}
+    if variant.startswith("gpt"):
+        model = Model(Decoder(shape, small_models.PAPER_FUSION, tokenizer.vocab_size))
+    else:
+        decoder = Decoder(
+            shape,
+            small_models.PAPER_FUSION,
+            vocab_size=tokenizer.vocab_size,
+            fusion_layers=(0,),
+            memory_width=tower.projection,
+        )
+        frozen["tower"] = small_models.tower_params(tower)
+        search = None
+        if variant == "valm":
+            search = on_devices(mesh, count=IMAGES, neighbours=3)
+            vectors = np.random.default_rng(4).standard_normal((IMAGES, tower.projection))
+            frozen["index"] = retrieval.place_keys(vectors.astype(np.float32), mesh)
+        readout: Any = "eos" if variant == "eos" else "token"
+        model = Model(decoder, TextTower(tower), readout=readout, search=search)
+    settings = config.parse(config.default())
+    grounding = dataclasses.replace(settings.grounding, segments=rule)
+    return TrainedModel(
+        model=model,
+        params=small_models.random_params(model.init, seed=3),
+        frozen=frozen,
+        tokenizer=tokenizer,
+        tower_tokenizer=None,
+        settings=dataclasses.replace(settings, grounding=grounding),
+        step=0,
+        mesh=mesh,
+        images=None,
+    )
+
+
+@functools.cache
+def generator(variant: str, settings: Sampling | None = None, **options: Any) -> Generator:
+    return Generator(made(variant), settings=settings, **options)
+
+
+@functools.cache
+def _forward(model: Model) -> Callable[..., jax.Array]:
+    @jax.jit
+    def run(params: Any, frozen: Any, batch: Any) -> jax.Array:
+        z_BTKE = model.features(frozen, batch)
+        logits_BTV: Any = model.decoder.apply({"params": params}, batch.tokens_BT, z_BTKE)
+        return logits_BTV[0]
+
+    return run
+
+
+def greedily(trained: TrainedModel, prompt: str, count: int) -> list[int]:
+    """The likeliest token that is text or ends it, each from a whole row alone."""
+    tokenizer = trained.tokenizer
+    row = np.append(tokenizer.eos_id, tokenizer.encode_lm(prompt))
+    begin = len(row)
+    for _ in range(count):
+        batch = trained.batch_of_ids([row], length=80)
+        logits = np.array(_forward(trained.model)(trained.params, trained.frozen, batch))
+        at = logits[len(row) - 1]
+        at[[0, 1, 3]] = -np.inf  # fairseq's specials without </s>
+        at[tokenizer.vocab_size - 2 :] = -np.inf  # CLIP's own, and what is only padding
+        row = np.append(row, at.argmax())
+        if row[-1] == tokenizer.eos_id:
+            break
+    return row[begin:].tolist()
+
+
+@pytest.mark.parametrize("variant", ["gpt_learned", "gpt_sinusoidal", "token", "eos", "valm"])
+def test_the_likeliest_tokens_are_those_of_whole_rows(variant: str) -> None:
+    """Prompts of different lengths in one batch, blocks of 5 so that the last one is cut."""
+    found = generator(variant, block=5).generate(PROMPTS, max_new_tokens=NEW)
+    for prompt, text in zip(PROMPTS, found.texts, strict=True):
+        assert text.tokens == greedily(made(variant), prompt, NEW)
+        assert text.ending == (
+            "end" if text.tokens[-1] == made(variant).tokenizer.eos_id else "length"
+        )
+    assert len({tuple(text.tokens) for text in found.texts}) == len(PROMPTS)
+
+
+WARM = Sampling(temperature=0.8, top_k=60, top_p=0.9, min_p=0.02, repetition_penalty=1.3)
+
+
+def test_a_text_depends_on_seed_prompt_and_sample_alone() -> None:
+    """Not on the batch, the block, the number of samples, or what keeps keys and values."""
+    asked = generator("token", WARM, block=5)
+    together = asked.generate(PROMPTS, max_new_tokens=NEW, samples=3, seed=5).texts
+    texts = {(text.prompt, text.sample): text.tokens for text in together}
+    assert len({tuple(tokens) for tokens in texts.values()}) == 9
+    whole = generator("token", WARM, cached=False)
+    for other, samples in ((asked, 1), (asked, 2), (whole, 2)):
+        for text in other.generate(PROMPTS[1:2], max_new_tokens=NEW, samples=samples, seed=5).texts:
+            assert text.tokens == texts[text.prompt, text.sample]
+    again = asked.generate(PROMPTS, max_new_tokens=NEW, samples=3, seed=6).texts
+    assert [text.tokens for text in again] != [text.tokens for text in together]
+
+
+def test_a_stop_string_ends_a_text_in_any_block() -> None:
+    asked, alone = generator("token", block=5), generator("token", block=1)
+    free = asked.generate(PROMPTS, max_new_tokens=NEW).texts
+    stop = free[0].text[5:8]
+    expected = free[0].text[: free[0].text.index(stop)]
+    for other in (asked, alone):
+        stopped, *others = other.generate(PROMPTS, max_new_tokens=NEW, stop=[stop]).texts
+        assert (stopped.text, stopped.ending) == (expected, "stop")
+        assert stopped.tokens == free[0].tokens[: len(stopped.tokens)]
+        for text, before in zip(others, free[1:], strict=True):
+            assert text.text == before.text.split(stop)[0]
+
+
+def tokenizers() -> list[Tokenizer]:
+    return [small_text.small_bpe(), small_text.small_clip()]
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize("seed", range(4))
+def test_streamed_text_is_the_final_text_up_to_the_first_stop(kind: int, seed: int) -> None:
+    """Random tokens, so also bytes that are no characters; found character by character."""
+    rng, tokenizer = np.random.default_rng(seed), tokenizers()[kind]
+    offset = tokenizer.lm_offset
+    prompt = tokenizer.encode_lm("漢字 The cat 🙂 sat")
+    texts = " ".join(small_text.documents(2, seed=seed, longest=12))
+    tokens = np.append(
+        tokenizer.encode_lm(texts),
+        rng.choice(np.flatnonzero(~sampling.never_text(tokenizer)), 40),
+    )
+    tokens = tokens[tokens != tokenizer.eos_id].tolist()
+    front = tokenizer.decode([index - offset for index in prompt])
+    whole = tokenizer.decode([index - offset for index in [*prompt.tolist(), *tokens]])[
+        len(front) :
+    ]
+    for _ in range(40):
+        at = sorted(rng.integers(0, len(whole), 2))
+        stop = [whole[at[0] : at[0] + int(rng.integers(1, 6))], whole[at[1] : at[1] + 3], "none"]
+        stop = [text for text in stop if text and not text.endswith("\ufffd")]
+        ends = [n for n in range(len(whole) + 1) if any(whole[:n].endswith(text) for text in stop)]
+        expected = whole
+        if ends:
+            shown = whole[: ends[0]]
+            expected = min((shown.removesuffix(text) for text in stop), key=len)
+        found = Continuation(tokenizer, prompt, stop=stop, most=len(tokens))
+        pieces = []
+        for token in tokens:
+            found.add(token)
+            pieces.append(found.release())
+        assert found.text == expected
+        assert "".join(pieces) == found.text
+        assert found.ending == ("stop" if ends else "length")
+
+
+def test_half_a_character_waits_for_the_other_half() -> None:
+    tokenizer = small_text.small_bpe()
+    ids = tokenizer.encode_lm("x🙂y")
+    found = Continuation(tokenizer, ids[:0], stop=[], most=99)
+    shown = []
+    for token in ids.tolist():
+        found.add(token)
+        shown.append(found.release())
+    assert len(ids) > 3
+    assert [text for text in shown if text] == ["x", "🙂", "y"]
+    found.add(tokenizer.eos_id)
+    assert (found.text, found.ending, found.tokens[-1]) == ("x🙂y", "end", tokenizer.eos_id)
+    cut = Continuation(tokenizer, ids[:0], stop=[], most=2)
+    for token in ids.tolist():
+        cut.add(token)
+    assert (cut.text, cut.ending, len(cut.tokens)) == ("x\ufffd", "length", 2)
+
+
+RULES = [
+    Sampling(temperature=0.7),
+    Sampling(temperature=1.5, top_k=5),
+    Sampling(temperature=1.0, top_p=0.6),
+    Sampling(temperature=0.9, min_p=0.2),
+    Sampling(repetition_penalty=1.7),
+    Sampling(temperature=1.3, top_k=30, top_p=0.8, min_p=0.05, repetition_penalty=1.2),
+]
+
+
+def rows() -> tuple[np.ndarray, np.ndarray]:
+    """Logits [B, V] and ids [B, T] that the rows hold."""
+    rng = np.random.default_rng(0)
+    return 3 * rng.standard_normal((4, 50)).astype(np.float32), rng.integers(0, 50, (4, 9))
+
+
+def seen_in(ids: np.ndarray, size: int) -> jax.Array:
+    return jnp.asarray(np.stack([np.isin(np.arange(size), row) for row in ids]))
+
+
+def ours(rule: Sampling) -> np.ndarray:
+    """Probabilities [B, V] of the tokens; tokens 3 and 47 are no text, 48 and 49 only padding."""
+    logits, ids = rows()
+    never = np.isin(np.arange(48), [3, 47])
+    found = jax.jit(functools.partial(sampling.scores, sampling=rule, never_V=never))(
+        logits, seen_BV=seen_in(ids, 50)
+    )
+    assert np.all(np.isneginf(found[:, [3, 47, 48, 49]]))
+    return np.asarray(jax.nn.softmax(found))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_scores_are_those_of_transformers(rule: Sampling) -> None:
+    """Its processors in its order; 1e-6 for fp32 probabilities."""
+    import torch
+    import transformers
+
+    logits, ids = rows()
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=50, n_embd=4, n_layer=1, n_head=1)
+    )
+    options = transformers.GenerationConfig(
+        do_sample=rule.temperature > 0,
+        temperature=rule.temperature or 1.0,
+        top_k=rule.top_k,
+        top_p=rule.top_p,
+        min_p=rule.min_p or None,
+        repetition_penalty=rule.repetition_penalty,
+        suppress_tokens=[3, 47, 48, 49],
+    )
+    processors = model._get_logits_processor(
+        options, input_ids_seq_length=ids.shape[1], device="cpu", model_kwargs={}
+    )
+    expected = processors(torch.from_numpy(ids), torch.from_numpy(logits)).softmax(-1).numpy()
+    np.testing.assert_allclose(ours(rule), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_probabilities_are_those_of_the_definitions(rule: Sampling) -> None:
+    """Row by row from the papers' words; 1e-6 for fp32 probabilities."""
+    logits, ids = rows()
+    for row, found in enumerate(ours(rule)):
+        at = logits[row].astype(np.float64)
+        for token in set(ids[row].tolist()):
+            at[token] *= 1 / rule.repetition_penalty if at[token] > 0 else rule.repetition_penalty
+        at[[3, 47, 48, 49]] = -np.inf
+        order = np.argsort(-at)
+        p = np.exp((at - at.max()) / (rule.temperature or 1))
+        keep = np.isfinite(at)
+        if rule.top_k:
+            keep[order[rule.top_k :]] = False
+        p = p * keep / (p * keep).sum()
+        keep[order[1:][np.cumsum(p[order])[:-1] >= rule.top_p]] = False
+        p = p * keep / (p * keep).sum()
+        keep[p < rule.min_p * p.max()] = False
+        p = p * keep / (p * keep).sum()
+        np.testing.assert_allclose(found, p, rtol=0, atol=1e-6)
+
+
+def test_draws_have_the_probabilities_of_the_scores() -> None:
+    """20,000 draws of 4 tokens: within 5 standard deviations. Temperature 0 takes the largest."""
+    p = np.array([0.5, 0.3, 0.2, 0.0])
+    scores = jnp.broadcast_to(jnp.log(p), (20_000, 4))
+    keys = jax.random.split(jax.random.key(1), len(scores))
+    drawn = sampling.draw(scores, keys, sampling=Sampling(temperature=1.0))
+    shares = np.bincount(drawn, minlength=4) / len(scores)
+    assert np.all(np.abs(shares - p) <= 5 * np.sqrt(p * (1 - p) / len(scores)))
+    assert np.all(np.asarray(sampling.draw(scores, keys, sampling=Sampling())) == 0)
+
+
+def test_what_is_never_text() -> None:
+    bpe, clip = tokenizers()
+    assert not sampling.never_text(bpe).any()  # its pad is the end of a text
+    never = np.flatnonzero(sampling.never_text(clip))
+    assert never.tolist() == [0, 1, 3, clip.vocab_size - 2, clip.vocab_size - 1]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": -1.0}, "temperature must be 0 .* got -1"),
+        ({"temperature": float("nan")}, "temperature must be"),
+        ({"temperature": 1.0, "top_k": -1}, "top_k must be 0"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p must be more than 0"),
+        ({"temperature": 1.0, "min_p": 1.5}, "min_p must be from 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be more than 0"),
+        ({"top_k": 3}, "top_k has no effect at temperature 0"),
+    ],
+)
+def test_settings_that_make_no_sense(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Sampling(**values)
+
+
+def by_hand(trained: TrainedModel, tokens: np.ndarray, z: np.ndarray) -> tuple[Any, Any]:
+    """Weights on memory and text [B, T, N] of fusion block 0, from its parameters in float64."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), trained.params)
+    block = params["h"]["fusion_0"]
+    x = np.asarray(
+        trained.model.decoder.apply(
+            {"params": trained.params}, jnp.asarray(tokens), method="embed"
+        ),
+        np.float64,
+    )
+
+    def norm(x: np.ndarray, at: dict[str, np.ndarray]) -> np.ndarray:
+        spread = np.sqrt(x.var(-1, keepdims=True) + trained.model.decoder.config.norm_epsilon)
+        return (x - x.mean(-1, keepdims=True)) / spread * at["scale"] + at["bias"]
+
+    own, memory = block["attn"]["qkv"], block["attn"]["memory"]
+    h = norm(x, block["ln_1"])
+    q, k = (np.einsum("btd,dnh->btnh", h, own["kernel"][:, c]) + own["bias"][c] for c in (0, 1))
+    z = z.astype(np.float64) @ memory["adapter"]["kernel"] + memory["adapter"]["bias"]
+    k_z = np.einsum("btkd,dnh->btknh", norm(z, memory["norm"]), own["kernel"][:, 1])
+    k_z += memory["kv_bias"][0]
+    root = np.sqrt(trained.model.decoder.config.width)
+    text = np.exp(np.einsum("btnh,bsnh->btns", q, k) / root)
+    text *= np.tril(np.ones((tokens.shape[1],) * 2))[None, :, None]
+    grounding = np.exp(np.einsum("btnh,btknh->btnk", q, k_z) / root)
+    total = text.sum(-1) + grounding.sum(-1)
+    return grounding.sum(-1) / total, text.sum(-1) / total
+
+
+@pytest.mark.parametrize("variant", ["token", "valm"])
+def test_the_probe_is_the_weight_on_the_grounding(variant: str) -> None:
+    """By whole rows, and in pieces; 1e-5 for fp32."""
+    trained = made(variant)
+    batch = trained.batch(PROMPTS[:2])
+    tokens = np.asarray(batch.tokens_BT)
+    counts = 1 + np.asarray(batch.weights_BT).sum(1).astype(np.int32)
+
+    @jax.jit
+    def probed(params: Any, frozen: Any, batch: Any) -> Any:
+        z_BTKE = trained.model.features(frozen, batch)
+        _, kept = trained.model.decoder.apply(
+            {"params": params}, batch.tokens_BT, z_BTKE, method="hidden", mutable=["probes"]
+        )
+        return z_BTKE, memory_shares(kept["probes"])
+
+    z, shares = probed(trained.params, trained.frozen, batch)
+    expected, text = by_hand(trained, tokens, np.asarray(z))
+    assert shares.shape == (1, *expected.shape)
+    np.testing.assert_allclose(shares[0], expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(shares[0] + text, 1, rtol=0, atol=1e-5)
+    reader = cached.reader(trained, capacity=tokens.shape[1])
+    state = reader.start(trained.frozen, rows=2)
+    _, _, pieces = reader.probed_step(trained.params, trained.frozen, state, tokens, counts)
+    assert pieces is not None
+    for row, count in enumerate(counts):
+        np.testing.assert_allclose(pieces[0, row, :count], expected[row, :count], rtol=0, atol=1e-5)
+
+
+def test_shares_of_a_text_are_those_where_its_tokens_were_predicted() -> None:
+    trained, asked = made("token"), generator("token", probe=True, block=5)
+    whole = generator("token", probe=True, cached=False)
+    for text, other in zip(
+        *(each.generate(PROMPTS, max_new_tokens=NEW).texts for each in (asked, whole)), strict=True
+    ):
+        assert text.shares is not None
+        assert text.shares.shape == (1, len(text.tokens))
+        np.testing.assert_allclose(text.shares, other.shares, rtol=0, atol=1e-5)
+    row = np.append(2, trained.tokenizer.encode_lm(PROMPTS[1]))
+    batch = trained.batch_of_ids(
+        [np.append(row, text.tokens[:-1]) for text in [found_second(asked)]]
+    )
+    z = trained.model.features(trained.frozen, batch)
+    expected, _ = by_hand(trained, np.asarray(batch.tokens_BT), np.asarray(z))
+    shares = found_second(asked).shares
+    np.testing.assert_allclose(shares[0], expected[0, len(row) - 1 :].mean(-1), rtol=0, atol=1e-5)
+
+
+def found_second(asked: Generator) -> Any:
+    return asked.generate(PROMPTS, max_new_tokens=NEW).texts[1]
+
+
+def test_nothing_is_computed_for_a_probe_that_nobody_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The traced gradients are those of a model that has no probe."""
+    model, batch = small_models.blind_model(), small_models.blind_batch()
+    params = small_models.random_params(model.init, seed=0)
+    frozen = {"tower": small_models.tower_params()}
+
+    def traced() -> str:
+        run = functools.partial(model.gradients, frozen=frozen, batch=batch, key=jax.random.key(0))
+        return str(jax.make_jaxpr(run)(params))
+
+    here = traced()
+    monkeypatch.setattr(nn.Module, "sow", lambda *args, **options: False)
+    assert here == traced()
+
+
+def test_the_reference_rule_reads_whole_rows() -> None:
+    trained = made("token", "reference")
+    assert generation.whole_only(trained)
+    found = Generator(trained).generate(PROMPTS[:2], max_new_tokens=4).texts
+    for prompt, text in zip(PROMPTS, found, strict=False):
+        assert text.tokens == greedily(trained, prompt, 4)
+
+
+def test_what_cannot_write_is_refused() -> None:
+    trained = made("token")
+    shuffled = dataclasses.replace(trained.model, shuffled=True)
+    own = dataclasses.replace(trained, tower_tokenizer=small_text.small_clip())
+    asked = generator("gpt_learned", block=5)
+    cases: list[tuple[Callable[[], Any], str]] = [
+        (lambda: Generator(dataclasses.replace(trained, model=shuffled)), "control=shuffled"),
+        (lambda: Generator(own), "tokenizer of its own cannot write"),
+        (lambda: Generator(made("gpt_learned"), probe=True), "no fusion layers"),
+        (lambda: asked.generate(["the"], max_new_tokens=80), "2 tokens and 80 new ones .* most 79"),
+        (lambda: asked.generate(["the"], max_new_tokens=0), "max_new_tokens must be 1 or more"),
+        (lambda: asked.generate(["the"], max_new_tokens=1, stop=["x", ""]), "string is empty"),
+        (lambda: asked.generate([], max_new_tokens=1), "there is no prompt"),
+        (
+            lambda: generator("token", start=False).generate([""], max_new_tokens=1),
+            "has no tokens",
+        ),
+    ]
+    for run, message in cases:
+        with pytest.raises(UserError, match=message) as caught:
+            run()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BLIND-VALM after two updates."""
+    directory = tmp_path_factory.mktemp("generate")
+    small_text.write_text(directory / "text.txt", small_text.documents(60))
+    values = test_train.settings(directory / "text.txt", train__steps=2, eval__every_steps=0)
+    test_train.run(values, directory / "run")
+    return directory / "run"
+
+
+def command(run: Path, *arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "blindvalm_jax.generate", f"--workdir={run}", *arguments]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, input=given)
+
+
+def test_the_command_prints_and_writes_the_texts(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("The cat\n\nnaïve 漢字\n")
+    out = tmp_path / "texts.json"
+    sampled = ("--temperature=0.9", "--top_p=0.9", "--samples=2", "--max_new_tokens=5")
+    done = command(finished, f"--prompts={tmp_path / 'prompts.txt'}", f"--json={out}", *sampled)
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stderr
+    found = json.loads(out.read_text())
+    assert [text["prompt"] for text in found["texts"]] == ["The cat"] * 2 + ["naïve 漢字"] * 2
+    assert (found["temperature"], found["step"], found["seed"]) == (0.9, 2, 0)
+    for number, text in enumerate(found["texts"]):
+        head = f"=== prompt {number // 2 + 1}, sample {number % 2 + 1}\n"
+        assert head + text["prompt"] + text["text"] + "\n" in done.stdout
+        assert 1 <= len(text["tokens"]) <= 5
+
+
+def test_the_command_streams_and_shows_the_grounding(finished: Path) -> None:
+    plain = command(finished, "--prompt=The cat", "--max_new_tokens=6")
+    streamed = command(finished, "--prompt=The cat", "--max_new_tokens=6", "--stream")
+    assert plain.returncode == streamed.returncode == 0, plain.stderr + streamed.stderr
+    assert streamed.stdout == plain.stdout
+    shown = command(finished, "--interactive", "--max_new_tokens=6", given="The cat\nThe mat\n")
+    assert shown.returncode == 0, shown.stderr
+    head, *table = shown.stdout.splitlines()[:7]
+    assert head.split() == ["token", "layer", "0"]
+    assert all(0 < float(line.split()[-1]) < 1 for line in table)
+    assert plain.stdout in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --prompt=TEXT, --prompts=FILE or --interactive, got none"),
+        (["--prompt=a", "--interactive"], "got --prompt and --interactive"),
+        (["--prompts=no/file"], "--prompts=no/file cannot be read"),
+        (["--prompt=a", "--prompt=b", "--stream"], "--stream prints one text"),
+        (["--prompt=a", "--temperature=-1"], "temperature must be 0"),
+        (["--prompt=a", "--json=no/file"], "must be a file in a directory that is there"),
+    ],
+)
+def test_wrong_commands_are_one_line(
+    arguments: Sequence[str], message: str, tmp_path: Path
+) -> None:
+    done = command(tmp_path / "none", *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
