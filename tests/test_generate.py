@@ -391,7 +391,9 @@ def test_the_probe_is_the_weight_on_the_grounding(variant: str) -> None:
     np.testing.assert_allclose(shares[0] + text, 1, rtol=0, atol=1e-5)
     reader = cached.reader(trained, capacity=tokens.shape[1])
     state = reader.start(trained.frozen, rows=2)
-    _, _, pieces = reader.probed_step(trained.params, trained.frozen, state, tokens, counts)
+    _, _, pieces = reader.probed_step(
+        trained.params, trained.frozen, state, jnp.asarray(tokens), jnp.asarray(counts)
+    )
     assert pieces is not None
     for row, count in enumerate(counts):
         np.testing.assert_allclose(pieces[0, row, :count], expected[row, :count], rtol=0, atol=1e-5)
