@@ -73,7 +73,7 @@ def test_asking_changes_no_update_and_is_what_the_run_says_afterwards(files: Pat
     ("changes", "message"),
     [
         ({"eval__tasks": "colours"}, "eval.tasks=colours: eval.tasks must be names or groups"),
-        ({"eval__tasks": "sst2"}, "eval.tasks=sst2: sst2_test.jsonl is not in"),
+        ({"eval__tasks": "sst2"}, "eval.tasks=sst2: test_with_labels.json or sst2.* is not in"),
         ({"eval__tasks_data": ""}, "eval.tasks needs eval.tasks_data"),
         ({"grounding__control": "shuffled"}, "eval.tasks cannot be put to a run of"),
         ({"train__objective": "contrastive"}, "eval.tasks are for train.objective=language"),
