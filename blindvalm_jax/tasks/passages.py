@@ -45,21 +45,20 @@ class Texts:
 def articles(path: Path) -> list[str]:
     """Articles of a WikiText file, each from its title, a line ` = Title = `, to the next.
 
-    A line like a title next to another of them is none: formulas are written so.
+    Where the file has blank lines, a title stands between two of them: lines of formulas look
+    alike. What comes before the first title is an article too.
     """
     lines = readers.text_of(path).split("\n")
-    filled = [number for number, line in enumerate(lines) if line.strip()]
-    titles = [_TITLE.fullmatch(lines[number]) is not None for number in filled]
-    around = [False, *titles, False]
+    blank = [True, *(not line.strip() for line in lines), True]
+    spaced = any(blank[1 : len(lines)])
     starts = [
         number
-        for place, number in enumerate(filled)
-        if titles[place] and not around[place] and not around[place + 2]
+        for number, line in enumerate(lines)
+        if _TITLE.fullmatch(line) and (not spaced or (blank[number] and blank[number + 2]))
     ]
-    ends = [*starts, len(lines)]
-    beginning = [0] if not starts or any(number < starts[0] for number in filled) else []
-    cuts = sorted({*beginning, *ends})
-    return ["\n".join(lines[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    cuts = sorted({0, *starts, len(lines)})
+    found = ["\n".join(lines[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [text for text in found if text.strip()]
 
 
 def lines(path: Path) -> list[str]:
