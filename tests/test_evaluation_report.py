@@ -64,7 +64,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def constant(directory: Path, data: Path, name: str, way: str) -> Path:
     """An evaluation of a model that always gives the first answer."""
     task = catalog.TASKS[name]
-    protocol = task.corrected if way == "corrected" else task.published
+    protocol = task.protocol(way)
     assert protocol is not None
     items = protocol.items(data)
     questions = protocol.questions(items)
@@ -166,8 +166,10 @@ def test_a_group_has_the_tasks_that_know_the_protocol(shared: Path) -> None:
     with pytest.raises(UserError, match="color_terms_valm has no protocol 'corrected': take"):
         evaluation.read(["color_terms_valm"], "corrected", place)
     [valm] = evaluation.read(["color_terms_valm"], "published", place)
+    assert isinstance(valm, evaluation.AskedChoice)
     assert valm.questions[0].prompt == "Q: What is the color of [DESCRIPTOR] ash? A: It is"
     [wrong] = evaluation.read(["vicomte_color_single_alt"], "published", place)
+    assert isinstance(wrong, evaluation.AskedChoice)
     first = wrong.questions[0]
     assert first.prompt == "pine tree can be of color "
     assert first.candidates[first.answer] == "yellow"

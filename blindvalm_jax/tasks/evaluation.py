@@ -68,7 +68,7 @@ def read(names: Sequence[str], protocol: str, data: Path) -> list[AskedChoice]:
     """
     found = []
     for task in catalog.chosen(names):
-        way = task.corrected if protocol == "corrected" else task.published
+        way = task.protocol(protocol)
         if way is None and task.name in names:
             other = {"corrected": "published", "published": "corrected"}[protocol]
             raise UserError(f"{task.name} has no protocol {protocol!r}: take --protocol={other}")

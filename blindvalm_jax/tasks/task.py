@@ -60,12 +60,19 @@ class Protocol:
 class ChoiceTask:
     """A task in which one of several candidates is right.
 
-    source: who made the data. corrected: None where what is asked makes no sense but to repeat a
-    published figure. published: None where the reference has no script for it.
+    source: who made the data. published: None where the reference has no script for it.
+    only_published: it is here to repeat printed figures, and is not asked under corrected.
     """
 
     name: str
     group: Group
     source: str
-    corrected: Protocol | None = None
+    corrected: Protocol
     published: Protocol | None = None
+    only_published: bool = False
+
+    def protocol(self, name: str) -> Protocol | None:
+        """The protocol of a name; None if the task is not asked under it."""
+        if name == "published":
+            return self.published
+        return None if self.only_published else self.corrected
