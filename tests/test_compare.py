@@ -48,8 +48,7 @@ def answered(
 ) -> Path:
     """An evaluation of a model that draws its answers."""
     task = catalog.TASKS[name]
-    protocol = task.corrected if way == "corrected" else task.published
-    assert protocol is not None
+    protocol = task.protocols[way]
     items = protocol.items(data)
     questions = protocol.questions(items)
     rng = np.random.default_rng(seed)

@@ -138,7 +138,7 @@ def test_published_news_ends_at_commas(tmp_path: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "agnews_test.csv").write_text(content)
     with pytest.raises(UserError, match=message):
-        asked(catalog.TASKS["agnews"].corrected, tmp_path)
+        catalog.TASKS["agnews"].corrected.items(tmp_path)
 
 
 def test_files_are_found_below_and_once(tmp_path: Path) -> None:
@@ -196,7 +196,6 @@ TABLE = {
 @pytest.mark.parametrize("name", TABLE)
 def test_counts_and_baselines_of_the_real_files(name: str, shared: Path) -> None:
     protocol = catalog.TASKS[name].corrected
-    assert protocol is not None
     items = protocol.items(shared / "data" / "eval")
     found = protocol.questions(items)
     of = catalog.baselines(items, found)
@@ -237,7 +236,6 @@ def test_how_many_news_the_published_script_cuts(shared: Path) -> None:
     """What protocols say of them: 2,228 whole descriptions up to quotes and blanks."""
     task = catalog.TASKS["agnews"]
     assert task.published is not None
-    assert task.corrected is not None
     whole = task.corrected.items(shared / "data" / "eval")[1:]
     cut = task.published.items(shared / "data" / "eval")
 

@@ -60,19 +60,20 @@ class Protocol:
 class ChoiceTask:
     """A task in which one of several candidates is right.
 
-    group: None of a task that its name alone chooses. source: who made the data. corrected: None
-    where what is asked makes no sense but to repeat a published figure. published: None where the
-    reference has no script for it.
+    group: None of a task that its name alone chooses. source: who made the data. published: None
+    where the reference has no script for it. only_published: it is here to repeat printed figures,
+    and is not asked under corrected.
     """
 
     name: str
     group: Group | None
     source: str
-    corrected: Protocol | None = None
+    corrected: Protocol
     published: Protocol | None = None
+    only_published: bool = False
 
     @property
     def protocols(self) -> dict[str, Protocol]:
-        """Those that it has, by name."""
-        both = {"corrected": self.corrected, "published": self.published}
-        return {name: protocol for name, protocol in both.items() if protocol is not None}
+        """Those that it is asked under, by name."""
+        found = {} if self.only_published else {"corrected": self.corrected}
+        return found if self.published is None else {**found, "published": self.published}

@@ -131,8 +131,14 @@ def _colors(name: str, source: str, protocol: Protocol) -> ChoiceTask:
 
 def _only_published(name: str, source: str, protocol: Protocol, *faults: str) -> ChoiceTask:
     """A variant that is here only because figures of it were printed."""
-    published = _as_published(protocol, *faults)
-    return ChoiceTask(name=name, group="vlu", source=source, published=published)
+    return ChoiceTask(
+        name=name,
+        group="vlu",
+        source=source,
+        corrected=protocol,
+        published=_as_published(protocol, *faults),
+        only_published=True,
+    )
 
 
 def _vicomte_color(name: str, file: str) -> tuple[ChoiceTask, ChoiceTask]:
