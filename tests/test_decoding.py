@@ -397,7 +397,7 @@ def test_attention_over_a_cache_refuses_what_it_would_ignore() -> None:
     given: dict[str, Any] = {"k_BNSH": x, "v_BNSH": x, "scale": 1.0}
     slots, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 2), bool)
     with pytest.raises(ValueError, match="takes no dropout"):
-        Cached(slots, mask).attend(x, x, x, dropout=Dropout(jax.random.key(0), 0.5), **given)
+        Cached(slots, mask, 2).attend(x, x, x, dropout=Dropout(jax.random.key(0), 0.5), **given)
     memory = Memory(x[:, :, None], x[:, :, None])
     with pytest.raises(ValueError, match="beside <eos> no memory"):
-        Cached(slots, mask, side=True).attend(x, x, x, memory=memory, **given)
+        Cached(slots, mask, 2, side=True).attend(x, x, x, memory=memory, **given)

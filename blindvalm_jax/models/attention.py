@@ -270,15 +270,19 @@ class Full:
 
 @struct.dataclass
 class Cached:
-    """New positions of rows whose earlier keys and values are kept, each in a slot of S.
+    """New positions of rows whose earlier keys and values are kept, each in a slot.
 
-    slot_BT: where those of each new position are put; S: nowhere, it is the filling of a row that
-    gets fewer. mask_BTS: True where a new position sees a slot, its own among them. With `side`,
-    the second half of the positions are <eos> tokens as in `Packed`, and these are not kept.
+    slot_BT: where those of each new position are put; `capacity`, the number of slots: nowhere, it
+    is the filling of a row that gets fewer. mask_BTS: True where a new position sees a slot, its
+    own among them. window_BW: slots of each row, of which alone the mask tells then; None: of all.
+    With `side`, the second half of the positions are <eos> tokens as in `Packed`, and these are not
+    kept.
     """
 
     slot_BT: Array
     mask_BTS: Array
+    capacity: int = struct.field(pytree_node=False)
+    window_BW: Array | None = None
     side: bool = struct.field(pytree_node=False, default=False)
 
     def write(self, cache_BNSH: Array, x_BTNH: Array) -> Array:
@@ -306,6 +310,9 @@ class Cached:
         if dropout is not None or (self.side and memory is not None):
             raise ValueError("attention over a cache takes no dropout, beside <eos> no memory")
         length = self.slot_BT.shape[1]
+        if self.window_BW is not None:
+            at = self.window_BW[:, None, :, None]
+            k_BNSH, v_BNSH = (jnp.take_along_axis(x, at, 2, mode="clip") for x in (k_BNSH, v_BNSH))
         see = functools.partial(
             joint_attention,
             k_BSNH=k_BNSH.swapaxes(1, 2),

@@ -88,14 +88,22 @@ class TextTower(nn.Module):
         slot_BT: place of each token in its row, the start token in slot 0; `capacity` for filling,
         which is not kept. position_BT: place in its text, from 1; 0 for the start token.
         """
-        slot_S = jnp.arange(capacity)[None, None, :]
+        slot_BS, window_BW = jnp.arange(capacity)[None, :], None
+        reach = self.config.longest_segment
+        if slot_BT.shape[1] == 1 and capacity > 1 + reach:
+            # One token sees its text and the start token, however long the row has grown.
+            back_W = jnp.pad(jnp.arange(reach), (1, 0))
+            window_BW = (slot_BT - back_W[None, :]).at[:, 0].set(0)
+            slot_BS = window_BW
         begin_BT = slot_BT - position_BT + 1
-        own_BTS = (slot_S >= begin_BT[:, :, None]) & (slot_S <= slot_BT[:, :, None])
+        own_BTS = slot_BS[:, None, :] >= jnp.maximum(begin_BT, 1)[:, :, None]
+        own_BTS &= slot_BS[:, None, :] <= slot_BT[:, :, None]
         if readout == "eos":
             eos_BT = jnp.full_like(tokens_BT, self.config.end_id)
             tokens_BT = jnp.concatenate([tokens_BT, eos_BT], axis=1)
             position_BT = jnp.concatenate([position_BT, position_BT + 1], axis=1)
-        pattern = attention.Cached(slot_BT, own_BTS | (slot_S == 0), side=readout == "eos")
+        mask_BTS = own_BTS | (jnp.arange(slot_BS.shape[1]) == 0)[None, None, :]
+        pattern = attention.Cached(slot_BT, mask_BTS, capacity, window_BW, side=readout == "eos")
         return self._features(tokens_BT, position_BT, pattern)
 
     @nn.compact

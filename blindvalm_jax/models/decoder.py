@@ -130,7 +130,8 @@ class Decoder(nn.Module):
         """
         mask_BTS = jnp.arange(capacity)[None, None, :] <= slot_BT[:, :, None]
         x_BTD = self.embed(tokens_BT, place_BT=slot_BT)
-        return self._blocks(x_BTD, attention.Cached(slot_BT, mask_BTS), z_BTKE).hidden_BTD
+        pattern = attention.Cached(slot_BT, mask_BTS, capacity)
+        return self._blocks(x_BTD, pattern, z_BTKE).hidden_BTD
 
     def embed(
         self, tokens_BT: Array, valid_BT: Array | None = None, place_BT: Array | None = None

@@ -148,7 +148,7 @@ class Attention(nn.Module):
             dropout = attention.Dropout(self.make_rng("dropout"), shape.attention_dropout)
         attend: Callable[..., attention.Attended]
         if isinstance(pattern, attention.Cached):
-            size = (len(x_BTD), heads, pattern.mask_BTS.shape[-1], head_width)
+            size = (len(x_BTD), heads, pattern.capacity, head_width)
             kept_k = self.variable("cache", "k", jnp.zeros, size, k_BTNH.dtype)
             kept_v = self.variable("cache", "v", jnp.zeros, size, v_BTNH.dtype)
             kept_k.value = pattern.write(kept_k.value, k_BTNH)
