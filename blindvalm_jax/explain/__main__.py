@@ -1,0 +1,57 @@
+r"""Shows what grounding does to a prompt: a table, explain.md, explain.json and a figure.
+
+    python -m blindvalm_jax.explain --workdir=RUN --prompt="The color of a banana is" \
+        --candidates=yellow,red,blue --out=DIR
+
+The scores of the candidates with the grounding vectors and without them, how much each head of each
+fusion layer looks at them, and the words of the vocabulary that lie nearest to the vector of one
+token, beside what chance gives. --help lists what names a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from blindvalm_jax import model_flags
+from blindvalm_jax.errors import UserError, run_main
+from blindvalm_jax.explain import probing, report, words
+
+_PROMPT = flags.DEFINE_string("prompt", "", "text before the candidates")
+_CANDIDATES = flags.DEFINE_list("candidates", [], "what may come behind it, with commas")
+_TOKEN = flags.DEFINE_integer(
+    "token", -1, "whose grounding vectors are looked at: place in the prompt, -1 is its last"
+)
+_WORDS = flags.DEFINE_integer("words", 5000, "words of the vocabulary compared", lower_bound=10)
+_NEAREST = flags.DEFINE_integer("nearest", 10, "of these shown", lower_bound=1)
+_OUT = flags.DEFINE_string("out", "", "directory that is written")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Explains the prompt of the command line."""
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}: every setting is a --flag (see --help)")
+    model_flags.named()
+    for flag in (_PROMPT, _CANDIDATES, _OUT):
+        if not flag.value:
+            raise UserError(f"--{flag.name} is missing (see --help)")
+    model = model_flags.load(rows_over_devices=False)
+    reading = probing.read(model, _PROMPT.value, _CANDIDATES.value)
+    count = len(reading.tokens)
+    if not -count <= _TOKEN.value < count:
+        raise UserError(f"--token={_TOKEN.value}: the prompt has {count} tokens, 0 to {count - 1}")
+    at = _TOKEN.value % count
+    vocabulary = words.of_vocabulary(model, count=_WORDS.value)
+    near = [
+        words.nearest(vocabulary, vector, count=_NEAREST.value) for vector in reading.vectors[at]
+    ]
+    out = Path(_OUT.value).expanduser()
+    print("\n".join(report.write(reading, near, at=at, out=out)))
+    print(f"{out}/explain.md, explain.json, explain.png")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

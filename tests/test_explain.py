@@ -1,0 +1,163 @@
+"""What an explanation says: scores, attention and near words, each against another way to them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from blindvalm_jax import partitioning, trained
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.explain import probing, words
+from blindvalm_jax.tasks import answers, catalog
+from blindvalm_jax.tasks.questions import Question
+from blindvalm_jax.tasks.scoring import Scorer
+from blindvalm_jax.trained import TrainedModel
+from tests import small_models, small_text, test_train
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT, CANDIDATES = "the boat on the sea is", ["red", "blue and green", "sea"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly() -> Iterator[None]:
+    with small_models.quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("explained")
+    text = directory / "text.txt"
+    small_text.write_text(text, small_text.documents(120))
+    values = test_train.settings(
+        text, train__steps=2, eval__every_steps=0, grounding__readout="eos"
+    )
+    values.data.cache = str(directory / "cache")
+    test_train.run(values, directory / "run")
+    return directory / "run"
+
+
+@pytest.fixture(scope="module")
+def model(run: Path) -> TrainedModel:
+    return trained.load(run, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def reading(model: TrainedModel) -> probing.Reading:
+    return probing.read(model, PROMPT, CANDIDATES)
+
+
+def test_grounded_scores_are_those_of_evaluation(
+    model: TrainedModel, reading: probing.Reading
+) -> None:
+    question = Question(item="1", template=0, prompt=PROMPT, candidates=tuple(CANDIDATES), answer=0)
+    protocol = catalog.TASKS["memory_colors"].protocols["corrected"]
+    expected = answers.answer(Scorer(model), model.tokenizer, protocol, [question])
+    np.testing.assert_allclose(reading.grounded, expected.scores[0], atol=1e-4, rtol=0)
+
+
+def test_ungrounded_scores_know_nothing_of_the_tower(
+    model: TrainedModel, reading: probing.Reading
+) -> None:
+    """Another tower changes every score with grounding, and none without."""
+    rng = np.random.default_rng(0)
+    tower = jax.tree.map(
+        lambda x: np.asarray(rng.normal(size=x.shape, scale=0.1), x.dtype), model.frozen["tower"]
+    )
+    other = probing.read(dataclasses.replace(model, frozen={"tower": tower}), PROMPT, CANDIDATES)
+    np.testing.assert_array_equal(other.ungrounded, reading.ungrounded)
+    assert np.all(other.grounded != reading.grounded)
+    assert np.all(other.grounded != other.ungrounded)
+
+
+def test_attention_is_what_training_logs(model: TrainedModel, reading: probing.Reading) -> None:
+    """The mean over heads is the decoder's own count of it; nothing is looked at beyond 1."""
+    ids = model.tokenizer.encode_lm(PROMPT)
+    batch = model.batch_of_ids([np.append(model.tokenizer.eos_id, ids).astype(np.int32)])
+    features = model.model.features(model.frozen, batch)
+    with partitioning.use(model.mesh):
+        hidden = jax.jit(functools.partial(model.model.decoder.apply, method="hidden"))(
+            {"params": model.params}, batch.tokens_BT, features
+        )
+    expected = np.asarray(hidden.memory_share_LBT)[:, 0]
+    assert reading.attention.shape[:2] == expected.shape == (1, len(ids) + 1)
+    np.testing.assert_allclose(reading.attention.mean(axis=2), expected, atol=1e-6, rtol=0)
+    assert np.all((reading.attention > 0) & (reading.attention < 1))
+    assert reading.tokens[0] == "(start)"
+    assert "".join(reading.tokens[1:]) == PROMPT
+
+
+def test_a_word_is_nearest_to_itself(model: TrainedModel) -> None:
+    found = words.of_vocabulary(model, count=40)
+    assert len(set(found.texts)) == len(found.texts) > 5
+    assert all(len(text) >= 3 and text.isalpha() for text in found.texts)
+    near = words.nearest(found, found.vectors[3], count=5)
+    assert near.words[0] == found.texts[3]
+    assert near.cosines[0] == pytest.approx(1, abs=1e-6)
+    assert list(near.cosines) == sorted(near.cosines, reverse=True)
+    alone = probing.read(model, f" {found.texts[3]}", ["red"])
+    assert len(alone.tokens) == 2
+    np.testing.assert_allclose(alone.vectors[-1, 0], found.vectors[3], atol=1e-5, rtol=0)
+
+
+def test_the_nulls_are_what_chance_gives() -> None:
+    """2.5 % of meaningless vectors, drawn anew, pass the 97.5 % quantile: 2,000 give 1.5 to 4 %."""
+    rng = np.random.default_rng(1)
+    cone = rng.normal(size=(300, 12)) @ np.diag(np.linspace(0.1, 1, 12)) + 2
+    known = words.Words([f"w{n}" for n in range(300)], probing.unit(cone.astype(np.float32)))
+    near = words.nearest(known, known.vectors[0], count=3)
+    centred = known.vectors - known.vectors.mean(axis=0)
+    draws = rng.multivariate_normal(known.vectors.mean(axis=0), np.cov(centred.T), size=2000)
+    for null, meaningless in (
+        (near.directions, rng.normal(size=(2000, 12))),
+        (near.cloud, draws),
+    ):
+        best = np.sort(probing.unit(meaningless) @ known.vectors.T, axis=1)[:, ::-1][:, :3]
+        passed = (best > null[1]).mean(axis=0)
+        assert np.all((passed > 0.01) & (passed < 0.045)), passed
+        np.testing.assert_allclose(null[0], best.mean(axis=0), atol=0.03, rtol=0)
+    assert near.cloud[0, 0] > near.directions[0, 0], "words in a cone are near each other"
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "blindvalm_jax.explain", *arguments]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command_writes_a_page_a_figure_and_numbers(
+    run: Path, tmp_path: Path, reading: probing.Reading
+) -> None:
+    asked = f"--prompt={PROMPT}", f"--candidates={','.join(CANDIDATES)}"
+    done = command(f"--workdir={run}", *asked, f"--out={tmp_path}", "--words=30", "--nearest=4")
+    assert done.returncode == 0, done.stderr
+    assert "| blue and green |" in done.stdout
+    found = json.loads((tmp_path / "explain.json").read_text())
+    grounded = [found["candidates"][name]["grounded"] for name in CANDIDATES]
+    np.testing.assert_allclose(grounded, reading.grounded, atol=1e-4, rtol=0)
+    assert np.shape(found["attention"]) == reading.attention.shape
+    assert [len(one["words"]) for one in found["nearest"]] == [4]
+    assert (tmp_path / "explain.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "explain.md").read_text()
+    assert page.startswith("![explanation](explain.png)")
+    assert "random direction" in page
+
+
+def test_what_cannot_be_explained_is_one_line(run: Path, model: TrainedModel) -> None:
+    done = command(f"--workdir={run}", "--prompt=x", "--candidates=y")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "--out is missing" in done.stderr
+    with pytest.raises(UserError, match="the candidate '' has no tokens"):
+        probing.read(model, "the", [""])
+    plain = dataclasses.replace(model.model.decoder, fusion_layers=(), memory_width=0)
+    bare = dataclasses.replace(model, model=dataclasses.replace(model.model, decoder=plain))
+    with pytest.raises(UserError, match="without grounding has nothing to explain"):
+        probing.read(bare, "the", ["sea"])
