@@ -22,8 +22,8 @@ class Reading:
 
     tokens: of the prompt, the end-of-text token first, as "(start)". candidates: texts. grounded,
     ungrounded: float64 [C], log probability of each candidate behind the prompt, with the grounding
-    vectors and without them. attention: float32 [layers, tokens, heads], the weight on the grounding
-    vectors. layers: which blocks these are. vectors: float32 [tokens, K, E], unit length.
+    vectors and without them. attention: float32 [layers, tokens, heads], the weight on the
+    grounding vectors. layers: which blocks these are. vectors: float32 [tokens, K, E], unit length.
     """
 
     tokens: list[str]
