@@ -89,7 +89,7 @@ class Generator:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | np.ndarray],
         *,
         max_new_tokens: int,
         samples: int = 1,
@@ -99,7 +99,8 @@ class Generator:
     ) -> Generation:
         """`samples` texts behind each prompt, each up to a stop string or the end of text.
 
-        What a row draws depends on the seed, its prompt and the number of its sample alone.
+        prompts: texts, or ids [T] of the language model. What a row draws depends on the seed, its
+        prompt and the number of its sample alone.
 
         Raises:
           UserError: a prompt has no tokens, or is too long for the model's positions.
@@ -130,7 +131,7 @@ class Generator:
         return Generation(
             texts=[
                 Written(
-                    prompt=prompts[row // samples],
+                    prompt=self._text(prompts[row // samples]),
                     sample=row % samples,
                     text=text.text,
                     tokens=text.tokens,
@@ -144,11 +145,18 @@ class Generator:
             counted=sum(len(text.tokens) - 1 for text in texts),
         )
 
-    def _encoded(self, prompt: str, new: int) -> np.ndarray:
+    def _text(self, prompt: str | np.ndarray) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        tokenizer = self._trained.tokenizer
+        return tokenizer.decode([int(token) - tokenizer.lm_offset for token in prompt])
+
+    def _encoded(self, prompt: str | np.ndarray, new: int) -> np.ndarray:
         """int32 ids of a prompt, with the end-of-text token in front as in training."""
         tokenizer = self._trained.tokenizer
         front = np.full(int(self._start), tokenizer.eos_id, np.int32)
-        ids = np.append(front, tokenizer.encode_lm(prompt))
+        ids = tokenizer.encode_lm(prompt) if isinstance(prompt, str) else prompt
+        ids = np.append(front, ids).astype(np.int32)
         config = self._trained.model.decoder.config
         if not len(ids):
             raise UserError("an empty prompt without the end-of-text token in front has no tokens")
