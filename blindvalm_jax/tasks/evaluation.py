@@ -101,7 +101,7 @@ def _prepared(
         raise UserError("the published protocol reads the files of --data, not --tfds_dir")
     if isinstance(task, ChoiceTask):
         source, items = tfds_data.items(task.name, tfds)
-        way = task.corrected
+        way = _way(task, protocol)
         questions = way.questions(items)
         return AskedChoice(dataclasses.replace(task, source=source), way, items, questions)
     if task.name not in ("lambada", "lambada_perplexity"):
