@@ -7,7 +7,9 @@ r"""Evaluates a language model on the tasks of the BLIND-VALM paper.
 of WikiText-103 and LAMBADA, and LAMBADA's last words); text:GLOB and file:GLOB give the perplexity
 of texts of your own, read as training reads them, or each file as one document. --data: the
 directory of the tasks' files as their authors publish them, or one above it: none is downloaded.
-Long texts are cut in windows of --window tokens, --stride apart: every token is scored once.
+--tfds_dir, in place of --data: sst2, agnews, lambada and lambada_perplexity out of TFDS datasets
+that are prepared there. Long texts are cut in windows of --window tokens, --stride apart: every
+token is scored once.
 corrected (default): candidates are scored token by token behind the prompt. published: as the
 reference's scripts do it, faults included; results.json names them.
 
@@ -44,6 +46,9 @@ _WINDOW = flags.DEFINE_integer(
 _STRIDE = flags.DEFINE_integer(
     "stride", 0, "tokens from one window to the next; 0: half a window", lower_bound=0
 )
+_TFDS = flags.DEFINE_string(
+    "tfds_dir", "", "instead of --data: directory of prepared TFDS datasets (array_record)"
+)
 _PROTOCOL = flags.DEFINE_enum("protocol", "corrected", evaluation.PROTOCOLS, "how tasks are asked")
 _OUT = flags.DEFINE_string(
     "out", "", "where results are written; empty: eval in the run's directory"
@@ -62,7 +67,10 @@ def main(argv: Sequence[str]) -> int:
     if _PROTOCOL.value == "published" and cut != Windows():
         raise UserError("--window and --stride are of the corrected protocol")
     data = Path(_DATA.value).expanduser() if _DATA.value else None
-    asked = evaluation.read(_TASKS.value, _PROTOCOL.value, data, cut=cut)
+    prepared = Path(_TFDS.value).expanduser() if _TFDS.value else None
+    if data is not None and prepared is not None:
+        raise UserError("--data and --tfds_dir both say where the data are: give one of them")
+    asked = evaluation.read(_TASKS.value, _PROTOCOL.value, data, cut=cut, tfds=prepared)
     model = model_flags.load()
     scorer = Scorer(model)
     found = evaluation.run(

@@ -196,9 +196,13 @@ def test_the_command_writes_what_checks_rely_on(runs: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks=colours", "--data=."], "--tasks must be names or groups (vlu, nlu), got"),
+        (["--tasks=colours", "--data=."], "--tasks must be names or groups (vlu, nlu, lm), got"),
         (["--tasks=sst2", "--data=DATA"], "sst2_test.jsonl is not in"),
         (["--tasks=sst2"], "--data is missing"),
+        (
+            ["--tasks=lm", "--data=DATA", "--protocol=published", "--window=8"],
+            "--window and --stride are of the corrected protocol",
+        ),
     ],
 )
 def test_wrong_commands_are_one_line(runs: Path, arguments: list[str], message: str) -> None:

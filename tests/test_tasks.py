@@ -166,8 +166,9 @@ def test_tasks_are_chosen_by_name_and_group() -> None:
         "sst2",
     ]
     assert {task.group for task in catalog.chosen(["nlu"])} == {"nlu"}
-    grouped = [task.name for task in topics.TASKS if task.group == "nlu"]
-    assert [task.name for task in catalog.chosen(["nlu", "sst2"])] == grouped
+    in_group = [task for task in topics.TASKS if task.group == "nlu"]
+    assert catalog.chosen(["nlu", "sst2"]) == in_group
+    assert [task.name for task in catalog.chosen(["dbpedia_dev"])] == ["dbpedia_dev"]
     with pytest.raises(UserError, match="got 'colours'; known: memory_colors"):
         catalog.chosen(["sst2", "colours"])
 
@@ -186,6 +187,8 @@ TABLE = {
     "mpqa_all": (10606, 2, 68.77, 50.0),
     "agnews": (7600, 4, 25.0, 25.0),
     "dbpedia": (5000, 14, 7.64, 7.14),
+    "dbpedia_dev": (256, 14, 9.38, 7.14),
+    "size_pairs_legacy": (972, 2, 50.0, 50.0),
     "relative_size": (972, 2, 50.0, 50.0),
     "vicomte_size": (400, 2, 50.0, 50.0),
     "tnwit_size": (500, 2, 50.0, 50.0),
@@ -217,6 +220,7 @@ def test_counts_and_baselines_of_the_real_files(name: str, shared: Path) -> None
         ("shapeit_p2", 981, 43.12),
         ("relative_size", 7776, 50.0),
         ("relative_size_than", 4860, 50.0),
+        ("size_pairs_legacy", 1944, 100.0),
         ("sst2", 2210, 63.12),
         ("agnews", 7599, 25.0),
     ],
@@ -230,6 +234,36 @@ def test_what_the_published_scripts_ask(
     found = protocol.questions(items)
     assert len(found) == count
     assert 100 * catalog.baselines(items, found).majority == pytest.approx(majority, abs=0.02)
+
+
+def test_the_published_script_skips_one_of_the_official_topics(tmp_path: Path) -> None:
+    """DBPedia's test split has 70,000 rows and no commas within them."""
+    rows = (f"{topics.DBPEDIA[n % 14]},Title,About {n}.\n" for n in range(70_000))
+    (tmp_path / "dbpedia_test.csv").write_text("".join(rows))
+    found = asked(catalog.TASKS["dbpedia"].published, tmp_path)
+    assert len(found) == 69_999
+    assert (found[0].prompt, found[0].answer) == ("input: About 1. type: ", 1)
+
+
+def test_yes_or_no_is_asked_in_both_orders_and_published_in_one(tmp_path: Path) -> None:
+    (tmp_path / "sizePairsFull.txt").write_text("cow ant\n")
+    task = catalog.TASKS["size_pairs_legacy"]
+    corrected = answers(asked(task.corrected, tmp_path))
+    assert corrected[:2] == [
+        ("Is cow bigger than ant?", "yes"),
+        ("Is ant bigger than cow?", "no"),
+    ]
+    assert len(corrected) == 6 * 2
+    assert ("cow is taller than ant, is it true?", "yes") in corrected
+    published = answers(asked(task.published, tmp_path))
+    assert len(published) == 4
+    assert {answer for _, answer in published} == {"yes"}
+    assert published[3][0].startswith("cow is bigger than ant, is it true?cow is larger than ant")
+    assert task.published is not None
+    assert "always says yes is always right" in task.published.faults[0]
+    (tmp_path / "sizePairsFull.txt").write_text("cow ant\ncow\n")
+    with pytest.raises(UserError, match=r"sizePairsFull.txt:2 has 1 words, expected LARGER"):
+        task.corrected.items(tmp_path)
 
 
 def test_how_many_news_the_published_script_cuts(shared: Path) -> None:

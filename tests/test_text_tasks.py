@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from blindvalm_jax import config, partitioning
 from blindvalm_jax.data import tokenizers
@@ -409,6 +410,68 @@ def test_entries_and_lines_land_in_files(
     nats = sum(json.loads(line)["nats"] for line in lines)
     assert nats / entry["tokens"] == pytest.approx(entry["nats_per_token"])
     assert "windows of 24 tokens, 8 apart" in capsys.readouterr().out
+
+
+def prepare(directory: Path, dataset: str, rows: dict[str, list[dict[str, Any]]]) -> None:
+    """A TFDS dataset of that name (or name/config) on disk, which no code here knows."""
+    name, _, config_name = dataset.partition("/")
+    first = next(iter(rows.values()))[0]
+    kinds = {str: tfds.features.Text(), int: tfds.features.Scalar(np.int64)}
+    features = {key: kinds[type(value)] for key, value in first.items()}
+    version = tfds.core.Version("1.0.0")
+
+    with tfds.core.registered.skip_registration():
+
+        class Made(tfds.core.GeneratorBasedBuilder):
+            VERSION = version
+            BUILDER_CONFIGS = (
+                [tfds.core.BuilderConfig(name=config_name, version=version)] if config_name else []
+            )
+
+            def _info(self) -> Any:
+                return tfds.core.DatasetInfo(
+                    builder=self, features=tfds.features.FeaturesDict(features), description="made"
+                )
+
+            def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+                return {split: enumerate(examples) for split, examples in rows.items()}
+
+            def _generate_examples(self) -> Any:
+                raise NotImplementedError
+
+    Made.name = name
+    Made(data_dir=directory, file_format="array_record").download_and_prepare()
+
+
+def test_prepared_tfds_datasets_are_read(tmp_path: Path) -> None:
+    prepare(
+        tmp_path,
+        "ag_news_subset",
+        {"test": [{"title": "t", "description": "It flies.", "label": 3}]},
+    )
+    prepare(tmp_path, "lambada", {"test": [{"passage": "one two\n"}, {"passage": "two three"}]})
+    prepare(tmp_path, "glue/sst2", {"validation": [{"sentence": "fun ", "label": 1, "idx": 0}]})
+    names = ["agnews", "sst2", "lambada", "lambada_perplexity"]
+    sst2, news, perplexities, words = evaluation.read(names, "corrected", None, tfds=tmp_path)
+    assert isinstance(news, evaluation.AskedChoice)
+    assert (news.items[0].words["text"], news.items[0].answer) == ("It flies.", "technology")
+    assert news.task.source == "TFDS ag_news_subset/1.0.0, test"
+    assert isinstance(sst2, evaluation.AskedChoice)
+    assert (sst2.items[0].answer, sst2.task.source) == (
+        "Positive",
+        "TFDS glue/sst2/1.0.0, validation",
+    )
+    assert isinstance(words, last_word.AskedLastWords)
+    assert isinstance(perplexities, AskedTexts)
+    assert sorted(words.passages) == sorted(perplexities.texts) == ["one two", "two three"]
+    with pytest.raises(UserError, match="mpqa is not read from --tfds_dir: name sst2, agnews"):
+        evaluation.read(["mpqa"], "corrected", None, tfds=tmp_path)
+    with pytest.raises(UserError, match="wikitext103 is not read from --tfds_dir"):
+        evaluation.read(["wikitext103"], "corrected", None, tfds=tmp_path)
+    with pytest.raises(UserError, match="the published protocol reads the files"):
+        evaluation.read(["agnews"], "published", None, tfds=tmp_path)
+    with pytest.raises(UserError, match="TFDS lambada is not prepared as array_record in"):
+        evaluation.read(["lambada"], "corrected", None, tfds=tmp_path / "other")
 
 
 # The real data: section 8 of the protocols.

@@ -12,8 +12,10 @@ from typing import Any
 from blindvalm_jax import files, runs
 from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.tasks import answers, catalog, results
+from blindvalm_jax.tasks import answers, catalog, results, tfds_data
 from blindvalm_jax.tasks.asked import Asked, Outcome, Windows
+from blindvalm_jax.tasks.last_word import AskedLastWords, LastWordTask
+from blindvalm_jax.tasks.perplexity import AskedTexts, TextTask
 from blindvalm_jax.tasks.questions import Item, Question
 from blindvalm_jax.tasks.scoring import Scorer
 from blindvalm_jax.tasks.task import ChoiceTask, Protocol
@@ -52,12 +54,17 @@ class AskedChoice:
 
 
 def read(
-    names: Sequence[str], protocol: str, data: Path | None, *, cut: Windows = WINDOWS
+    names: Sequence[str],
+    protocol: str,
+    data: Path | None,
+    *,
+    cut: Windows = WINDOWS,
+    tfds: Path | None = None,
 ) -> list[Asked]:
     """Tasks by their names or groups, under a protocol; every file is read.
 
     A group has the tasks that know the protocol. data: None if none is named. cut: how texts are
-    cut.
+    cut. tfds: directory of prepared TFDS datasets, to be read instead of files.
 
     Raises:
       UserError: there is no such task, it has no such protocol, or its file is not there or not
@@ -65,24 +72,45 @@ def read(
     """
     found: list[Asked] = []
     for task in catalog.chosen(names):
-        if isinstance(task, OwnTexts):
+        if isinstance(task, ChoiceTask) and protocol not in task.protocols:
+            if task.name in names:
+                [other] = task.protocols
+                raise UserError(
+                    f"{task.name} has no protocol {protocol!r}: take --protocol={other}"
+                )
+        elif isinstance(task, OwnTexts):
             found.append(task.open(protocol, cut))
+        elif tfds is not None:
+            found.append(_prepared(task, protocol, tfds, cut))
         elif data is None:
             raise UserError("--data is missing (see --help)")
-        elif not isinstance(task, ChoiceTask):
+        elif isinstance(task, ChoiceTask):
+            way = task.protocols[protocol]
+            items = way.items(data)
+            found.append(AskedChoice(task, way, items, way.questions(items)))
+        else:
             found.append(task.open(protocol, data, cut))
-        elif protocol in task.protocols:
-            found.append(_choices(task, protocol, data))
-        elif task.name in names:
-            [other] = task.protocols
-            raise UserError(f"{task.name} has no protocol {protocol!r}: take --protocol={other}")
     return found
 
 
-def _choices(task: ChoiceTask, protocol: str, data: Path) -> AskedChoice:
-    way = task.protocols[protocol]
-    items = way.items(data)
-    return AskedChoice(task, way, items, way.questions(items))
+def _prepared(
+    task: ChoiceTask | TextTask | LastWordTask, protocol: str, tfds: Path, cut: Windows
+) -> Asked:
+    """A task with its data from TFDS."""
+    if protocol != "corrected":
+        raise UserError("the published protocol reads the files of --data, not --tfds_dir")
+    if isinstance(task, ChoiceTask):
+        source, items = tfds_data.items(task.name, tfds)
+        questions = task.corrected.questions(items)
+        return AskedChoice(
+            dataclasses.replace(task, source=source), task.corrected, items, questions
+        )
+    if task.name not in ("lambada", "lambada_perplexity"):
+        raise UserError(f"{task.name} is not read from --tfds_dir: give files with --data")
+    source, passages = tfds_data.passages(tfds)
+    if isinstance(task, LastWordTask):
+        return AskedLastWords(task.name, source, protocol, passages)
+    return AskedTexts(task.name, source, "passage", passages, None, cut)
 
 
 def run(
