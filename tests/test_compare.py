@@ -48,7 +48,7 @@ def answered(
 ) -> Path:
     """An evaluation of a model that draws its answers."""
     task = catalog.TASKS[name]
-    protocol = task.protocol(way)
+    protocol = task.corrected if way == "corrected" else task.published
     assert protocol is not None
     items = protocol.items(data)
     questions = protocol.questions(items)

@@ -64,7 +64,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def constant(directory: Path, data: Path, name: str, way: str) -> Path:
     """An evaluation of a model that always gives the first answer."""
     task = catalog.TASKS[name]
-    protocol = task.protocol(way)
+    protocol = task.corrected if way == "corrected" else task.published
     assert protocol is not None
     items = protocol.items(data)
     questions = protocol.questions(items)

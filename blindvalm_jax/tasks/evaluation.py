@@ -68,15 +68,27 @@ def read(names: Sequence[str], protocol: str, data: Path) -> list[AskedChoice]:
     """
     found = []
     for task in catalog.chosen(names):
-        way = task.protocol(protocol)
-        if way is None and task.name in names:
-            other = {"corrected": "published", "published": "corrected"}[protocol]
-            raise UserError(f"{task.name} has no protocol {protocol!r}: take --protocol={other}")
-        if way is None:
+        if _left_out(task, protocol, names):
             continue
+        way = task.corrected if protocol == "corrected" else task.published
+        if way is None:
+            raise UserError(f"{task.name} was not published with a protocol: take corrected")
         items = way.items(data)
         found.append(AskedChoice(task, way, items, way.questions(items)))
     return found
+
+
+def _left_out(task: object, protocol: str, names: Sequence[str]) -> bool:
+    """Whether a task that belongs to a group is not asked under the protocol.
+
+    Raises:
+      UserError: it is named itself.
+    """
+    if not isinstance(task, ChoiceTask) or protocol == "published" or not task.only_published:
+        return False
+    if task.name in names:
+        raise UserError(f"{task.name} has no protocol {protocol!r}: take --protocol=published")
+    return True
 
 
 def run(

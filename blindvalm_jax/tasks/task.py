@@ -70,9 +70,3 @@ class ChoiceTask:
     corrected: Protocol
     published: Protocol | None = None
     only_published: bool = False
-
-    def protocol(self, name: str) -> Protocol | None:
-        """The protocol of a name; None if the task is not asked under it."""
-        if name == "published":
-            return self.published
-        return None if self.only_published else self.corrected
