@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
 # Of Okabe and Ito's colours, which the colour-blind can tell apart.
 _MODEL, _GOLD, _OTHER = "#0072B2", "#999999", "#D55E00"
@@ -43,6 +44,9 @@ def scores(tasks: Mapping[str, Mapping[str, Any]]) -> Figure:
         panel.set_xlabel("accuracy, %" if metric == "accuracy" else "perplexity, log scale")
         if metric == "perplexity":
             panel.set_xscale("log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter("{x:,g}")
+            panel.xaxis.set_minor_formatter(NullFormatter())
         else:
             panel.set_xlim(left=0)
     handles = [
