@@ -165,6 +165,8 @@ def test_a_text_that_is_not_its_tokens_is_refused(aligned: TrainedModel) -> None
         scorer.log_probabilities(
             [Row(ids("redx"), np.zeros(1, int), np.ones((1, 1), int), "the cat")]
         )
+    with pytest.raises(UserError, match="needs the text of a row, and here rows are tokens alone"):
+        scorer.log_probabilities([Row(ids("the cat"), np.zeros(1, int), np.ones((1, 1), int))])
     prompts, candidates = [ids("the r")], [[ids("ings")]]
     texts = [Texts("the r", ["ings"])]
     with pytest.raises(UserError, match="is not what 'the rings' begins with: the tokens of its"):

@@ -41,7 +41,7 @@ class Row:
     tokens: np.ndarray
     at: np.ndarray
     wanted: np.ndarray
-    text: str = ""
+    text: str | None = None
 
 
 class Texts(NamedTuple):
@@ -106,13 +106,18 @@ class Scorer:
         """float32 [M, K] of each row, in their order.
 
         Raises:
-          UserError: a row is longer than the model's positions, or empty.
+          UserError: a row is longer than the model's positions, or empty, or lacks its text.
         """
         for row in rows:
             if not len(row.tokens) or (self.longest and len(row.tokens) > self.longest):
                 raise UserError(
                     f"a row of {len(row.tokens)} tokens: expected 1 to "
                     f"{self.longest or 'any number'}"
+                )
+            if self.reads_texts and row.text is None:
+                raise UserError(
+                    "the model's tower has a tokenizer of its own, which needs the text of a row, "
+                    "and here rows are tokens alone: ask this of another model"
                 )
         found: list[np.ndarray] = [np.empty(0)] * len(rows)
         with Progress(title, total=len(rows), unit="row") as progress:
@@ -170,7 +175,7 @@ class Scorer:
         first = []
         for place, (prompt, own) in enumerate(zip(prompts, candidates, strict=True)):
             wanted = np.concatenate([ids[:1] for ids in own])[None]
-            text = texts[place].prompt if texts else ""
+            text = texts[place].prompt if texts else None
             first.append(Row(prompt, np.array([len(prompt) - 1]), wanted, text))
         behind = self.log_probabilities(first, title="next token") if first else []
         found = [np.split(values[0], values.shape[1]) for values in behind]
@@ -179,7 +184,7 @@ class Scorer:
             for number, ids in enumerate(own):
                 if len(ids) > 1:
                     at = len(prompt) + np.arange(len(ids) - 1)
-                    text = texts[place].prompt + texts[place].candidates[number] if texts else ""
+                    text = texts[place].prompt + texts[place].candidates[number] if texts else None
                     rows.append(Row(np.concatenate([prompt, ids[:-1]]), at, ids[1:, None], text))
                     places.append((place, number))
         further = self.log_probabilities(rows, title="further tokens") if rows else []
@@ -219,7 +224,7 @@ class Scorer:
             at_BM[number, : len(row.at)] = row.at
             wanted_BMK[number, : row.wanted.shape[0], : row.wanted.shape[1]] = row.wanted
         model = self._model
-        texts = [row.text for row in filled] if self.reads_texts else None
+        texts = [row.text or "" for row in filled] if self.reads_texts else None
         batch = model.batch_of_ids([row.tokens for row in filled], length=length, texts=texts)
         read = 0 if batch.tower is None else batch.tower.tokens_BS.shape[1]
         self._shapes.add((size, length, asked, each, read))
