@@ -247,6 +247,19 @@ def test_a_prompt_that_is_read_once_gives_the_scores_of_whole_rows(
         count = scorer.compiled
 
 
+@pytest.mark.slow
+def test_prompts_are_split_over_the_devices_of_a_mesh(saved: Path) -> None:
+    """7 prompts, 8 devices; 1e-5 again."""
+    one, many = model_of("blind", saved), model_of("blind", saved, MeshConfig(data=4, fsdp=2))
+    prompts, candidates = asked_of(one)
+    expected = Scorer(one, share_prompts=False).continuations(prompts, candidates)
+    split = Scorer(many, tokens_at_once=64)
+    assert split.shares_prompts
+    for got, own in zip(split.continuations(prompts, candidates), expected, strict=True):
+        for values, right in zip(got, own, strict=True):
+            np.testing.assert_allclose(values, right, atol=1e-5, rtol=0)
+
+
 def test_positions_may_run_out_behind_a_prompt_that_is_read_once(saved: Path) -> None:
     """64 positions: the bucket of the prompt has no more."""
     model = model_of("plain", saved)
