@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -31,6 +31,8 @@ ATOL = 1e-4
 # The scripts' rule of segments, and the one that lets no later token decide.
 RULES = {"published": "reference", "corrected": "causal"}
 Arrays = dict[str, np.ndarray]
+# Fewer of the model that takes longer to compile.
+TASKS = {"gpt2": plain_scores.TASKS, "blind": ("memory_colors", "shapeit", "relative_size")}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,9 +77,16 @@ def loaded(kind: str, protocol: str, directory: Path) -> TrainedModel:
     )
 
 
-def check(scorer: Scorer, model: TrainedModel, data: Path, protocol: str, expected: Arrays) -> None:
-    """Compares scores and choices of all tasks with those of `expected`, TASK/PROTOCOL/WAY."""
-    for task in plain_scores.TASKS:
+def check(
+    model: TrainedModel,
+    data: Path,
+    protocol: str,
+    expected: Arrays,
+    tasks: Sequence[str] = plain_scores.TASKS,
+) -> None:
+    """Compares scores and choices with those of `expected`, TASK/PROTOCOL/WAY."""
+    scorer = Scorer(model)
+    for task in tasks:
         of: Protocol = getattr(catalog.TASKS[task], protocol)
         questions = of.questions(of.items(data))
         asked = list(plain_scores.asked(task, protocol, data))
@@ -100,7 +109,7 @@ def test_scores_are_those_that_torch_gave(
 ) -> None:
     model = loaded(kind, protocol, tmp_path)
     assert (model.model.tower is None) == (kind == "gpt2")
-    check(Scorer(model), model, data, protocol, named(kind, "expected/"))
+    check(model, data, protocol, named(kind, "expected/"), TASKS[kind])
 
 
 @pytest.mark.torch
@@ -128,6 +137,7 @@ def test_the_files_hold_what_torch_gives(tmp_path: Path) -> None:
             np.testing.assert_allclose(value, expected[name], atol=1e-9, rtol=0, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_scores_of_the_real_files_are_those_of_torch(shared: Path, tmp_path: Path) -> None:
     from tests import make_golden_scores
@@ -139,13 +149,12 @@ def test_scores_of_the_real_files_are_those_of_torch(shared: Path, tmp_path: Pat
     data = plain_scores.copy_some(
         shared / "data" / "eval", tmp_path / "data", every=60, longest=120
     )
-    scorer = Scorer(model)
     for protocol in plain_scores.PROTOCOLS:
         expected: Arrays = {}
         for task in plain_scores.TASKS:
             ways = make_golden_scores.gpt2_scores(theirs, data, task, protocol)
             expected |= {f"{task}/{protocol}/{way}": x for way, x in ways.items()}
-        check(scorer, model, data, protocol, expected)
+        check(model, data, protocol, expected)
 
 
 def test_templates_are_those_of_the_record(shared: Path) -> None:

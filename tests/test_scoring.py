@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,16 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, spec in specs.items():
         if isinstance(spec, weights.DecoderSpec):
+            fused = (1,) if spec.fusion_layers else ()
             resized = dataclasses.replace(
-                spec.decoder, vocab_size=0, layers=3, max_positions=POSITIONS
+                spec.decoder,
+                vocab_size=0,
+                layers=2,
+                max_positions=POSITIONS,
+                fusion_layers=fused,
             )
-            spec = dataclasses.replace(spec, decoder=resized, vocab_size=vocabulary.vocab_size)
+            size = vocabulary.vocab_size
+            spec = dataclasses.replace(spec, decoder=resized, vocab_size=size, fusion_layers=fused)
         weights.save(
             root / name,
             foreign_models.random_params(spec),
@@ -158,6 +165,8 @@ def test_a_text_that_is_not_its_tokens_is_refused(aligned: TrainedModel) -> None
         scorer.log_probabilities(
             [Row(ids("redx"), np.zeros(1, int), np.ones((1, 1), int), "the cat")]
         )
+    with pytest.raises(UserError, match="needs the text of a row, and here rows are tokens alone"):
+        scorer.log_probabilities([Row(ids("the cat"), np.zeros(1, int), np.ones((1, 1), int))])
     prompts, candidates = [ids("the r")], [[ids("ings")]]
     texts = [Texts("the r", ["ings"])]
     with pytest.raises(UserError, match="is not what 'the rings' begins with: the tokens of its"):
@@ -195,3 +204,83 @@ def log_probabilities(model: TrainedModel, batch: Batch) -> jax.Array:
 
     with partitioning.use(model.mesh):
         return run(model.params, model.frozen, batch)
+
+
+def asked_of(model: TrainedModel) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+    """Prompts of 17 to 31 tokens with 3 or 4 candidates of 1 to 5 tokens.
+
+    The last two are none to share: of one token each, and one too long.
+    """
+    rng = np.random.default_rng(8)
+    size = model.tokenizer.vocab_size
+
+    def ids(count: int) -> np.ndarray:
+        return rng.integers(0, size, count).astype(np.int32)
+
+    prompts = [ids(count) for count in (31, 17, 28, 30, 20, 18, 25)]
+    lengths = [(1, 5, 3, 4), (5, 1, 1), (4, 4, 4, 5), (2, 5, 2), (1, 1, 5), (1, 1, 1), (20, 1, 4)]
+    return prompts, [[ids(count) for count in own] for own in lengths]
+
+
+def test_a_prompt_that_is_read_once_gives_the_scores_of_whole_rows(
+    saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """1e-5, in any order, two prompts and four candidates at a time; nothing is compiled twice."""
+    model = model_of("blind", saved)
+    prompts, candidates = asked_of(model)
+    whole = Scorer(model, share_prompts=False).continuations(prompts, candidates)
+    assert [[len(x) for x in own] for own in whole] == [[len(x) for x in own] for own in candidates]
+    scorer = Scorer(model, tokens_at_once=64)
+    assert scorer.shares_prompts
+    count = 0
+    for order in (np.arange(len(prompts)), np.random.default_rng(9).permutation(len(prompts))):
+        with jax.log_compiles(), caplog.at_level(logging.WARNING):
+            found = scorer.continuations(
+                [prompts[x] for x in order], [candidates[x] for x in order]
+            )
+        assert ("Finished XLA compilation" in caplog.text) == (not count)
+        caplog.clear()
+        for place, own in zip(order, found, strict=True):
+            for got, expected in zip(own, whole[place], strict=True):
+                np.testing.assert_allclose(got, expected, atol=1e-5, rtol=0)
+        assert count in (0, scorer.compiled)
+        count = scorer.compiled
+
+
+@pytest.mark.slow
+def test_prompts_are_split_over_the_devices_of_a_mesh(saved: Path) -> None:
+    """7 prompts, 8 devices; 1e-5 again."""
+    one, many = model_of("blind", saved), model_of("blind", saved, MeshConfig(data=4, fsdp=2))
+    prompts, candidates = asked_of(one)
+    expected = Scorer(one, share_prompts=False).continuations(prompts, candidates)
+    split = Scorer(many, tokens_at_once=64)
+    assert split.shares_prompts
+    for got, own in zip(split.continuations(prompts, candidates), expected, strict=True):
+        for values, right in zip(got, own, strict=True):
+            np.testing.assert_allclose(values, right, atol=1e-5, rtol=0)
+
+
+def test_positions_may_run_out_behind_a_prompt_that_is_read_once(saved: Path) -> None:
+    """64 positions: the bucket of the prompt has no more."""
+    model = model_of("plain", saved)
+    rng = np.random.default_rng(10)
+    prompt, ids = (rng.integers(0, 300, count).astype(np.int32) for count in (60, 5))
+    candidates = [[ids, ids[:3]]]
+    whole = Scorer(model, share_prompts=False).continuations([prompt], candidates)
+    found = Scorer(model, tokens_at_once=64).continuations([prompt], candidates)
+    for got, expected in zip(found[0], whole[0], strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5, rtol=0)
+    scorer = Scorer(model)
+    with pytest.raises(UserError, match="a row of 65 tokens: expected 1 to 64"):
+        scorer.continuations([np.append(prompt, ids[:1])], candidates)
+    with pytest.raises(UserError, match="a row of 0 tokens"):
+        scorer.continuations([prompt[:0]], candidates)
+
+
+def test_whole_rows_are_read_where_later_tokens_decide(saved: Path, aligned: TrainedModel) -> None:
+    model = model_of("blind", saved)
+    grounding = dataclasses.replace(model.settings.grounding, segments="reference")
+    settings = dataclasses.replace(model.settings, grounding=grounding)
+    for other in (aligned, dataclasses.replace(model, settings=settings)):
+        assert not Scorer(other).shares_prompts
+    assert Scorer(model).shares_prompts

@@ -21,6 +21,8 @@ from blindvalm_jax import partitioning
 from blindvalm_jax.data.workers import Progress
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.objectives.language_model import Batch, Model
+from blindvalm_jax.tasks import continuations
+from blindvalm_jax.tasks.continuations import Continuations
 from blindvalm_jax.trained import TrainedModel
 
 _SHORTEST = 16  # tokens of the smallest bucket
@@ -40,7 +42,7 @@ class Row:
     tokens: np.ndarray
     at: np.ndarray
     wanted: np.ndarray
-    text: str = ""
+    text: str | None = None
 
 
 class Texts(NamedTuple):
@@ -65,8 +67,16 @@ class Scored:
 class Scorer:
     """A model that scores rows. compiled: how many programs it took so far."""
 
-    def __init__(self, model: TrainedModel, *, tokens_at_once: int = _TOKENS_AT_ONCE) -> None:
+    def __init__(
+        self,
+        model: TrainedModel,
+        *,
+        tokens_at_once: int = _TOKENS_AT_ONCE,
+        share_prompts: bool = True,
+    ) -> None:
         """tokens_at_once: of a batch on each device that holds its own rows, pads included.
+
+        share_prompts: a prompt is read once for all its candidates, where the model can.
 
         Raises:
           UserError: the model borrows features from other rows (grounding.control=shuffled).
@@ -78,6 +88,11 @@ class Scorer:
             )
         self._model, self._tokens_at_once = model, tokens_at_once
         self._shapes: set[tuple[int, ...]] = set()
+        self._pieces = None
+        if share_prompts and continuations.readable(model):
+            self._pieces = Continuations(
+                model, bucket=self._length, longest=self.longest, tokens_at_once=tokens_at_once
+            )
 
     @property
     def longest(self) -> int:
@@ -97,9 +112,14 @@ class Scorer:
         return min(length, self.longest) if self.longest else length
 
     @property
+    def shares_prompts(self) -> bool:
+        """Whether a prompt is read once for all its candidates, where that saves anything."""
+        return self._pieces is not None
+
+    @property
     def compiled(self) -> int:
         """Programs compiled so far."""
-        return len(self._shapes)
+        return len(self._shapes) + (0 if self._pieces is None else len(self._pieces.programs))
 
     def log_probabilities(self, rows: Sequence[Row], *, title: str = "score") -> list[np.ndarray]:
         """float32 [M, K] of each row, in their order; see `scores`."""
@@ -109,13 +129,18 @@ class Scorer:
         """What each row is given, in their order.
 
         Raises:
-          UserError: a row is longer than the model's positions, or empty.
+          UserError: a row is longer than the model's positions, or empty, or lacks its text.
         """
         for row in rows:
             if not len(row.tokens) or (self.longest and len(row.tokens) > self.longest):
                 raise UserError(
                     f"a row of {len(row.tokens)} tokens: expected 1 to "
                     f"{self.longest or 'any number'}"
+                )
+            if self.reads_texts and row.text is None:
+                raise UserError(
+                    "the model's tower has a tokenizer of its own, which needs the text of a row, "
+                    "and here rows are tokens alone: ask this of another model"
                 )
         found: dict[int, Scored] = {}
         with Progress(title, total=len(rows), unit="row") as progress:
@@ -144,25 +169,51 @@ class Scorer:
           UserError: see `log_probabilities`, or a prompt and a candidate together are other tokens
             than each alone, where texts are read.
         """
-        rows = []
+        pieces = self._pieces
+        if pieces is None:
+            return self._whole_rows(prompts, candidates, texts)
+        shapes = [pieces.shape(*asked) for asked in zip(prompts, candidates, strict=True)]
+        found: dict[int, list[np.ndarray]] = {}
+        whole = [place for place, shape in enumerate(shapes) if shape is None]
+        for place, own in zip(
+            whole,
+            self._whole_rows([prompts[x] for x in whole], [candidates[x] for x in whole], None),
+            strict=True,
+        ):
+            found[place] = own
+        with Progress("candidates", total=len(shapes) - len(whole), unit="prompt") as progress:
+            for shape, places in pieces.batches(shapes):
+                part = [prompts[x] for x in places]
+                scored = pieces.score(shape, part, [candidates[x] for x in places])
+                found |= dict(zip(places, scored, strict=True))
+                progress.advance(len(places))
+        return [found[place] for place in range(len(prompts))]
+
+    def _whole_rows(
+        self,
+        prompts: Sequence[np.ndarray],
+        candidates: Sequence[Sequence[np.ndarray]],
+        texts: Sequence[Texts] | None,
+    ) -> list[list[np.ndarray]]:
+        """`continuations`: one row for all first tokens, and one for each longer candidate."""
+        first = []
         for place, (prompt, own) in enumerate(zip(prompts, candidates, strict=True)):
             wanted = np.concatenate([ids[:1] for ids in own])[None]
-            text = texts[place].prompt if texts else ""
-            rows.append(Row(prompt, np.array([len(prompt) - 1]), wanted, text))
-        behind = self.log_probabilities(rows, title="next token")
-        found = [[*np.split(values[0], values.shape[1])] for values in behind]
+            text = texts[place].prompt if texts else None
+            first.append(Row(prompt, np.array([len(prompt) - 1]), wanted, text))
+        behind = self.log_probabilities(first, title="next token") if first else []
+        found = [np.split(values[0], values.shape[1]) for values in behind]
         rows, places = [], []
         for place, (prompt, own) in enumerate(zip(prompts, candidates, strict=True)):
             for number, ids in enumerate(own):
                 if len(ids) > 1:
                     at = len(prompt) + np.arange(len(ids) - 1)
-                    text = texts[place].prompt + texts[place].candidates[number] if texts else ""
+                    text = texts[place].prompt + texts[place].candidates[number] if texts else None
                     rows.append(Row(np.concatenate([prompt, ids[:-1]]), at, ids[1:, None], text))
                     places.append((place, number))
-        if rows:
-            further = self.log_probabilities(rows, title="further tokens")
-            for (place, number), values in zip(places, further, strict=True):
-                found[place][number] = np.concatenate([found[place][number], values[:, 0]])
+        further = self.log_probabilities(rows, title="further tokens") if rows else []
+        for (place, number), values in zip(places, further, strict=True):
+            found[place][number] = np.concatenate([found[place][number], values[:, 0]])
         return found
 
     def _batches(self, rows: Sequence[Row]) -> Iterator[tuple[int, list[int]]]:
@@ -175,11 +226,13 @@ class Scorer:
                 yield key[0], places[first : first + size]
 
     def _bucket(self, row: Row) -> tuple[int, int, int]:
-        length = max(_power_of_two(len(row.tokens)), _SHORTEST)
-        if self.longest:
-            length = min(length, self.longest)
         asked, each = row.wanted.shape
-        return length, _power_of_two(asked), _power_of_two(each)
+        return self._length(len(row.tokens)), _power_of_two(asked), _power_of_two(each)
+
+    def _length(self, tokens: int) -> int:
+        """What a row of so many tokens is filled up to."""
+        length = max(_power_of_two(tokens), _SHORTEST)
+        return min(length, self.longest) if self.longest else length
 
     def _rows_at_once(self, length: int) -> int:
         shards = partitioning.row_shards(self._model.mesh)
@@ -195,7 +248,7 @@ class Scorer:
             at_BM[number, : len(row.at)] = row.at
             wanted_BMK[number, : row.wanted.shape[0], : row.wanted.shape[1]] = row.wanted
         model = self._model
-        texts = [row.text for row in filled] if self.reads_texts else None
+        texts = [row.text or "" for row in filled] if self.reads_texts else None
         batch = model.batch_of_ids([row.tokens for row in filled], length=length, texts=texts)
         read = 0 if batch.tower is None else batch.tower.tokens_BS.shape[1]
         self._shapes.add((size, length, asked, each, read))

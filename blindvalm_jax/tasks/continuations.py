@@ -1,0 +1,195 @@
+"""What may follow prompts, scored behind a prompt that is read once for all its candidates.
+
+First tokens come from a prompt's last position; the further ones of each candidate are read on a
+copy of what the prompt has left behind (`decoding.cached`). The log probabilities are those of
+whole rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from blindvalm_jax import partitioning
+from blindvalm_jax.data import prepared
+from blindvalm_jax.decoding import cached
+from blindvalm_jax.trained import TrainedModel
+
+# Room behind a prompt's bucket: this share of its length, but no less than so many tokens.
+_ROOM, _LEAST_ROOM = 1 / 4, 16
+_LOGITS_AT_ONCE = 1024  # positions: of 49,412 entries each they take 200 MB
+
+Candidates = Sequence[np.ndarray]
+
+
+class Shape(NamedTuple):
+    """Lengths that programs are compiled for.
+
+    prompt: tokens of a prompt; first: how many first tokens are asked behind it; further: tokens of
+    a candidate that are read, its last one left out.
+    """
+
+    prompt: int
+    first: int
+    further: int
+
+
+class _Longer(NamedTuple):
+    """A candidate of more than one token: its prompt's place, its own among the candidates."""
+
+    prompt: int
+    number: int
+    ids: np.ndarray
+
+
+def readable(model: TrainedModel) -> bool:
+    """Whether the model's rows can be read in pieces, as `cached.Reader` needs them."""
+    if not model.model.decoder.fusion_layers:
+        return True
+    rule = prepared.segment_rule(model.settings.grounding.segments)
+    return rule == "causal" and model.tower_tokenizer is None
+
+
+class Continuations:
+    """Reads prompts of a model that is `readable`, and what may follow them."""
+
+    def __init__(
+        self,
+        model: TrainedModel,
+        *,
+        bucket: Callable[[int], int],
+        longest: int,
+        tokens_at_once: int,
+    ) -> None:
+        """bucket: length that a row is filled up to; longest: most tokens of one, 0: any number.
+
+        tokens_at_once: of a batch on each device that holds its own rows.
+        """
+        self._model, self._bucket, self._longest = model, bucket, longest
+        self._tokens_at_once = tokens_at_once
+        self._readers: dict[int, cached.Reader] = {}
+        self.programs: set[tuple[str | int, ...]] = set()
+
+    def shape(self, prompt: np.ndarray, candidates: Candidates) -> Shape | None:
+        """None: whole rows do as well, since no candidate has two tokens or one is too long."""
+        further = max(map(len, candidates)) - 1
+        length = self._bucket(len(prompt))
+        fits = not self._longest or len(prompt) + further <= self._longest
+        if not len(prompt) or not fits or not 0 < further <= _room(length):
+            return None
+        return Shape(length, _power_of_two(len(candidates)), _power_of_two(further))
+
+    def batches(self, shapes: Sequence[Shape | None]) -> Iterator[tuple[Shape, list[int]]]:
+        """Places of the prompts that are read at once, and their shape."""
+        for shape in sorted({shape for shape in shapes if shape is not None}):
+            places = [place for place, own in enumerate(shapes) if own == shape]
+            size = self._rows(self._tokens_at_once // shape.prompt)
+            for first in range(0, len(places), size):
+                yield shape, places[first : first + size]
+
+    def score(
+        self, shape: Shape, prompts: Sequence[np.ndarray], candidates: Sequence[Candidates]
+    ) -> list[list[np.ndarray]]:
+        """log p of every token of every candidate, of a batch of prompts."""
+        reader, size = self._reader(shape.prompt), self._rows(self._tokens_at_once // shape.prompt)
+        tokens, counts = _filled(prompts, size=size, length=shape.prompt)
+        wanted = np.zeros((size, 1, shape.first), np.int32)
+        for row, own in enumerate(candidates):
+            wanted[row, 0, : len(own)] = [ids[0] for ids in own]
+        logits, state = reader.prefill(
+            self._model.params, self._model.frozen, tokens, counts, logits="last"
+        )
+        behind = self._log_p(logits, wanted)[:, 0]
+        found = [[*behind[row, : len(own), None]] for row, own in enumerate(candidates)]
+        longer = [
+            _Longer(row, number, ids)
+            for row, own in enumerate(candidates)
+            for number, ids in enumerate(own)
+            if len(ids) > 1
+        ]
+        self.programs |= {(name, size, reader.capacity) for name in ("start", "prefill")}
+        at_once = min(size, self._rows(_LOGITS_AT_ONCE // shape.further))
+        for first in range(0, len(longer), at_once):
+            part = longer[first : first + at_once]
+            values = self._further(reader, state, part, size=at_once, length=shape.further)
+            for one, log_p in zip(part, values, strict=True):
+                own = found[one.prompt]
+                own[one.number] = np.concatenate([own[one.number], log_p])
+        return found
+
+    def _further(
+        self,
+        reader: cached.Reader,
+        state: cached.State,
+        rows: Sequence[_Longer],
+        *,
+        size: int,
+        length: int,
+    ) -> list[np.ndarray]:
+        """log p of the second and later tokens of candidates; state: after their prompts."""
+        places = [row.prompt for row in rows]
+        copies = reader.take(state, [*places, *places[-1:] * (size - len(places))])
+        tokens, counts = _filled([row.ids[:-1] for row in rows], size=size, length=length)
+        wanted, _ = _filled([row.ids[1:] for row in rows], size=size, length=length)
+        logits, _ = reader.extend(
+            self._model.params, self._model.frozen, copies, tokens, counts, consume=True
+        )
+        values = self._log_p(logits, wanted[:, :, None])[:, :, 0]
+        before = len(state.length_B)
+        self.programs |= {
+            ("take", before, size, reader.capacity),
+            ("extend", size, length, reader.capacity),
+        }
+        return [value[: len(row.ids) - 1] for value, row in zip(values, rows, strict=False)]
+
+    def _log_p(self, logits: Array, wanted: np.ndarray) -> np.ndarray:
+        self.programs.add(("log_p", *wanted.shape))
+        return np.asarray(_compiled()(logits, wanted))
+
+    def _reader(self, length: int) -> cached.Reader:
+        """The reader of prompts of a bucket."""
+        if length not in self._readers:
+            capacity = length + _room(length)
+            if self._longest:
+                capacity = min(capacity, self._longest)
+            self._readers[length] = cached.reader(self._model, capacity=capacity)
+        return self._readers[length]
+
+    def _rows(self, wanted: int) -> int:
+        """So many, at least one, on each device that holds its own rows."""
+        return max(wanted, 1) * partitioning.row_shards(self._model.mesh)
+
+
+@functools.cache
+def _compiled() -> Callable[[Array, np.ndarray], Array]:
+    """Log probabilities [B, T, K] of wanted_BTK from logits [B, T, V]."""
+
+    def run(logits_BTV: Array, wanted_BTK: Array) -> Array:
+        log_p_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32))
+        return jnp.take_along_axis(log_p_BTV, wanted_BTK, axis=2)
+
+    return jax.jit(run)
+
+
+def _filled(rows: Sequence[np.ndarray], *, size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows filled up behind [B, T], and how much of each is real; lacking rows are the last."""
+    tokens = np.zeros((size, length), np.int32)
+    for number, row in enumerate([*rows, *[rows[-1]] * (size - len(rows))]):
+        tokens[number, : len(row)] = row
+    counts = [len(row) for row in rows]
+    return tokens, np.array([*counts, *counts[-1:] * (size - len(counts))], np.int32)
+
+
+def _room(length: int) -> int:
+    """Tokens that are read behind a prompt of a bucket; with more of them little is saved."""
+    return max(int(length * _ROOM), _LEAST_ROOM)
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
