@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -476,7 +478,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(run: Path, *arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "blindvalm_jax.generate", f"--workdir={run}", *arguments]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, input=given)
+    quickly = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0" if "OPTIMIZED_TESTS" in os.environ else "1"}
+    return subprocess.run(
+        line,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        input=given,
+        env={**os.environ, **quickly},
+    )
 
 
 def test_the_command_prints_and_writes_the_texts(finished: Path, tmp_path: Path) -> None:
@@ -524,3 +534,19 @@ def test_wrong_commands_are_one_line(
     assert done.returncode == 1
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_every_system(tmp_path: Path) -> None:
+    """Those of one model choose the same tokens, at the lengths of full rows that are compared."""
+    out = tmp_path / "numbers.json"
+    shape = ("--decoder=2,32,2", "--tower=1,16,2", "--prompt_tokens=5", "--new_tokens=9")
+    line = [sys.executable, "-m", "benchmarks.run", "generate", *shape, "--batches=2", "--rounds=1"]
+    done = subprocess.run([*line, f"--json={out}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())["batches"][0]
+    theirs = ["transformers"] if importlib.util.find_spec("torch") else []
+    assert [*found["systems"]] == ["gpt2", "whole", *theirs, "token", "eos"]
+    assert found["same_tokens"] == dict.fromkeys(["whole", *theirs], True)
+    assert found["different_tokens"] > 4
+    assert found["systems"]["gpt2"]["ratio"] == 1

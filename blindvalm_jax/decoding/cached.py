@@ -51,7 +51,7 @@ class State:
 class Reader:
     """Reads rows of up to `capacity` tokens in pieces; compiles once for each width of a piece.
 
-    Parameters may be as trained; `unstacked` ones are not cut into blocks again by every call.
+    Parameters may be as trained; those of `unstacked.of` are not cut again by every call.
     """
 
     def __init__(
@@ -94,16 +94,6 @@ class Reader:
         with partitioning.use(self.mesh):
             state = self._start(frozen, rows=rows)
         return dataclasses.replace(state, length_B=np.zeros(rows, np.int32))
-
-    def unstacked(self, params: Any, frozen: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Copies of the parameters with every block by itself, for many calls or a loop of steps.
-
-        Everything but the stacks is shared with the arguments.
-        """
-        params = unstacked.params_of(params)
-        if "tower" in frozen:
-            frozen = {**frozen, "tower": unstacked.params_of(frozen["tower"])}
-        return params, dict(frozen)
 
     def prefill(
         self,

@@ -14,7 +14,7 @@ from flax import struct
 from jax import Array
 
 from blindvalm_jax import partitioning
-from blindvalm_jax.decoding import cached, sampling
+from blindvalm_jax.decoding import cached, sampling, unstacked
 from blindvalm_jax.decoding.cached import Reader, State
 from blindvalm_jax.decoding.sampling import Sampling
 from blindvalm_jax.models.decoder import memory_shares
@@ -83,18 +83,17 @@ class CachedRows:
     """Each token costs one step; blocks of steps run on the device without the host."""
 
     def __init__(self, trained: TrainedModel, draw: Draw, *, block: int) -> None:
-        """block: most tokens of a `go_on`. Compiles nothing yet.
-
-        Raises:
-          UserError: the model's rows cannot be read in pieces.
-        """
-        reader = cached.reader(trained, capacity=1)
-        self._weights = reader.unstacked(trained.params, trained.frozen)
+        """block: most tokens of a `go_on`. Compiles nothing yet."""
+        self._weights = unstacked.of(trained.params, trained.frozen)
         self._trained, self._draw, self._block = trained, draw, block
         self._programs = functools.cache(self._compiled)
 
     def begin(self, prompts: Sequence[np.ndarray], samples: int, keys_B: Array, most: int) -> Drawn:
-        """See `Rows`; compiles what `go_on` runs."""
+        """See `Rows`; compiles what `go_on` runs.
+
+        Raises:
+          UserError: the model's rows cannot be read in pieces (see `cached.Reader`).
+        """
         longest = max(len(prompt) for prompt in prompts)
         reader, first, self._more = self._programs(_rounded(self._trained, longest + most - 1))
         width = min(_rounded(self._trained, longest), reader.capacity)

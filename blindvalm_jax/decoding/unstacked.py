@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 _RUN = re.compile(r"blocks_(\d+)_(\d+)")
+
+
+def of(params: Any, frozen: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A decoder's parameters and what grounds it, for many calls of a `Reader` or a loop of steps.
+
+    Blocks are copied, everything else is shared with the arguments.
+    """
+    towers = {name: params_of(frozen[name]) for name in frozen if name == "tower"}
+    return params_of(params), {**frozen, **towers}
 
 
 def params_of(params: Any) -> Any:
