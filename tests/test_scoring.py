@@ -229,7 +229,9 @@ def test_a_prompt_that_is_read_once_gives_the_scores_of_whole_rows(
     model = model_of("blind", saved)
     prompts, candidates = asked_of(model)
     whole = Scorer(model, share_prompts=False).continuations(prompts, candidates)
-    assert [[len(x) for x in own] for own in whole] == [[len(x) for x in own] for own in candidates]
+    assert [[len(x.log_p) for x in own] for own in whole] == [
+        [len(x) for x in own] for own in candidates
+    ]
     scorer = Scorer(model, tokens_at_once=64)
     assert scorer.shares_prompts
     count = 0

@@ -21,7 +21,7 @@ from blindvalm_jax.decoding.generation import Generator
 from blindvalm_jax.decoding.sampling import Sampling
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.named_model import NamedModel
-from blindvalm_jax.tasks.scoring import Row, Scorer
+from blindvalm_jax.tasks.scoring import Scorer
 
 NAME = "blindvalm"
 _SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
@@ -123,15 +123,14 @@ class BlindValm(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[_Tokens], **_: Any
     ) -> list[tuple[float, bool]]:
-        rows, places = _rows(requests, self.max_length)
+        prompts, places = _prompts(requests, self.max_length)
+        candidates = [[np.array(requests[place][2], np.int32) for place in own] for own in places]
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        for row, own, scored in zip(rows, places, self._scorer.scores(rows), strict=True):
-            greedy_MK = scored.log_p >= scored.best[:, None]
-            for number, place in enumerate(own):
-                # candidates of one token share a row, a longer one has its own
-                column = number if len(row.at) == 1 else 0
-                total = float(scored.log_p[:, column].sum(dtype=np.float64))
-                found[place] = total, bool(greedy_MK[:, column].all())
+        scored = self._scorer.continuations(prompts, candidates)
+        for own, all_tokens in zip(places, scored, strict=True):
+            for place, tokens in zip(own, all_tokens, strict=True):
+                total = float(tokens.log_p.sum(dtype=np.float64))
+                found[place] = total, bool((tokens.log_p >= tokens.best).all())
         for (texts, *_ids), value in zip(requests, found, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, value)
@@ -204,30 +203,18 @@ def _asked(arguments: Mapping[str, Any]) -> _Asked:
     return _Asked(Sampling(temperature=temperature, **known), new, stop)
 
 
-def _rows(requests: Sequence[_Tokens], longest: int) -> tuple[list[Row], list[list[int]]]:
-    """Rows to score, and the places of the requests that each answers.
+def _prompts(requests: Sequence[_Tokens], longest: int) -> tuple[list[np.ndarray], list[list[int]]]:
+    """Contexts, and the places of the requests that continue each.
 
-    Requests with the same context and one token each share a row. What is too long loses its
-    beginning.
+    What is too long loses its beginning.
 
     Raises:
       UserError: a continuation alone is too long, or empty.
     """
-    rows, places = [], []
     alike: dict[tuple[int, ...], list[int]] = {}
     for place, (_texts, context, continuation) in enumerate(requests):
         count = len(continuation)
         if not 0 < count <= longest:
             raise UserError(f"a continuation of {count} tokens: expected 1 to {longest}")
-        if count == 1:
-            alike.setdefault(tuple(context[-longest:]), []).append(place)
-            continue
-        ids = np.array([*context, *continuation][-(longest + 1) :], np.int32)
-        at = np.arange(len(ids) - 1 - count, len(ids) - 1)
-        rows.append(Row(ids[:-1], at, ids[-count:, None]))
-        places.append([place])
-    for shared, own in alike.items():
-        wanted = np.array([[requests[place][2][0] for place in own]], np.int32)
-        rows.append(Row(np.array(shared, np.int32), np.array([len(shared) - 1]), wanted))
-        places.append(own)
-    return rows, places
+        alike.setdefault(tuple(context[-(longest + 1 - count) :]), []).append(place)
+    return [np.array(context, np.int32) for context in alike], [*alike.values()]

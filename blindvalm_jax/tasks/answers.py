@@ -60,7 +60,8 @@ def answer(
         ]
     behind = [prompt.ids for prompt in prompts]
     if "continuation" in protocol.scores:
-        tokens = scorer.continuations(behind, candidates, texts=texts)
+        given = scorer.continuations(behind, candidates, texts=texts)
+        tokens = [[one.log_p for one in own] for own in given]
     else:
         tokens = _one_distribution(scorer, prompts, candidates)
     scores: dict[Score, list[np.ndarray]] = {

@@ -40,6 +40,21 @@ class Shape(NamedTuple):
     further: int
 
 
+class Tokens(NamedTuple):
+    """What the tokens of a candidate are given, float32 [n] each.
+
+    log_p: of the token behind the prompt and those before it. best: of the likeliest token there; a
+    token that has it is what greedy decoding takes.
+    """
+
+    log_p: np.ndarray
+    best: np.ndarray
+
+    def followed_by(self, more: Tokens) -> Tokens:
+        """These and further ones."""
+        return Tokens(*(np.concatenate(both) for both in zip(self, more, strict=True)))
+
+
 class _Longer(NamedTuple):
     """A candidate of more than one token: its prompt's place, its own among the candidates."""
 
@@ -95,8 +110,8 @@ class Continuations:
 
     def score(
         self, shape: Shape, prompts: Sequence[np.ndarray], candidates: Sequence[Candidates]
-    ) -> list[list[np.ndarray]]:
-        """log p of every token of every candidate, of a batch of prompts."""
+    ) -> list[list[Tokens]]:
+        """Every candidate of a batch of prompts."""
         reader, size = self._reader(shape.prompt), self._rows(self._tokens_at_once // shape.prompt)
         tokens, counts = _filled(prompts, size=size, length=shape.prompt)
         wanted = np.zeros((size, 1, shape.first), np.int32)
@@ -105,8 +120,11 @@ class Continuations:
         logits, state = reader.prefill(
             self._model.params, self._model.frozen, tokens, counts, logits="last"
         )
-        behind = self._log_p(logits, wanted)[:, 0]
-        found = [[*behind[row, : len(own), None]] for row, own in enumerate(candidates)]
+        log_p, best = self._log_p(logits, wanted)
+        found = [
+            [Tokens(log_p[row, :, number], best[row]) for number in range(len(own))]
+            for row, own in enumerate(candidates)
+        ]
         longer = [
             _Longer(row, number, ids)
             for row, own in enumerate(candidates)
@@ -118,9 +136,9 @@ class Continuations:
         for first in range(0, len(longer), at_once):
             part = longer[first : first + at_once]
             values = self._further(reader, state, part, size=at_once, length=shape.further)
-            for one, log_p in zip(part, values, strict=True):
-                own = found[one.prompt]
-                own[one.number] = np.concatenate([own[one.number], log_p])
+            for one, more in zip(part, values, strict=True):
+                known = found[one.prompt][one.number]
+                found[one.prompt][one.number] = known.followed_by(more)
         return found
 
     def _further(
@@ -131,8 +149,8 @@ class Continuations:
         *,
         size: int,
         length: int,
-    ) -> list[np.ndarray]:
-        """log p of the second and later tokens of candidates; state: after their prompts."""
+    ) -> list[Tokens]:
+        """The second and later tokens of candidates; state: after their prompts."""
         places = [row.prompt for row in rows]
         copies = reader.take(state, [*places, *places[-1:] * (size - len(places))])
         tokens, counts = _filled([row.ids[:-1] for row in rows], size=size, length=length)
@@ -140,17 +158,21 @@ class Continuations:
         logits, _ = reader.extend(
             self._model.params, self._model.frozen, copies, tokens, counts, consume=True
         )
-        values = self._log_p(logits, wanted[:, :, None])[:, :, 0]
+        log_p, best = self._log_p(logits, wanted[:, :, None])
         before = len(state.length_B)
         self.programs |= {
             ("take", before, size, reader.capacity),
             ("extend", size, length, reader.capacity),
         }
-        return [value[: len(row.ids) - 1] for value, row in zip(values, rows, strict=False)]
+        return [
+            Tokens(log_p[place, : len(row.ids) - 1, 0], best[place, : len(row.ids) - 1])
+            for place, row in enumerate(rows)
+        ]
 
-    def _log_p(self, logits: Array, wanted: np.ndarray) -> np.ndarray:
+    def _log_p(self, logits: Array, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         self.programs.add(("log_p", *wanted.shape))
-        return np.asarray(_compiled()(logits, wanted))
+        log_p_BTK, best_BT = _compiled()(logits, wanted)
+        return np.asarray(log_p_BTK), np.asarray(best_BT)
 
     def _reader(self, length: int) -> cached.Reader:
         """The reader of prompts of a bucket."""
@@ -167,12 +189,12 @@ class Continuations:
 
 
 @functools.cache
-def _compiled() -> Callable[[Array, np.ndarray], Array]:
-    """Log probabilities [B, T, K] of wanted_BTK from logits [B, T, V]."""
+def _compiled() -> Callable[[Array, np.ndarray], tuple[Array, Array]]:
+    """Log probabilities [B, T, K] of wanted_BTK from logits [B, T, V], and the highest [B, T]."""
 
-    def run(logits_BTV: Array, wanted_BTK: Array) -> Array:
+    def run(logits_BTV: Array, wanted_BTK: Array) -> tuple[Array, Array]:
         log_p_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32))
-        return jnp.take_along_axis(log_p_BTV, wanted_BTK, axis=2)
+        return jnp.take_along_axis(log_p_BTV, wanted_BTK, axis=2), jnp.max(log_p_BTV, axis=2)
 
     return jax.jit(run)
 

@@ -22,7 +22,7 @@ from blindvalm_jax.data.workers import Progress
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.objectives.language_model import Batch, Model
 from blindvalm_jax.tasks import continuations
-from blindvalm_jax.tasks.continuations import Continuations
+from blindvalm_jax.tasks.continuations import Continuations, Tokens
 from blindvalm_jax.trained import TrainedModel
 
 _SHORTEST = 16  # tokens of the smallest bucket
@@ -159,21 +159,21 @@ class Scorer:
         candidates: Sequence[Sequence[np.ndarray]],
         *,
         texts: Sequence[Texts] | None = None,
-    ) -> list[list[np.ndarray]]:
-        """log p of every token of every candidate, behind its prompt and its own earlier tokens.
+    ) -> list[list[Tokens]]:
+        """Every candidate's tokens, each behind its prompt and those before it.
 
         prompts: ids of each; candidates: ids of those behind each prompt, none empty. texts: what
         they spell, where the model `reads_texts`.
 
         Raises:
-          UserError: see `log_probabilities`, or a prompt and a candidate together are other tokens
+          UserError: see `scores`, or a prompt and a candidate together are other tokens
             than each alone, where texts are read.
         """
         pieces = self._pieces
         if pieces is None:
             return self._whole_rows(prompts, candidates, texts)
         shapes = [pieces.shape(*asked) for asked in zip(prompts, candidates, strict=True)]
-        found: dict[int, list[np.ndarray]] = {}
+        found: dict[int, list[Tokens]] = {}
         whole = [place for place, shape in enumerate(shapes) if shape is None]
         for place, own in zip(
             whole,
@@ -194,15 +194,18 @@ class Scorer:
         prompts: Sequence[np.ndarray],
         candidates: Sequence[Sequence[np.ndarray]],
         texts: Sequence[Texts] | None,
-    ) -> list[list[np.ndarray]]:
+    ) -> list[list[Tokens]]:
         """`continuations`: one row for all first tokens, and one for each longer candidate."""
         first = []
         for place, (prompt, own) in enumerate(zip(prompts, candidates, strict=True)):
             wanted = np.concatenate([ids[:1] for ids in own])[None]
             text = texts[place].prompt if texts else None
             first.append(Row(prompt, np.array([len(prompt) - 1]), wanted, text))
-        behind = self.log_probabilities(first, title="next token") if first else []
-        found = [np.split(values[0], values.shape[1]) for values in behind]
+        behind = self.scores(first, title="next token") if first else []
+        found = [
+            [Tokens(one.log_p[:, number], one.best) for number in range(len(own))]
+            for one, own in zip(behind, candidates, strict=True)
+        ]
         rows, places = [], []
         for place, (prompt, own) in enumerate(zip(prompts, candidates, strict=True)):
             for number, ids in enumerate(own):
@@ -211,9 +214,10 @@ class Scorer:
                     text = texts[place].prompt + texts[place].candidates[number] if texts else None
                     rows.append(Row(np.concatenate([prompt, ids[:-1]]), at, ids[1:, None], text))
                     places.append((place, number))
-        further = self.log_probabilities(rows, title="further tokens") if rows else []
-        for (place, number), values in zip(places, further, strict=True):
-            found[place][number] = np.concatenate([found[place][number], values[:, 0]])
+        further = self.scores(rows, title="further tokens") if rows else []
+        for (place, number), one in zip(places, further, strict=True):
+            more = Tokens(one.log_p[:, 0], one.best)
+            found[place][number] = found[place][number].followed_by(more)
         return found
 
     def _batches(self, rows: Sequence[Row]) -> Iterator[tuple[int, list[int]]]:
