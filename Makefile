@@ -1,7 +1,7 @@
 # make train     trains a BLIND-VALM of the toy world: its CLIP, its language model, the probes
 # make toyworld  trains all variants over five seeds, draws the bias curve, writes the report: hours
 # make test      format, lint, types, and the tests that do not take long; needs no torch
-# make test-all  the same with torch, FAISS and the slow tests, and XLA's optimizations left on in all of them
+# make test-all  the same with torch, FAISS, lm-evaluation-harness and the slow tests, and XLA's optimizations left on
 #
 # Everything runs in $(VENV), made on first use and brought up to date when pyproject.toml or
 # constraints.txt changes. With another Python: make test PYTHON=python3.12 VENV=.venv312
@@ -53,7 +53,7 @@ $(VENV)/installed-test: pyproject.toml constraints.txt $(VENV)/created
 	@touch $@
 
 $(VENV)/installed-extras: $(VENV)/installed-test
-	$(PIP_INSTALL) -e '.[test,faiss]' $(TORCH)
+	$(PIP_INSTALL) -e '.[test,faiss,lm_eval]' accelerate peft $(TORCH)
 	@touch $@
 
 $(VENV)/created:

@@ -18,7 +18,7 @@ from blindvalm_jax.data import packing
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import weights
 from blindvalm_jax.objectives.language_model import Batch
-from blindvalm_jax.tasks import answers, catalog
+from blindvalm_jax.tasks import answers, buckets, catalog
 from blindvalm_jax.tasks.questions import Question
 from blindvalm_jax.tasks.scoring import Row, Scorer, Texts
 from blindvalm_jax.trained import TrainedModel
@@ -286,3 +286,15 @@ def test_whole_rows_are_read_where_later_tokens_decide(saved: Path, aligned: Tra
     for other in (aligned, dataclasses.replace(model, settings=settings)):
         assert not Scorer(other).shares_prompts
     assert Scorer(model).shares_prompts
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"),
+    [(1, 32), (32, 32), (33, 64), (64, 64), (100, 128), (129, 256), (256, 256), (5000, 256)],
+)
+def test_few_rows_make_small_batches_of_few_sizes(there: int, expected: int) -> None:
+    """4,096 tokens are 256 rows of 16; an eighth of that is the least."""
+    assert buckets.rows_at_once(4096, 16, there=there, shards=1) == expected
+    assert buckets.rows_at_once(4096, 16, there=8 * there, shards=8) == 8 * expected
+    assert buckets.rows_at_once(32, 16, there=there, shards=3) in (3, 6)
+    assert buckets.rows_at_once(32, 64, there=there, shards=3) == 3

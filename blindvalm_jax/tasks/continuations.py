@@ -19,6 +19,7 @@ from jax import Array
 from blindvalm_jax import partitioning
 from blindvalm_jax.data import prepared
 from blindvalm_jax.decoding import cached
+from blindvalm_jax.tasks import buckets
 from blindvalm_jax.trained import TrainedModel
 
 # Room behind a prompt's bucket: this share of its length, but no less than so many tokens.
@@ -98,21 +99,26 @@ class Continuations:
         fits = not self._longest or len(prompt) + further <= self._longest
         if not len(prompt) or not fits or not 0 < further <= _room(length):
             return None
-        return Shape(length, _power_of_two(len(candidates)), _power_of_two(further))
+        return Shape(length, buckets.power_of_two(len(candidates)), buckets.power_of_two(further))
 
-    def batches(self, shapes: Sequence[Shape | None]) -> Iterator[tuple[Shape, list[int]]]:
-        """Places of the prompts that are read at once, and their shape."""
+    def batches(self, shapes: Sequence[Shape | None]) -> Iterator[tuple[Shape, int, list[int]]]:
+        """Shapes and sizes of batches, and places of the prompts that are read at once."""
         for shape in sorted({shape for shape in shapes if shape is not None}):
             places = [place for place, own in enumerate(shapes) if own == shape]
-            size = self._rows(self._tokens_at_once // shape.prompt)
+            size = self._rows(self._tokens_at_once, shape.prompt, there=len(places))
             for first in range(0, len(places), size):
-                yield shape, places[first : first + size]
+                yield shape, size, places[first : first + size]
 
     def score(
-        self, shape: Shape, prompts: Sequence[np.ndarray], candidates: Sequence[Candidates]
+        self,
+        shape: Shape,
+        prompts: Sequence[np.ndarray],
+        candidates: Sequence[Candidates],
+        *,
+        size: int,
     ) -> list[list[Tokens]]:
-        """Every candidate of a batch of prompts."""
-        reader, size = self._reader(shape.prompt), self._rows(self._tokens_at_once // shape.prompt)
+        """Every candidate of a batch of prompts, which is filled up to `size`."""
+        reader = self._reader(shape.prompt)
         tokens, counts = _filled(prompts, size=size, length=shape.prompt)
         wanted = np.zeros((size, 1, shape.first), np.int32)
         for row, own in enumerate(candidates):
@@ -132,7 +138,7 @@ class Continuations:
             if len(ids) > 1
         ]
         self.programs |= {(name, size, reader.capacity) for name in ("start", "prefill")}
-        at_once = min(size, self._rows(_LOGITS_AT_ONCE // shape.further))
+        at_once = min(size, self._rows(_LOGITS_AT_ONCE, shape.further, there=size))
         for first in range(0, len(longer), at_once):
             part = longer[first : first + at_once]
             values = self._further(reader, state, part, size=at_once, length=shape.further)
@@ -183,9 +189,9 @@ class Continuations:
             self._readers[length] = cached.reader(self._model, capacity=capacity)
         return self._readers[length]
 
-    def _rows(self, wanted: int) -> int:
-        """So many, at least one, on each device that holds its own rows."""
-        return max(wanted, 1) * partitioning.row_shards(self._model.mesh)
+    def _rows(self, tokens: int, length: int, *, there: int) -> int:
+        shards = partitioning.row_shards(self._model.mesh)
+        return buckets.rows_at_once(tokens, length, there=there, shards=shards)
 
 
 @functools.cache
@@ -211,7 +217,3 @@ def _filled(rows: Sequence[np.ndarray], *, size: int, length: int) -> tuple[np.n
 def _room(length: int) -> int:
     """Tokens that are read behind a prompt of a bucket; with more of them little is saved."""
     return max(int(length * _ROOM), _LEAST_ROOM)
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << max(number - 1, 0).bit_length()

@@ -21,7 +21,7 @@ from blindvalm_jax import partitioning
 from blindvalm_jax.data.workers import Progress
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.objectives.language_model import Batch, Model
-from blindvalm_jax.tasks import continuations
+from blindvalm_jax.tasks import buckets, continuations
 from blindvalm_jax.tasks.continuations import Continuations, Tokens
 from blindvalm_jax.trained import TrainedModel
 
@@ -144,9 +144,9 @@ class Scorer:
                 )
         found: dict[int, Scored] = {}
         with Progress(title, total=len(rows), unit="row") as progress:
-            for length, places in self._batches(rows):
+            for length, size, places in self._batches(rows):
                 part = [rows[place] for place in places]
-                log_p, best = self._score(part, length)
+                log_p, best = self._score(part, length=length, size=size)
                 for number, (place, row) in enumerate(zip(places, part, strict=True)):
                     asked, each = row.wanted.shape
                     found[place] = Scored(log_p[number, :asked, :each], best[number, :asked])
@@ -182,9 +182,9 @@ class Scorer:
         ):
             found[place] = own
         with Progress("candidates", total=len(shapes) - len(whole), unit="prompt") as progress:
-            for shape, places in pieces.batches(shapes):
+            for shape, size, places in pieces.batches(shapes):
                 part = [prompts[x] for x in places]
-                scored = pieces.score(shape, part, [candidates[x] for x in places])
+                scored = pieces.score(shape, part, [candidates[x] for x in places], size=size)
                 found |= dict(zip(places, scored, strict=True))
                 progress.advance(len(places))
         return [found[place] for place in range(len(prompts))]
@@ -220,31 +220,37 @@ class Scorer:
             found[place][number] = found[place][number].followed_by(more)
         return found
 
-    def _batches(self, rows: Sequence[Row]) -> Iterator[tuple[int, list[int]]]:
-        """Lengths of buckets, and places of the rows of each batch."""
+    def _batches(self, rows: Sequence[Row]) -> Iterator[tuple[int, int, list[int]]]:
+        """Lengths and sizes of batches, and places of the rows of each."""
         keys = [self._bucket(row) for row in rows]
         for key in sorted(set(keys)):
             places = [place for place, own in enumerate(keys) if own == key]
-            size = self._rows_at_once(key[0])
+            size = self._rows_at_once(key[0], len(places))
             for first in range(0, len(places), size):
-                yield key[0], places[first : first + size]
+                yield key[0], size, places[first : first + size]
 
     def _bucket(self, row: Row) -> tuple[int, int, int]:
         asked, each = row.wanted.shape
-        return self._length(len(row.tokens)), _power_of_two(asked), _power_of_two(each)
+        return (
+            self._length(len(row.tokens)),
+            buckets.power_of_two(asked),
+            buckets.power_of_two(each),
+        )
 
     def _length(self, tokens: int) -> int:
         """What a row of so many tokens is filled up to."""
-        length = max(_power_of_two(tokens), _SHORTEST)
+        length = max(buckets.power_of_two(tokens), _SHORTEST)
         return min(length, self.longest) if self.longest else length
 
-    def _rows_at_once(self, length: int) -> int:
+    def _rows_at_once(self, length: int, there: int) -> int:
         shards = partitioning.row_shards(self._model.mesh)
-        return max(self._tokens_at_once // length, 1) * shards
+        return buckets.rows_at_once(self._tokens_at_once, length, there=there, shards=shards)
 
-    def _score(self, rows: Sequence[Row], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """float32 [B, M, K] and [B, M], M and K filled up to those of the bucket."""
-        size, (_, asked, each) = self._rows_at_once(length), self._bucket(rows[0])
+    def _score(
+        self, rows: Sequence[Row], *, length: int, size: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """float32 [B, M, K] and [B, M], B filled up to `size`, M and K to those of the bucket."""
+        _, asked, each = self._bucket(rows[0])
         filled = [*rows, *[rows[-1]] * (size - len(rows))]
         at_BM = np.zeros((size, asked), np.int32)
         wanted_BMK = np.zeros((size, asked, each), np.int32)
@@ -289,7 +295,7 @@ def _compiled(model: Model) -> Callable[..., tuple[Array, Array]]:
             return wanted_BMK, jnp.max(logits_BMV, axis=2) - total_BM1[:, :, 0]
 
         size, count = at_BM.shape
-        each = min(count, _power_of_two(max(_LOGITS_AT_ONCE // size, 1) + 1) // 2)
+        each = min(count, buckets.power_of_two(max(_LOGITS_AT_ONCE // size, 1) + 1) // 2)
 
         def parts(x_BM: Array) -> Array:
             """[B, M, ...] to [M / each, B, each, ...]."""
@@ -303,7 +309,3 @@ def _compiled(model: Model) -> Callable[..., tuple[Array, Array]]:
         return whole(log_p), whole(best)
 
     return jax.jit(run)
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << max(number - 1, 0).bit_length()
