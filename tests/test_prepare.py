@@ -39,8 +39,13 @@ CLIP = small_text.small_clip()
 
 
 def recipe(path: Path, **changes: Any) -> packing.Recipe:
-    """A recipe of 60 documents with a fifth held out, in shards of 16 windows."""
-    source = small_text.write_text(path, small_text.documents(60))
+    """A recipe of 60 documents with a fifth held out, in shards of 16 windows.
+
+    The text is written but once: another process may be reading it.
+    """
+    source = corpora.FileSource((str(path),))
+    if not path.exists():
+        small_text.write_text(path, small_text.documents(60))
     fields: dict[str, Any] = {"tokenizer": BPE, "sequence_length": LENGTH, "eval_fraction": 0.2}
     fields |= {"windows_per_shard": 16, "source": source}
     return packing.Recipe(**{**fields, **changes})
