@@ -106,7 +106,7 @@ def copy_some(source: Path, directory: Path, *, every: int, longest: int) -> Pat
 
 
 def asked(task: str, protocol: str, data: Path) -> Iterator[tuple[str, list[str]]]:
-    """Prompts and their candidates."""
+    """Prompts and their candidates, in the order of the file."""
     if task == "memory_colors":
         lines = _text(data / "memory_color_data.csv").splitlines()[1:]
         rows = [line.split(",") for line in lines]
@@ -114,18 +114,21 @@ def asked(task: str, protocol: str, data: Path) -> Iterator[tuple[str, list[str]
             for _, descriptor, item, _ in rows:
                 word = f"{descriptor.strip()} ".lstrip()
                 prompt = template.replace("[DESCRIPTOR] ", word).replace("[ITEM]", item.strip())
-                yield prompt, sorted({row[3].strip() for row in rows})
+                yield prompt, list(dict.fromkeys(row[3].strip() for row in rows))
     elif task == "shapeit":
         lines = _text(data / "shape_association.csv").splitlines()[1:]
         rows = [[field.strip('"') for field in line.split(",")[:2]] for line in lines]
         for template in SHAPES:
             for word, _ in rows:
-                yield template.replace("[ITEM]", word), sorted({shape for _, shape in rows})
+                yield (
+                    template.replace("[ITEM]", word),
+                    list(dict.fromkeys(shape for _, shape in rows)),
+                )
     elif task == "vicomte_shape_single":
         found = [json.loads(line) for line in _text(data / "test_shape.jsonl").splitlines()]
         for template in VICOMTE:
             for row in found:
-                shapes = sorted({other["obj"] for other in found})
+                shapes = list(dict.fromkeys(other["obj"] for other in found))
                 yield template.replace("[ITEM]", row["sub"]), shapes
     elif task == "relative_size":
         found = [json.loads(line) for line in _text(data / "relative_size.jsonl").splitlines()]
