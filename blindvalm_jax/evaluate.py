@@ -72,6 +72,11 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--data and --tfds_dir both say where the data are: give one of them")
     asked = evaluation.read(_TASKS.value, _PROTOCOL.value, data, cut=cut, tfds=prepared)
     model = model_flags.load()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"results cannot be written to {out}: {error}") from error
+    evaluation.rehearse(asked, model)
     scorer = Scorer(model)
     found = evaluation.run(
         asked,
@@ -79,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
         model.tokenizer,
         protocol=_PROTOCOL.value,
         out=out,
-        about={"model": named.path, "step": model.step},
+        about=evaluation.about(named.path, step=model.step, dtype=model.settings.train.dtype),
     )
     page = report.write(found, out)
     print(f"{page}, {out}/results.json; {scorer.compiled} programs were compiled")
@@ -96,11 +101,12 @@ def _report(arguments: Sequence[str]) -> int:
 
 
 def _out(named: NamedModel) -> Path:
-    if _OUT.value:
-        return Path(_OUT.value).expanduser()
-    if named.run is None or named.step is not None:
+    if not _OUT.value and (named.run is None or named.step is not None):
         raise UserError(f"--out is missing: say where the results of {named.path} are written")
-    return named.run / "eval"
+    out = Path(_OUT.value or f"{named.run}/eval").expanduser()
+    if out.exists() and not out.is_dir():
+        raise UserError(f"results cannot be written to {out}: it is no directory")
+    return out
 
 
 def _compare(arguments: Sequence[str]) -> int:

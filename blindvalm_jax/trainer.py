@@ -172,10 +172,10 @@ def loop(
             begin = time.perf_counter()
             if evaluating:
                 reporter.evaluated(done, objective.evaluate(state.params, frozen))
+            if saving:  # before tasks are asked: nothing they meet costs an update
+                checkpoints.save(state, step=done, config=settings)
             if tasks is not None and asking:
                 reporter.answered(done, tasks.ask(done, state.params, frozen))
-            if saving:
-                checkpoints.save(state, step=done, config=settings)
             reporter.timer.pause(time.perf_counter() - begin)
         checkpoints.wait()
         say(f"done: {last} steps, {workdir}")

@@ -18,7 +18,7 @@ import pytest
 from blindvalm_jax import partitioning, trained
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.objectives.language_model import Batch, Model
-from blindvalm_jax.tasks import answers, catalog
+from blindvalm_jax.tasks import answers, catalog, evaluation
 from blindvalm_jax.tasks.questions import Question
 from blindvalm_jax.tasks.scoring import Row, Scorer
 from blindvalm_jax.tasks.task import Protocol
@@ -60,6 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data.mkdir(parents=True)
     (data / "memory_color_data.csv").write_text(COLORS)
     (data / "shape_association.csv").write_text(SHAPES)
+    (data / "story.txt").write_text("the boat is on the sea")
     heights = [("a tree", "an ant", 1), ("an ant", "a house", 0), ("a tree", "a mouse", 1)]
     lines = [json.dumps({"obj_a": a, "obj_b": b, "label": label}) for a, b, label in heights]
     (data / "tnwit_height.json").write_text("\n".join(lines))
@@ -198,6 +199,19 @@ def test_the_command_writes_what_checks_rely_on(runs: Path, tmp_path: Path) -> N
         (["--tasks=sst2", "--data=DATA"], "sst2_test.jsonl is not in"),
         (["--tasks=sst2"], "--data is missing"),
         (
+            ["--tasks=memory_colors", "--data=DATA", "--out=DATA/vlu/shape_association.csv"],
+            "no dir",
+        ),
+        (
+            [
+                "--tasks=memory_colors,text:DATA/vlu/story.txt",
+                "--data=DATA",
+                "--window=8",
+                "--stride=9",
+            ],
+            "--stride=9 exceeds --window=8",
+        ),
+        (
             ["--tasks=lm", "--data=DATA", "--protocol=published", "--window=8"],
             "--window and --stride are of the corrected protocol",
         ),
@@ -209,3 +223,35 @@ def test_wrong_commands_are_one_line(runs: Path, arguments: list[str], message: 
     assert done.returncode == 1
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+    assert not list(runs.glob("eos/eval/text*")), "asked before all was checked"
+
+
+def test_another_evaluation_of_the_same_model_adds_to_what_is_there(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = trained.load(runs / "gpt2")
+    about = evaluation.about(str(runs / "gpt2"), step=model.step, dtype="float32")
+
+    def run(name: str, about: dict[str, Any]) -> list[str]:
+        found = evaluation.read([name], "published", runs / "data")
+        whole = evaluation.run(
+            found, Scorer(model), model.tokenizer, protocol="published", out=tmp_path, about=about
+        )
+        assert json.loads((tmp_path / "results.json").read_text()) == whole
+        return [*whole["tasks"]]
+
+    assert run("memory_colors", about) == ["memory_colors"]
+    assert run("tnwit_height", about) == ["memory_colors", "tnwit_height"]
+    assert "note" not in capsys.readouterr().out
+    assert run("tnwit_height", {**about, "step": 3}) == ["tnwit_height"]
+    assert "results.json is replaced: it was of step 2" in capsys.readouterr().out
+
+
+def test_scores_that_are_no_numbers_are_refused(runs: Path) -> None:
+    model = trained.load(runs / "gpt2")
+    params = jax.tree.map(lambda x: x * np.nan, model.params)
+    protocol, questions = asked("shapeit", runs / "data")
+    for share in (False, True):
+        scorer = Scorer(dataclasses.replace(model, params=params), share_prompts=share)
+        with pytest.raises(UserError, match="log probabilities are not finite"):
+            answers.answer(scorer, model.tokenizer, protocol, questions)

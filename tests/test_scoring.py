@@ -248,6 +248,18 @@ def test_a_prompt_that_is_read_once_gives_the_scores_of_whole_rows(
         assert count in (0, scorer.compiled)
         count = scorer.compiled
 
+    params = jax.tree.map(lambda x: x * 1.01, model.params)
+    expected = Scorer(dataclasses.replace(model, params=params), tokens_at_once=64)
+    again = expected.continuations(prompts, candidates)
+    caplog.clear()
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        scorer.ask(params, model.frozen)
+        found = scorer.continuations(prompts, candidates)
+    assert "Finished XLA compilation" not in caplog.text
+    for own, right, old in zip(found, again, whole, strict=True):
+        np.testing.assert_array_equal(own[0].log_p, right[0].log_p)
+        assert np.any(own[0].log_p != old[0].log_p)
+
 
 @pytest.mark.slow
 def test_prompts_are_split_over_the_devices_of_a_mesh(saved: Path) -> None:

@@ -74,6 +74,13 @@ def test_asking_changes_no_update_and_is_what_the_run_says_afterwards(files: Pat
     [
         ({"eval__tasks": "colours"}, "eval.tasks=colours: eval.tasks must be names or groups"),
         ({"eval__tasks": "sst2"}, "eval.tasks=sst2: test_with_labels.json or sst2.* is not in"),
+        (
+            {
+                **{"eval__tasks": "lambada", "eval__tasks_protocol": "corrected"},
+                **{"decoder__positions": "learned", "decoder__max_positions": 32},
+            },
+            "eval.tasks=lambada: lambada: a last word of .* tokens: the model has 32",
+        ),
         ({"eval__tasks_data": ""}, "eval.tasks needs eval.tasks_data"),
         ({"grounding__control": "shuffled"}, "eval.tasks cannot be put to a run of"),
         ({"train__objective": "contrastive"}, "eval.tasks are for train.objective=language"),
@@ -83,6 +90,7 @@ def test_what_cannot_be_asked_is_refused_before_training(
     files: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     given = asking(files, **changes)
+    (files / "tasks" / "lambada_test_plain_text.txt").write_text(f"the cat {'z' * 60}\n")
     if "train__objective" in changes:
         given.data.files = ""
     with pytest.raises(UserError, match=message):

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.tasks import texts, topics, visual
+from blindvalm_jax.tasks import last_word, perplexity, texts, topics, visual
 from blindvalm_jax.tasks.last_word import LastWordTask
 from blindvalm_jax.tasks.perplexity import TextTask
 from blindvalm_jax.tasks.questions import Item, Question
@@ -43,6 +43,17 @@ def chosen(names: Sequence[str]) -> list[Task]:
         )
     found = [task for task in known.values() if {task.name, task.group} & set(names)]
     return [*found, *given.values()]
+
+
+def published_faults(name: str) -> tuple[str, ...]:
+    """What is wrong with a task as it was published; none of one that was not."""
+    task = TEXTS.get(name)
+    if isinstance(task, LastWordTask):
+        return last_word.FAULTS
+    if isinstance(task, TextTask):
+        return perplexity.FAULTS
+    protocol = TASKS[name].published if name in TASKS else None
+    return () if protocol is None else protocol.faults
 
 
 @dataclasses.dataclass(frozen=True)

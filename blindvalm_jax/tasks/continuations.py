@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jax import Array
 from blindvalm_jax import partitioning
 from blindvalm_jax.data import prepared
 from blindvalm_jax.decoding import cached
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.tasks import buckets
 from blindvalm_jax.trained import TrainedModel
 
@@ -91,6 +92,10 @@ class Continuations:
         self._tokens_at_once = tokens_at_once
         self._readers: dict[int, cached.Reader] = {}
         self.programs: set[tuple[str | int, ...]] = set()
+
+    def ask(self, model: TrainedModel) -> None:
+        """Goes on with the same model under other parameters."""
+        self._model = model
 
     def shape(self, prompt: np.ndarray, candidates: Candidates) -> Shape | None:
         """None: whole rows do as well, since no candidate has two tokens or one is too long."""
@@ -178,6 +183,7 @@ class Continuations:
     def _log_p(self, logits: Array, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         self.programs.add(("log_p", *wanted.shape))
         log_p_BTK, best_BT = _compiled()(logits, wanted)
+        check_finite(best_BT)
         return np.asarray(log_p_BTK), np.asarray(best_BT)
 
     def _reader(self, length: int) -> cached.Reader:
@@ -192,6 +198,19 @@ class Continuations:
     def _rows(self, tokens: int, length: int, *, there: int) -> int:
         shards = partitioning.row_shards(self._model.mesh)
         return buckets.rows_at_once(tokens, length, there=there, shards=shards)
+
+
+def check_finite(best: Any) -> None:
+    """Refuses log probabilities of the likeliest tokens that are no numbers.
+
+    Raises:
+      UserError: one is not.
+    """
+    if not np.isfinite(np.asarray(best)).all():
+        raise UserError(
+            "the model's log probabilities are not finite: its training has diverged, or bfloat16 "
+            "is too coarse for it; evaluate another checkpoint, or with --dtype=float32"
+        )
 
 
 @functools.cache

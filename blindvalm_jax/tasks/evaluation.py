@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from blindvalm_jax.tasks.asked import Asked, Outcome, Windows
 from blindvalm_jax.tasks.last_word import AskedLastWords, LastWordTask
 from blindvalm_jax.tasks.perplexity import AskedTexts, TextTask
 from blindvalm_jax.tasks.questions import Item, Question
-from blindvalm_jax.tasks.scoring import Scorer
+from blindvalm_jax.tasks.scoring import Rehearsal, Scorer
 from blindvalm_jax.tasks.task import ChoiceTask, Protocol
 from blindvalm_jax.tasks.texts import OwnTexts
+from blindvalm_jax.trained import TrainedModel
 
 PROTOCOLS = ("corrected", "published")
 WINDOWS = Windows()
@@ -113,6 +114,27 @@ def _prepared(
     return AskedTexts(task.name, source, "passage", passages, None, cut)
 
 
+def about(model: str, *, step: int, dtype: str) -> dict[str, Any]:
+    """What results.json says of a model: its directory or hub id, and how it is asked."""
+    path = Path(model)
+    where = str(path.resolve()) if path.exists() else model
+    return {"model": where, "step": step, "dtype": dtype}
+
+
+def rehearse(asked: Sequence[Asked], model: TrainedModel) -> None:
+    """Puts tasks to a model without computing anything, so that none is refused half way.
+
+    Raises:
+      UserError: the model cannot be asked one of them.
+    """
+    scorer = Rehearsal(model)
+    for one in asked:
+        try:
+            one.run(scorer, model.tokenizer)
+        except UserError as error:
+            raise UserError(f"{one.name}: {error}") from error
+
+
 def run(
     asked: Sequence[Asked],
     scorer: Scorer,
@@ -125,29 +147,53 @@ def run(
 ) -> dict[str, Any]:
     """Runs tasks and prints a line for each, unless quiet; `out` gets results.json and TASK.jsonl.
 
-    about: what else results.json says of the model. Returns what results.json holds.
+    about: what else results.json says of the model. Both are written after every task. Tasks that
+    results.json has of the same model stay in it; of another they go, which is said.
+
+    Returns what results.json holds.
     """
-    found: dict[str, Any] = {}
+    head = {**about, "tokenizer": tokenizer.kind}
     tell = _silent if quiet else functools.partial(print, flush=True)
-    tell(HEAD)
-    for one in asked:
-        outcome = one.run(scorer, tokenizer)
-        found[one.name] = {"protocol": protocol, **outcome.entry}
-        text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in outcome.lines)
-        out.mkdir(parents=True, exist_ok=True)
-        files.write_bytes(out / f"{one.name}.jsonl", text.encode())
-        tell(line_of(one.name, found[one.name]))
-        for note in outcome.notes:
-            tell(f"note: {note}")
     whole = {
-        "tasks": found,
-        **about,
-        "tokenizer": tokenizer.kind,
+        "tasks": _kept(out, head, tell),
+        **head,
         "commit": runs.commit(),
         "versions": runs.versions(),
     }
-    files.write_json(out / "results.json", whole)
+    tell(HEAD)
+    for one in asked:
+        outcome = one.run(scorer, tokenizer)
+        entry = {"protocol": protocol, **outcome.entry}
+        whole["tasks"][one.name] = entry
+        text = "".join(f"{_json(line)}\n" for line in outcome.lines)
+        out.mkdir(parents=True, exist_ok=True)
+        files.write_bytes(out / f"{one.name}.jsonl", text.encode())
+        files.write_json(out / "results.json", whole)
+        tell(line_of(one.name, entry))
+        for note in outcome.notes:
+            tell(f"note: {note}")
     return whole
+
+
+def _kept(out: Path, head: Mapping[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
+    """Entries of results.json in `out` that are of the same model."""
+    path = out / "results.json"
+    if not path.exists():
+        return {}
+    before = files.read_object(path)
+    other = [name for name, value in head.items() if before.get(name) != value]
+    there = before.get("tasks")
+    if not other and isinstance(there, dict):
+        return there
+    tell(
+        f"note: {path} is replaced: it was of "
+        + ", ".join(f"{name} {before.get(name)!r}" for name in other)
+    )
+    return {}
+
+
+def _json(line: Mapping[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False, allow_nan=False)
 
 
 def _silent(line: str) -> None:

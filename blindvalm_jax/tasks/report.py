@@ -126,8 +126,7 @@ def _faults(names: Iterable[str]) -> list[str]:
     found: dict[str, list[str]] = {}
     printed = [name for name in names if published.of(name)]
     for name in printed:
-        protocol = catalog.TASKS[name].published if name in catalog.TASKS else None
-        for fault in () if protocol is None else protocol.faults:
+        for fault in catalog.published_faults(name):
             found.setdefault(fault, []).append(name)
     return [f"{fault}: {_listed(own, printed)}" for fault, own in found.items()]
 

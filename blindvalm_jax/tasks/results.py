@@ -95,7 +95,9 @@ def read(directory: Path) -> tuple[dict[str, Any], Path]:
     path = place / "results.json"
     found = files.read_object(path, hint=f"{directory} has not been evaluated")
     lacking = [name for name in _HEAD if name not in found]
-    if not lacking and isinstance(found["tasks"], dict):
+    if not lacking and not isinstance(found["tasks"], dict):
+        raise UserError(f"{path}: tasks must be a table, got {found['tasks']!r}")
+    if not lacking:
         for task, entry in found["tasks"].items():
             lacking += [f"{task}.{name}" for name in _ENTRY if name not in entry]
     if lacking:

@@ -22,7 +22,7 @@ from blindvalm_jax.data.workers import Progress
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.objectives.language_model import Batch, Model
 from blindvalm_jax.tasks import buckets, continuations
-from blindvalm_jax.tasks.continuations import Continuations, Tokens
+from blindvalm_jax.tasks.continuations import Continuations, Tokens, check_finite
 from blindvalm_jax.trained import TrainedModel
 
 _SHORTEST = 16  # tokens of the smallest bucket
@@ -131,6 +131,26 @@ class Scorer:
         Raises:
           UserError: a row is longer than the model's positions, or empty, or lacks its text.
         """
+        self._check(rows)
+        found: dict[int, Scored] = {}
+        with Progress(title, total=len(rows), unit="row") as progress:
+            for length, size, places in self._batches(rows):
+                part = [rows[place] for place in places]
+                log_p, best = self._score(part, length=length, size=size)
+                check_finite(best)
+                for number, (place, row) in enumerate(zip(places, part, strict=True)):
+                    asked, each = row.wanted.shape
+                    found[place] = Scored(log_p[number, :asked, :each], best[number, :asked])
+                progress.advance(len(places))
+        return [found[place] for place in range(len(rows))]
+
+    def ask(self, params: Any, frozen: Mapping[str, Any]) -> None:
+        """Goes on with other parameters of the same model; what is compiled is kept."""
+        self._model = dataclasses.replace(self._model, params=params, frozen=dict(frozen))
+        if self._pieces is not None:
+            self._pieces.ask(self._model)
+
+    def _check(self, rows: Sequence[Row]) -> None:
         for row in rows:
             if not len(row.tokens) or (self.longest and len(row.tokens) > self.longest):
                 raise UserError(
@@ -142,16 +162,6 @@ class Scorer:
                     "the model's tower has a tokenizer of its own, which needs the text of a row, "
                     "and here rows are tokens alone: ask this of another model"
                 )
-        found: dict[int, Scored] = {}
-        with Progress(title, total=len(rows), unit="row") as progress:
-            for length, size, places in self._batches(rows):
-                part = [rows[place] for place in places]
-                log_p, best = self._score(part, length=length, size=size)
-                for number, (place, row) in enumerate(zip(places, part, strict=True)):
-                    asked, each = row.wanted.shape
-                    found[place] = Scored(log_p[number, :asked, :each], best[number, :asked])
-                progress.advance(len(places))
-        return [found[place] for place in range(len(rows))]
 
     def continuations(
         self,
@@ -309,3 +319,19 @@ def _compiled(model: Model) -> Callable[..., tuple[Array, Array]]:
         return whole(log_p), whole(best)
 
     return jax.jit(run)
+
+
+class Rehearsal(Scorer):
+    """A scorer that computes nothing: tasks put to it are refused as they would be, and soon."""
+
+    def __init__(self, model: TrainedModel) -> None:
+        """See `Scorer`."""
+        super().__init__(model, share_prompts=False)
+
+    def scores(self, rows: Sequence[Row], *, title: str = "score") -> list[Scored]:
+        """Checks rows; every token is as likely as any."""
+        self._check(rows)
+        return [
+            Scored(np.full(row.wanted.shape, -1, np.float32), np.zeros(len(row.at), np.float32))
+            for row in rows
+        ]

@@ -6,7 +6,6 @@ metrics.jsonl has the score of each task under eval/tasks/NAME.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,10 @@ class TrainingTasks:
         try:
             if jax.process_count() > 1:
                 raise UserError("tasks are asked by runs of one process: leave them out")
-            Scorer(self._model)
+            self._scorer = Scorer(self._model)
             data = Path(settings.tasks_data).expanduser()
             self._asked = evaluation.read(names, self._protocol, data)
+            evaluation.rehearse(self._asked, self._model)
         except UserError as error:
             told = str(error).replace("--tasks", "eval.tasks").replace("--data", "eval.tasks_data")
             told = told.replace("--protocol", "eval.tasks_protocol")
@@ -47,14 +47,16 @@ class TrainingTasks:
 
     def ask(self, step: int, params: Any, frozen: Mapping[str, Any]) -> dict[str, float]:
         """The score of each task at a step: an accuracy as a share, or a perplexity."""
-        model = dataclasses.replace(self._model, params=params, frozen=frozen, step=step)
+        self._scorer.ask(params, frozen)
         found = evaluation.run(
             self._asked,
-            Scorer(model),
-            model.tokenizer,
+            self._scorer,
+            self._model.tokenizer,
             protocol=self._protocol,
             out=self._workdir / "eval",
-            about={"model": str(self._workdir), "step": step},
+            about=evaluation.about(
+                str(self._workdir), step=step, dtype=self._model.settings.train.dtype
+            ),
             quiet=True,
         )
-        return {f"eval/tasks/{name}": entry["score"] for name, entry in found["tasks"].items()}
+        return {f"eval/tasks/{one.name}": found["tasks"][one.name]["score"] for one in self._asked}
