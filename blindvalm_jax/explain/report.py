@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from blindvalm_jax import files
 from blindvalm_jax.explain.probing import Reading
 from blindvalm_jax.explain.words import Nearest
-from blindvalm_jax.tasks.report import table
+from blindvalm_jax.markdown import table
 
 _GROUNDED, _UNGROUNDED, _INK = "#D55E00", "#666666", "0.15"  # Okabe and Ito's
 _WIDTH = 8.6  # inches

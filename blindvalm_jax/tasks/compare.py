@@ -15,8 +15,8 @@ import numpy as np
 
 from blindvalm_jax import files
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.markdown import table
 from blindvalm_jax.tasks import catalog, figures, results, statistics
-from blindvalm_jax.tasks.report import table
 from blindvalm_jax.tasks.task import GROUPS
 
 # What a line holds that the model has said; the rest is what it was asked.

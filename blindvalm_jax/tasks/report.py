@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from blindvalm_jax import files
+from blindvalm_jax.markdown import table
 from blindvalm_jax.tasks import catalog, figures, published
 
 _ALMOST_ALWAYS = 0.9  # share of answers from which one is named
@@ -226,9 +227,3 @@ def _cut(prompt: str) -> str:
 def _anchor(title: str) -> str:
     """Where a heading of this title is linked to."""
     return "".join(letter for letter in title.lower() if letter.isalnum() or letter in "-_")
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
-    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
-    return ["", *lines, ""]

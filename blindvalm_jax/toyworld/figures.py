@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.markdown import table
 from blindvalm_jax.toyworld import render
 from blindvalm_jax.toyworld.findings import LABELS, WORDS, Conditions, half_width, mean, swept
 from blindvalm_jax.toyworld.world import ATTRIBUTES, Object, WorldConfig, objects
@@ -314,12 +315,6 @@ class Page:
             body = [[title, *(mean(row[k][a]) for k in names)] for title, row in rows.items()]
             lines += table(head, body)
         return lines
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
-    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
-    return ["", *lines, ""]
 
 
 def _spread(

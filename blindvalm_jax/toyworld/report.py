@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from blindvalm_jax import files
+from blindvalm_jax.markdown import table
 from blindvalm_jax.toyworld import (
     figures,
     findings,
@@ -23,7 +24,6 @@ from blindvalm_jax.toyworld import (
     report_short,
     results_file,
 )
-from blindvalm_jax.toyworld.figures import table
 from blindvalm_jax.toyworld.findings import LABELS, WORDINGS, WORDS, mean
 from blindvalm_jax.toyworld.world import ATTRIBUTES, SPLITS, attribute_of
 

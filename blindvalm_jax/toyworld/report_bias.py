@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from blindvalm_jax.markdown import table
 from blindvalm_jax.toyworld import figures, findings, language
-from blindvalm_jax.toyworld.figures import table
 from blindvalm_jax.toyworld.findings import LABELS, WORDS, Gap, mean
 from blindvalm_jax.toyworld.report_probes import gap_table
 from blindvalm_jax.toyworld.world import ATTRIBUTES, WorldConfig, attribute_of, objects

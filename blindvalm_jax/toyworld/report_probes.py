@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from blindvalm_jax.markdown import table
 from blindvalm_jax.toyworld import figures, findings, language, results_file
-from blindvalm_jax.toyworld.figures import table
 from blindvalm_jax.toyworld.findings import LABELS, WORDINGS, WORDS, mean
 from blindvalm_jax.toyworld.world import ATTRIBUTES, TEXT_SPLITS
 
