@@ -15,7 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from blindvalm_jax import config, partitioning
-from blindvalm_jax.data import tokenizers
+from blindvalm_jax.data import byte_level_bpe, tokenizers
 from blindvalm_jax.data.byte_level_bpe import ByteLevelTokenizer
 from blindvalm_jax.data.clip_bpe import ClipTokenizer
 from blindvalm_jax.errors import UserError
@@ -242,6 +242,30 @@ def test_last_words_are_whole_and_as_in_running_text(model: TrainedModel) -> Non
         assert line["right"] == bool((log_p.argmax(axis=1) == stream[-count:]).all())
     mean = np.mean([line["nats"] for line in outcome.lines])
     assert outcome.entry["last_word_perplexity"] == pytest.approx(math.exp(mean))
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("a b ½", 2), ("the cat saw Één", 5), ("so 漢", 3), ("the naïve mat", 1)]
+)
+def test_no_byte_of_the_last_word_is_given(
+    vocabulary: ByteLevelTokenizer, text: str, count: int
+) -> None:
+    """Two bytes of ½ are two tokens; of Één the letter n alone is one byte."""
+    row = last_word._last_word(vocabulary, text)
+    assert len(row.wanted) == count
+    assert vocabulary.decode(row.wanted[:, 0].tolist()).strip() == text.split()[-1]
+    ids = small_text.small_clip().encode_lm(text.split()[-1])
+    asked = last_word._last_word(small_text.small_clip(), text)
+    np.testing.assert_array_equal(asked.wanted[:, 0], ids)
+
+
+def test_a_token_of_a_blank_and_half_a_character_is_of_the_word() -> None:
+    """Trained on letters of one first byte, the blank joins that byte."""
+    vocabulary = byte_level_bpe.train(iter([" À Á Â Ã Ä Å Æ Ç È É Ê Ë"]), vocab_size=258)
+    ids = vocabulary.encode_lm("a É")
+    assert len(ids) == 3
+    row = last_word._last_word(vocabulary, "a É")
+    np.testing.assert_array_equal(row.wanted[:, 0], ids[1:])
 
 
 def pieces(vocabulary: Any, text: str) -> int:

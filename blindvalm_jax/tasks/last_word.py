@@ -116,10 +116,13 @@ def context_word(passages: Sequence[str]) -> float:
 
 
 def _last_word(tokenizer: Tokenizer, text: str) -> Row:
-    """All tokens of the last word as running text has them, behind the end of a text."""
+    """All tokens of the last word as running text has them, behind the end of a text.
+
+    A token is of the word if it holds a byte of it: the first bytes of a character are not given.
+    """
     text = text.rstrip()
-    ids, ends = tokenizer.encode_with_ends(text)
-    given = int(np.sum(ends <= len(text) - len(text.split()[-1])))
+    ids, reach = tokenizer.encode_with_reach(text)
+    given = int(np.sum(reach <= len(text) - len(text.split()[-1])))
     if given == len(ids):
         raise UserError(f"the last word of {text[-40:]!r} has no tokens")
     stream = np.append(np.int32(tokenizer.eos_id), ids)
