@@ -41,7 +41,7 @@ def summary(
     way = protocol.scores[0]
     about = [question.item for question in questions]
     found = statistics.accuracy(answers.right[way], about)
-    without = catalog.baselines(items, questions)
+    without = catalog.baselines(questions)
     per_prompt: dict[int, list[bool]] = {}
     for question, right in zip(questions, answers.right[way], strict=True):
         per_prompt.setdefault(question.template, []).append(bool(right))
@@ -111,7 +111,8 @@ def read_lines(directory: Path, task: str) -> list[dict[str, Any]]:
     """
     path = directory / f"{task}.jsonl"
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}; evaluate again to have it") from error
 
