@@ -74,7 +74,7 @@ def whole(path: Path) -> list[str]:
 def stripped_passages(path: Path) -> list[str]:
     """LAMBADA: the field text of lines of JSON, or the lines of a text; no blanks around."""
     if path.suffix == ".jsonl":
-        found = [str(row["text"]) for row in readers.json_rows(path, ("text",))]
+        found = [row["text"] for row in readers.json_rows(path, ("text",))]
     else:
         found = lines(path)
     return [text.strip() for text in found]
