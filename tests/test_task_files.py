@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.tasks import catalog, comparisons, passages, readers, results
+from blindvalm_jax.tasks import catalog, comparisons, evaluation, passages, readers, results
+from blindvalm_jax.tasks.asked import Outcome, Windows
+from blindvalm_jax.tasks.perplexity import AskedBlocks
 from blindvalm_jax.tasks.questions import Item
+from tests import small_text
+from tests.test_text_tasks import Counting
 
 NEWS = '{"text": "It flies.", "label": "technology"}'
 
@@ -171,3 +177,88 @@ def test_the_majority_is_of_what_is_asked(tmp_path: Path) -> None:
         protocol = catalog.TASKS[name].corrected
         questions = protocol.questions(protocol.items(tmp_path))
         assert catalog.baselines(questions).majority == 0.5
+
+
+def put(directory: Path, name: str, content: str | bytes) -> dict[str, str]:
+    """Writes a file; what results.json says of it."""
+    raw = content if isinstance(content, bytes) else content.encode()
+    (directory / name).write_bytes(raw)
+    return {"name": name, "sha256": hashlib.sha256(raw).hexdigest()}
+
+
+def uniformly(task: str, directory: Path, protocol: str = "corrected") -> Outcome:
+    """A task asked of a model to which all tokens are alike."""
+    [asked] = evaluation.read([task], protocol, directory)
+    vocabulary = small_text.small_bpe()
+    return asked.run(Counting(vocabulary.vocab_size), vocabulary)
+
+
+def test_the_file_of_choices_is_known(tmp_path: Path) -> None:
+    file = put(tmp_path, "agnews_test.csv", "world,Title,Text\n")
+    [asked] = evaluation.read(["agnews"], "corrected", tmp_path)
+    assert isinstance(asked, evaluation.AskedChoice)
+    assert asked.file is not None
+    assert asked.file.entry == file
+    assert "agnews_test.jsonl is not there" in asked.file.notes[0]
+    put(tmp_path, "agnews_test.jsonl", NEWS)
+    [asked] = evaluation.read(["agnews"], "corrected", tmp_path)
+    assert isinstance(asked, evaluation.AskedChoice)
+    assert asked.file is not None
+    assert (asked.file.name, asked.file.notes) == ("agnews_test.jsonl", ())
+
+
+def test_files_of_texts_are_recorded_and_others_than_wanted_noted(tmp_path: Path) -> None:
+    decoded = put(tmp_path, "wikitext103_test_clipbpe.decoded.txt", "= a =\nthe cat\n")
+    valid = put(tmp_path, "wiki.valid.raw", " = B = \nThe mat\n")
+    found = uniformly("wikitext103", tmp_path)
+    assert (found.entry["file"], found.entry["majority_file"]) == (decoded, valid)
+    [note] = [note for note in found.notes if "is not there" in note]
+    assert note.startswith(f"{decoded['name']} was read: wiki.test.raw is not there")
+    raw = put(tmp_path, "wiki.test.raw", " = A = \nThe Cat\n")
+    found = uniformly("wikitext103", tmp_path)
+    assert found.entry["file"] == raw
+    assert not [note for note in found.notes if "is not there" in note]
+    plain = put(tmp_path, "lambada_test_plain_text.txt", "the cat sat\n")
+    found = uniformly("lambada", tmp_path)
+    assert found.entry["file"] == plain
+    assert "lambada_test.jsonl is not there" in found.notes[0]
+
+
+def test_own_files_are_recorded_together(tmp_path: Path) -> None:
+    files = [put(tmp_path, f"{name}.txt", f"the {name}\n") for name in "ab"]
+    assert uniformly(f"text:{tmp_path}/a.txt", tmp_path).entry["file"] == files[0]
+    hashes = "".join(f"{file['sha256']}\n" for file in files).encode()
+    both = {"name": f"{tmp_path}/*.txt", "sha256": hashlib.sha256(hashes).hexdigest()}
+    assert uniformly(f"file:{tmp_path}/*.txt", tmp_path).entry["file"] == both
+
+
+def test_published_blocks_are_not_of_another_edition(tmp_path: Path) -> None:
+    """Raw WikiText has ` @-@ `; the text that the reference scored has hyphens."""
+    raw = "wikitext103_test.txt"
+    put(tmp_path, raw, " = A = \n a well @-@ known cat \n")
+    with pytest.raises(UserError, match=f"{raw} holds ' @-@ ', which the published text does not"):
+        evaluation.read(["wikitext103"], "published", tmp_path)
+    put(tmp_path, raw, "= a =\na well - known cat\n")
+    found = uniformly("wikitext103", tmp_path, "published")
+    assert found.entry["file"]["name"] == raw
+    assert "wikitext103_test_clipbpe.decoded.txt is not there" in found.notes[0]
+    put(tmp_path, raw, " a well @-@ known cat \n")
+    ids = tmp_path / "wikitext103_test_clipbpe.npz"
+    np.savez(ids, ids=np.array([5, 2], np.uint16), lens=np.array([2], np.int32))
+    asked = catalog.TEXTS["wikitext103"].open("published", tmp_path, Windows())
+    assert isinstance(asked, AskedBlocks)
+    assert (asked.blocks.ids is not None, asked.blocks.texts) == (True, None)
+    assert asked.blocks.ids_file == readers.read_file(ids, [ids.name])
+
+
+def test_bytes_are_those_of_what_is_scored(tmp_path: Path) -> None:
+    """No byte order mark, one byte a line end, none for the line feed before a title."""
+    lines = [" = A = ", "", "Über", "", " = B = ", "", "so"]
+    put(tmp_path, "wiki.test.raw", marked("\n".join(lines)))
+    expected = [len("\n".join(own).encode()) for own in (lines[:4], lines[4:])]
+    assert [line["bytes"] for line in uniformly("wikitext103", tmp_path).lines] == expected
+    put(tmp_path, "wiki.test.raw", marked("\r\n".join(lines)))
+    assert [line["bytes"] for line in uniformly("wikitext103", tmp_path).lines] == expected
+    [asked] = evaluation.read(["wikitext103"], "corrected", tmp_path)
+    notes = asked.run(Counting(400), small_text.small_clip()).notes
+    assert "bytes are those of the text before the tokenizer drops its case" in notes

@@ -474,6 +474,7 @@ def test_prepared_tfds_datasets_are_read(tmp_path: Path) -> None:
         {"test": [{"title": "t", "description": "It flies.", "label": 3}]},
     )
     prepare(tmp_path, "lambada", {"test": [{"passage": "one two\n"}, {"passage": "two three"}]})
+    prepare(tmp_path / "one", "lambada", {"test": [{"passage": "one two"}, {"passage": "alone"}]})
     prepare(tmp_path, "glue/sst2", {"validation": [{"sentence": "fun ", "label": 1, "idx": 0}]})
     names = ["agnews", "sst2", "lambada", "lambada_perplexity"]
     sst2, news, perplexities, words = evaluation.read(names, "corrected", None, tfds=tmp_path)
@@ -488,6 +489,8 @@ def test_prepared_tfds_datasets_are_read(tmp_path: Path) -> None:
     assert isinstance(words, last_word.AskedLastWords)
     assert isinstance(perplexities, AskedTexts)
     assert sorted(words.passages) == sorted(perplexities.texts) == ["one two", "two three"]
+    with pytest.raises(UserError, match="lambada: passage . has no two words: 'alone'"):
+        evaluation.read(["lambada"], "corrected", None, tfds=tmp_path / "one")
     with pytest.raises(UserError, match="mpqa is not read from --tfds_dir: name sst2, agnews"):
         evaluation.read(["mpqa"], "corrected", None, tfds=tmp_path)
     with pytest.raises(UserError, match="wikitext103 is not read from --tfds_dir"):

@@ -6,6 +6,8 @@ Nothing is downloaded: the files lie in a directory that the user names, or belo
 from __future__ import annotations
 
 import csv
+import dataclasses
+import hashlib
 import io
 import json
 import re
@@ -13,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from blindvalm_jax.data.file_hashes import file_hashes
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.tasks.questions import Item
 
@@ -54,6 +57,45 @@ def _places(data: Path, name: str) -> list[Path]:
         for path in sorted(data.glob("/".join(["*"] * depth + [name])))
         if path.is_file()
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A file that was read; preferred: what was looked for first, where that is another name."""
+
+    name: str
+    sha256: str
+    preferred: str = ""
+
+    @property
+    def entry(self) -> dict[str, str]:
+        """What results.json says of it."""
+        return {"name": self.name, "sha256": self.sha256}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A note where another file was preferred."""
+        if not self.preferred:
+            return ()
+        return (f"{self.name} was read: {self.preferred} is not there, and may hold other data",)
+
+
+def read_file(path: Path, names: Sequence[str]) -> File:
+    """What to record of a file that `find` found by these names."""
+    [found] = file_hashes([path])
+    return File(path.name, found.sha256, names[0] if path.name != names[0] else "")
+
+
+def read_files(paths: Sequence[Path], pattern: str) -> File:
+    """What to record of the files of a pattern.
+
+    Several go by the pattern, and by the hash of their hashes, each on a line of its own.
+    """
+    hashes = [found.sha256 for found in file_hashes(paths)]
+    if len(paths) == 1:
+        return File(paths[0].name, hashes[0])
+    lines = "".join(f"{own}\n" for own in hashes)
+    return File(pattern, hashlib.sha256(lines.encode()).hexdigest())
 
 
 def text_of(path: Path) -> str:
