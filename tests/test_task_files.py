@@ -35,6 +35,7 @@ def read(directory: Path, task: str, name: str, content: str | bytes) -> list[It
         ("sst2", "sst2_test.jsonl", ""),
         ("sst2", "sst2_test.jsonl", "\n \n"),
         ("sst2", "sst2_test.jsonl", "[]"),
+        ("mpqa", "mpqa_test.json", "\ufeff"),
         ("memory_colors", "memory_color_data.csv", "Index,Descriptor,Item,Color\n"),
         ("agnews", "agnews_test.csv", "\n"),
         ("size_pairs_legacy", "sizePairsFull.txt", "\n"),
@@ -80,6 +81,12 @@ def test_a_passage_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path.write_text('{"text": "one two"}\n{"text": null}\n')
     with pytest.raises(UserError, match="example 2 has null as text"):
         passages.stripped_passages(path)
+
+
+def test_a_row_is_named_by_its_line(tmp_path: Path) -> None:
+    content = 'world,Title,"one\n\ntwo"\n\nworld,Title\n'
+    with pytest.raises(UserError, match=r"agnews_test.csv:5 has 2 fields"):
+        read(tmp_path, "agnews", "agnews_test.csv", content)
 
 
 def test_a_field_may_be_long(tmp_path: Path) -> None:

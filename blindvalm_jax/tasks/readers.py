@@ -128,10 +128,10 @@ def csv_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     Raises:
       UserError: the first line is another, a row has more or fewer fields, or there is none.
     """
-    head, *rows = _fields(path) or [[]]
+    (_, head), *rows = _fields(path) or [(1, [])]
     if head != [*columns]:
         raise UserError(f"{path} begins with {head}, expected the columns {[*columns]}")
-    return _some(path, [_row(path, number, columns, row) for number, row in enumerate(rows, 2)])
+    return _some(path, [_row(path, number, columns, row) for number, row in rows])
 
 
 def bare_csv_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
@@ -140,16 +140,17 @@ def bare_csv_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     Raises:
       UserError: a row has more or fewer fields, or there is none.
     """
-    rows = enumerate(_fields(path), 1)
+    rows = _fields(path)
     return _some(path, [_row(path, number, columns, row) for number, row in rows])
 
 
-def _fields(path: Path) -> list[list[str]]:
-    """Rows that are not blank; a field may be as long as the file."""
+def _fields(path: Path) -> list[tuple[int, list[str]]]:
+    """Rows that are not blank, and the line each ends in; a field may be as long as the file."""
     text = text_of(path)
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     try:
-        return [row for row in csv.reader(io.StringIO(text, newline="")) if row]
+        reader = csv.reader(io.StringIO(text, newline=""))
+        return [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
         raise UserError(f"{path} cannot be read as comma-separated values: {error}") from error
 
@@ -178,7 +179,7 @@ def json_rows(path: Path, texts: Sequence[str], others: Sequence[str] = ()) -> l
             rows = json.loads(text)
         else:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also: a number too long
         raise UserError(f"{path} is neither a JSON list nor lines of JSON: {error}") from error
     for number, row in enumerate(rows, 1):
         wanted = (*texts, *others)
