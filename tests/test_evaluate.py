@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import subprocess
 import sys
@@ -176,6 +177,9 @@ def test_the_command_writes_what_checks_rely_on(runs: Path, tmp_path: Path) -> N
     assert needed <= colors.keys()
     assert (colors["protocol"], colors["n"], colors["random"]) == ("corrected", 4, 0.25)
     assert np.mean(colors["per_prompt"]) == pytest.approx(colors["score"])
+    content = (runs / "data" / "vlu" / "memory_color_data.csv").read_bytes()
+    file = {"name": "memory_color_data.csv", "sha256": hashlib.sha256(content).hexdigest()}
+    assert colors["file"] == file
     page = (runs / "eos" / "eval" / "report.md").read_text()
     assert f"| {100 * colors['score']:.2f} |" in page
     lines = (runs / "eos" / "eval" / "memory_colors.jsonl").read_text().splitlines()

@@ -201,7 +201,7 @@ def test_counts_and_baselines_of_the_real_files(name: str, shared: Path) -> None
     protocol = catalog.TASKS[name].corrected
     items = protocol.items(shared / "data" / "eval")
     found = protocol.questions(items)
-    of = catalog.baselines(items, found)
+    of = catalog.baselines(found)
     assert (len(items), len(found[0].candidates)) == TABLE[name][:2]
     assert (round(100 * of.majority, 2), round(100 * of.random, 2)) == TABLE[name][2:]
 
@@ -233,7 +233,7 @@ def test_what_the_published_scripts_ask(
     items = protocol.items(shared / "data" / "eval")
     found = protocol.questions(items)
     assert len(found) == count
-    assert 100 * catalog.baselines(items, found).majority == pytest.approx(majority, abs=0.02)
+    assert 100 * catalog.baselines(found).majority == pytest.approx(majority, abs=0.02)
 
 
 def test_the_published_script_skips_one_of_the_official_topics(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from blindvalm_jax import config, partitioning
-from blindvalm_jax.data import tokenizers
+from blindvalm_jax.data import byte_level_bpe, tokenizers
 from blindvalm_jax.data.byte_level_bpe import ByteLevelTokenizer
 from blindvalm_jax.data.clip_bpe import ClipTokenizer
 from blindvalm_jax.errors import UserError
@@ -244,6 +244,30 @@ def test_last_words_are_whole_and_as_in_running_text(model: TrainedModel) -> Non
     assert outcome.entry["last_word_perplexity"] == pytest.approx(math.exp(mean))
 
 
+@pytest.mark.parametrize(
+    ("text", "count"), [("a b ½", 2), ("the cat saw Één", 5), ("so 漢", 3), ("the naïve mat", 1)]
+)
+def test_no_byte_of_the_last_word_is_given(
+    vocabulary: ByteLevelTokenizer, text: str, count: int
+) -> None:
+    """Two bytes of ½ are two tokens; of Één the letter n alone is one byte."""
+    row = last_word._last_word(vocabulary, text)
+    assert len(row.wanted) == count
+    assert vocabulary.decode(row.wanted[:, 0].tolist()).strip() == text.split()[-1]
+    ids = small_text.small_clip().encode_lm(text.split()[-1])
+    asked = last_word._last_word(small_text.small_clip(), text)
+    np.testing.assert_array_equal(asked.wanted[:, 0], ids)
+
+
+def test_a_token_of_a_blank_and_half_a_character_is_of_the_word() -> None:
+    """Trained on letters of one first byte, the blank joins that byte."""
+    vocabulary = byte_level_bpe.train(iter([" À Á Â Ã Ä Å Æ Ç È É Ê Ë"]), vocab_size=258)
+    ids = vocabulary.encode_lm("a É")
+    assert len(ids) == 3
+    row = last_word._last_word(vocabulary, "a É")
+    np.testing.assert_array_equal(row.wanted[:, 0], ids[1:])
+
+
 def pieces(vocabulary: Any, text: str) -> int:
     """Of how many tokens at the end of a text the last word needs all."""
     ids, word = vocabulary.encode_lm(text).tolist(), text.split()[-1]
@@ -450,6 +474,7 @@ def test_prepared_tfds_datasets_are_read(tmp_path: Path) -> None:
         {"test": [{"title": "t", "description": "It flies.", "label": 3}]},
     )
     prepare(tmp_path, "lambada", {"test": [{"passage": "one two\n"}, {"passage": "two three"}]})
+    prepare(tmp_path / "one", "lambada", {"test": [{"passage": "one two"}, {"passage": "alone"}]})
     prepare(tmp_path, "glue/sst2", {"validation": [{"sentence": "fun ", "label": 1, "idx": 0}]})
     names = ["agnews", "sst2", "lambada", "lambada_perplexity"]
     sst2, news, perplexities, words = evaluation.read(names, "corrected", None, tfds=tmp_path)
@@ -464,6 +489,8 @@ def test_prepared_tfds_datasets_are_read(tmp_path: Path) -> None:
     assert isinstance(words, last_word.AskedLastWords)
     assert isinstance(perplexities, AskedTexts)
     assert sorted(words.passages) == sorted(perplexities.texts) == ["one two", "two three"]
+    with pytest.raises(UserError, match="lambada: passage . has no two words: 'alone'"):
+        evaluation.read(["lambada"], "corrected", None, tfds=tmp_path / "one")
     with pytest.raises(UserError, match="mpqa is not read from --tfds_dir: name sst2, agnews"):
         evaluation.read(["mpqa"], "corrected", None, tfds=tmp_path)
     with pytest.raises(UserError, match="wikitext103 is not read from --tfds_dir"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from blindvalm_jax import files
 from blindvalm_jax.config import SMALLEST_BPE
 from blindvalm_jax.data import tokenizer_files
-from blindvalm_jax.data.token_ends import Encoded, complete_characters
+from blindvalm_jax.data.token_ends import Encoded, begun_characters, complete_characters
 from blindvalm_jax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -110,7 +110,18 @@ class ByteLevelTokenizer:
         Raises:
           UserError: the tokenizer changes the text, so that tokens have no place in it.
         """
-        valid = _valid(text)
+        return self._encoded(_valid(text), complete_characters)
+
+    def encode_with_reach(self, text: str) -> Encoded:
+        """Ids and how far each token reaches: behind the last character it holds a byte of.
+
+        Raises:
+          UserError: see `encode_with_ends`.
+        """
+        return self._encoded(_valid(text), begun_characters)
+
+    def _encoded(self, valid: str, characters: Callable[[str], np.ndarray]) -> Encoded:
+        """Ids, and ends in bytes as numbers of characters."""
         ids = self.encode_lm(valid)
         ends = np.cumsum(self._byte_lengths[ids], dtype=np.int32)
         covered = int(ends[-1]) if ends.size else 0
@@ -119,7 +130,7 @@ class ByteLevelTokenizer:
                 f"this {self.kind} tokenizer normalises text, so its tokens cannot be aligned "
                 f"with CLIP's: use one without normaliser and prefix space"
             )
-        return Encoded(ids, ends if valid.isascii() else complete_characters(valid)[ends])
+        return Encoded(ids, ends if valid.isascii() else characters(valid)[ends])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; bytes that are no UTF-8 become U+FFFD."""

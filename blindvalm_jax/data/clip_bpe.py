@@ -84,6 +84,10 @@ class ClipTokenizer:
         """Language-model ids, and where in the raw text each token ends (see `alignment`)."""
         return Encoded(*self._ends.encode(text)[:2])
 
+    def encode_with_reach(self, text: str) -> Encoded:
+        """The same: a token that holds a part of a character ends behind it."""
+        return self.encode_with_ends(text)
+
     def encode_words(self, text: str) -> EncodedWords:
         """`encode_with_ends`, and from where on in the raw text each token is certain."""
         return self._ends.encode(text)

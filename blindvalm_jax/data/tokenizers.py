@@ -39,6 +39,9 @@ class Tokenizer(Vocabulary, Protocol):
     def encode_with_ends(self, text: str) -> Encoded:
         """Language-model ids, and where in the raw text each token ends (see `alignment`)."""
 
+    def encode_with_reach(self, text: str) -> Encoded:
+        """The same, but a token that holds a part of a character ends behind that character."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of own ids."""
 

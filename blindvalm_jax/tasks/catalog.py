@@ -10,7 +10,7 @@ from blindvalm_jax.errors import UserError
 from blindvalm_jax.tasks import last_word, perplexity, texts, topics, visual
 from blindvalm_jax.tasks.last_word import LastWordTask
 from blindvalm_jax.tasks.perplexity import TextTask
-from blindvalm_jax.tasks.questions import Item, Question
+from blindvalm_jax.tasks.questions import Question
 from blindvalm_jax.tasks.task import GROUPS, ChoiceTask
 from blindvalm_jax.tasks.texts import OwnTexts
 
@@ -68,16 +68,15 @@ class Baselines:
     random: float
 
 
-def baselines(items: Sequence[Item], questions: Sequence[Question]) -> Baselines:
-    """Of the data set: `items` for the majority, `questions` for what may be drawn.
+def baselines(questions: Sequence[Question]) -> Baselines:
+    """Of what is asked.
 
     Where candidates differ from question to question, the answer is the place of the candidate.
     """
     if len({question.candidates for question in questions}) == 1:
-        [(label, count)] = Counter(item.answer for item in items).most_common(1)
-        majority = count / len(items)
+        right = Counter(question.candidates[question.answer] for question in questions)
     else:
-        [(place, count)] = Counter(question.answer for question in questions).most_common(1)
-        label, majority = f"candidate {place + 1}", count / len(questions)
+        right = Counter(f"candidate {question.answer + 1}" for question in questions)
+    [(label, count)] = right.most_common(1)
     drawn = sum(1 / len(question.candidates) for question in questions) / len(questions)
-    return Baselines(label, majority, drawn)
+    return Baselines(label, count / len(questions), drawn)

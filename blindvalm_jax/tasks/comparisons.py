@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from blindvalm_jax.errors import UserError
@@ -59,59 +59,99 @@ _COUNTED_TWICE = "each answer is counted twice in the total, so that the accurac
 _ONE_ORDER = "pairs are asked in the order of the file"
 
 
-def pairs(path: Path, *, first: str, second: str, relation: str, more: object) -> list[Item]:
-    """Pairs A, B in the order of a file; relation: its field, `more` where A is the more."""
-    return [
-        Item(
-            id=" | ".join(sorted((row[first], row[second]))),
-            words={"a": row[first], "b": row[second]},
-            answer=_MORE if row[relation] == more else _LESS,
-        )
-        for row in readers.json_rows(path, (first, second, relation))
-    ]
+def pairs(
+    path: Path, *, first: str, second: str, relation: str, more: object, less: object
+) -> list[Item]:
+    """Pairs A, B in the order of a file; relation: its field, `more` where A is the more.
+
+    Raises:
+      UserError: the relation is neither `more` nor `less`, or pairs contradict each other.
+    """
+    said = {(type(more), more): _MORE, (type(less), less): _LESS}
+    found = []
+    for number, row in enumerate(readers.json_rows(path, (first, second), (relation,)), 1):
+        value = row[relation]
+        if not isinstance(value, int | str) or (type(value), value) not in said:
+            raise UserError(
+                f"{path}: example {number} has {value!r} as {relation}, expected {more!r} or "
+                f"{less!r}"
+            )
+        words = {"a": row[first], "b": row[second]}
+        found.append(Item(id=_id(words), words=words, answer=said[type(value), value]))
+    return _agreeing(path, found)
+
+
+def _id(words: Mapping[str, str]) -> str:
+    """Of a pair in both orders."""
+    return " | ".join(sorted(words.values()))
+
+
+def _agreeing(path: Path, items: list[Item]) -> list[Item]:
+    """The items of a file, if no two of them contradict each other."""
+    try:
+        both_orders(items)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return items
 
 
 def _sized(path: Path) -> list[Item]:
-    return pairs(path, first="sub", second="obj", relation="size", more="big")
+    return pairs(path, first="sub", second="obj", relation="size", more="big", less="small")
 
 
 def _labelled(path: Path) -> list[Item]:
-    return pairs(path, first="obj_a", second="obj_b", relation="label", more=1)
+    return pairs(path, first="obj_a", second="obj_b", relation="label", more=1, less=0)
 
 
 def _larger_first(path: Path) -> list[Item]:
     """Lines of two words, the larger thing first; all are asked whether that is so."""
     found = []
-    for number, line in enumerate(readers.text_of(path).splitlines(), 1):
+    for number, line in enumerate(readers.lines_of(path), 1):
         words = line.split()
         if len(words) != 2:
             raise UserError(f"{path}:{number} has {len(words)} words, expected LARGER SMALLER")
         a, b = words
-        found.append(Item(id=" | ".join(sorted(words)), words={"a": a, "b": b}, answer="yes"))
+        found.append(Item(id=_id({"a": a, "b": b}), words={"a": a, "b": b}, answer="yes"))
+    _agreeing(path, [dataclasses.replace(item, answer=_MORE) for item in found])
     return found
 
 
 def _larger_first_and_last(path: Path) -> list[Item]:
     """The same, and each pair the other way round, of which the right answer is no."""
     found = _larger_first(path)
-    turned = [
-        Item(id=item.id, words={"a": item.words["b"], "b": item.words["a"]}, answer="no")
-        for item in found
-    ]
-    return [*found, *turned]
+    return [*found, *(dataclasses.replace(turned(item), answer="no") for item in found)]
 
 
 def both_orders(items: Sequence[Item]) -> list[Item]:
-    """The items, and each the other way round where that is not among them."""
-    found = {(item.words["a"], item.words["b"]): item for item in items}
-    for (a, b), item in list(found.items()):
-        turned = Item(
-            id=item.id,
-            words={"a": b, "b": a},
-            answer=_LESS if item.answer == _MORE else _MORE,
-        )
-        found.setdefault((b, a), turned)
+    """Every pair in both orders, each asked once: those of the items, and those turned round.
+
+    Items that say the same of a pair, in one order or both, are one pair here and one cluster,
+    however many rows they are of the file (`n` of an entry counts rows).
+
+    Raises:
+      UserError: two items contradict each other, or a thing is compared with itself.
+    """
+    found: dict[tuple[str, str], Item] = {}
+    for item in items:
+        a, b = item.words["a"], item.words["b"]
+        if a == b:
+            raise UserError(f"{a!r} is compared with itself: leave it out")
+        alike = found.get((a, b), item), found.get((b, a), turned(item))
+        if alike[0].answer != item.answer or alike[1].answer == item.answer:
+            raise UserError(f"{a!r} is said to be both more and less than {b!r}: leave one out")
+        found.setdefault((a, b), item)
+    for item in list(found.values()):
+        found.setdefault((item.words["b"], item.words["a"]), turned(item))
     return list(found.values())
+
+
+def turned(item: Item) -> Item:
+    """A pair the other way round."""
+    return Item(
+        id=item.id,
+        words={"a": item.words["b"], "b": item.words["a"]},
+        answer=_LESS if item.answer == _MORE else _MORE,
+    )
 
 
 def which(templates: Sequence[str]) -> Ask:

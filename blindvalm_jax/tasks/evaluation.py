@@ -12,7 +12,7 @@ from typing import Any
 from blindvalm_jax import files, runs
 from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.tasks import answers, catalog, results, tfds_data
+from blindvalm_jax.tasks import answers, catalog, readers, results, tfds_data
 from blindvalm_jax.tasks.asked import Asked, Outcome, Windows
 from blindvalm_jax.tasks.last_word import AskedLastWords, LastWordTask
 from blindvalm_jax.tasks.perplexity import AskedTexts, TextTask
@@ -38,6 +38,7 @@ class AskedChoice:
     protocol: Protocol
     items: list[Item]
     questions: list[Question]
+    file: readers.File | None = None
 
     @property
     def name(self) -> str:
@@ -47,10 +48,15 @@ class AskedChoice:
     def run(self, scorer: Scorer, tokenizer: Tokenizer) -> Outcome:
         """Asks the model."""
         said = answers.answer(scorer, tokenizer, self.protocol, self.questions)
-        entry = results.summary(self.task, self.protocol, self.items, self.questions, said)
-        notes: tuple[str, ...] = ()
+        entry = results.summary(
+            self.task, self.protocol, self.items, self.questions, said, file=self.file
+        )
+        notes = () if self.file is None else self.file.notes
         if said.cut:
-            notes = (f"{said.cut} prompts lost their beginning: {scorer.longest} positions",)
+            notes = (
+                *notes,
+                f"{said.cut} prompts lost their beginning: {scorer.longest} positions",
+            )
         return Outcome(entry, list(results.lines(self.questions, said, self.protocol)), notes)
 
 
@@ -88,7 +94,7 @@ def read(
         elif isinstance(task, ChoiceTask):
             way = task.protocols[protocol]
             items = way.items(data)
-            found.append(AskedChoice(task, way, items, way.questions(items)))
+            found.append(AskedChoice(task, way, items, way.questions(items), way.file(data)))
         else:
             found.append(task.open(protocol, data, cut))
     return found

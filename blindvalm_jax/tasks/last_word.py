@@ -14,7 +14,7 @@ import numpy as np
 
 from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.tasks import statistics
+from blindvalm_jax.tasks import readers, statistics
 from blindvalm_jax.tasks.asked import Asked, Outcome, Windows
 from blindvalm_jax.tasks.passages import Texts, straight_quotes
 from blindvalm_jax.tasks.perplexity import power
@@ -43,21 +43,29 @@ class LastWordTask:
         Raises:
           UserError: the file is not there, or not what it should be; or a passage is one word.
         """
-        passages = self.texts.open(data)
-        for number, text in enumerate(passages):
-            if len(text.split()) < 2:
-                raise UserError(f"{self.name}: passage {number} is one word: {text!r}")
-        return AskedLastWords(self.name, self.source, protocol, passages)
+        passages, file = self.texts.open(data)
+        return AskedLastWords(self.name, self.source, protocol, passages, file)
 
 
 @dataclasses.dataclass(frozen=True)
 class AskedLastWords:
-    """The last words of passages."""
+    """The last words of passages; file: what these are of, None of a TFDS data set.
+
+    Raises:
+      UserError: a passage is one word, or none.
+    """
 
     name: str
     source: str
     protocol: str
     passages: list[str]
+    file: readers.File | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the passages, wherever they are from."""
+        for number, text in enumerate(self.passages):
+            if len(text.split()) < 2:
+                raise UserError(f"{self.name}: passage {number} has no two words: {text[:40]!r}")
 
     def run(self, scorer: Scorer, tokenizer: Tokenizer) -> Outcome:
         """Asks for every token of the word, or as published for the last one."""
@@ -100,8 +108,11 @@ class AskedLastWords:
             "prompts_cut": cut,
             "faults": list(FAULTS) if published else [],
             "source": self.source,
+            "file": None if self.file is None else self.file.entry,
         }
-        notes = (f"{cut} passages lost their beginning: {scorer.longest} positions",) if cut else ()
+        notes = () if self.file is None else self.file.notes
+        if cut:
+            notes = (*notes, f"{cut} passages lost their beginning: {scorer.longest} positions")
         return Outcome(entry, lines, notes)
 
 
@@ -116,10 +127,13 @@ def context_word(passages: Sequence[str]) -> float:
 
 
 def _last_word(tokenizer: Tokenizer, text: str) -> Row:
-    """All tokens of the last word as running text has them, behind the end of a text."""
+    """All tokens of the last word as running text has them, behind the end of a text.
+
+    A token is of the word if it holds a byte of it: the first bytes of a character are not given.
+    """
     text = text.rstrip()
-    ids, ends = tokenizer.encode_with_ends(text)
-    given = int(np.sum(ends <= len(text) - len(text.split()[-1])))
+    ids, reach = tokenizer.encode_with_reach(text)
+    given = int(np.sum(reach <= len(text) - len(text.split()[-1])))
     if given == len(ids):
         raise UserError(f"the last word of {text[-40:]!r} has no tokens")
     stream = np.append(np.int32(tokenizer.eos_id), ids)

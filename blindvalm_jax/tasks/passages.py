@@ -24,6 +24,13 @@ CLIP_FINGERPRINT = "2fe2c1a3f033352bb928cbd0d2731e12c8918788c441a647884d41605100
 ReadTexts = Callable[[Path], list[str]]
 
 
+class Opened(NamedTuple):
+    """Documents, and the file that they are of."""
+
+    texts: list[str]
+    file: readers.File
+
+
 @dataclasses.dataclass(frozen=True)
 class Texts:
     """Files, the preferred one first, how they are read, and what is a document in them."""
@@ -32,14 +39,14 @@ class Texts:
     read: ReadTexts
     document: str
 
-    def open(self, data: Path) -> list[str]:
-        """The documents.
+    def open(self, data: Path) -> Opened:
+        """The documents, and their file.
 
         Raises:
           UserError: there is no such file, it is not what it should be, or holds no text.
         """
         path = readers.find(data, self.files)
-        return _some(self.read(path), path)
+        return Opened(_some(self.read(path), path), readers.read_file(path, self.files))
 
 
 def articles(path: Path) -> list[str]:
@@ -74,7 +81,7 @@ def whole(path: Path) -> list[str]:
 def stripped_passages(path: Path) -> list[str]:
     """LAMBADA: the field text of lines of JSON, or the lines of a text; no blanks around."""
     if path.suffix == ".jsonl":
-        found = [str(row["text"]) for row in readers.json_rows(path, ("text",))]
+        found = [row["text"] for row in readers.json_rows(path, ("text",))]
     else:
         found = lines(path)
     return [text.strip() for text in found]
@@ -124,17 +131,20 @@ class EncodedLines(NamedTuple):
 
     ids: list[np.ndarray]
     texts: list[str] | None
+    file: readers.File | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     """Lines as fairseq makes blocks of them: in CLIP's tokens, or as texts for other tokenizers.
 
-    ids, texts: None where there is no such file, of one of them there is.
+    ids, texts: None where there is no such file, of one of them there is; the files they are of.
     """
 
     ids: list[np.ndarray] | None
     texts: list[str] | None
+    ids_file: readers.File | None = None
+    texts_file: readers.File | None = None
 
     def encode(self, tokenizer: Tokenizer) -> EncodedLines:
         """The ids where they are those of the tokenizer, else of the texts.
@@ -143,7 +153,7 @@ class Blocks:
           UserError: the tokenizer is not CLIP's own, and there is no text.
         """
         if self.ids is not None and tokenizer.fingerprint == CLIP_FINGERPRINT:
-            return EncodedLines(self.ids, None)
+            return EncodedLines(self.ids, None, self.ids_file)
         if self.texts is None:
             raise UserError(
                 "these ids are of CLIP's own tokenizer, and the model has another: bring the text "
@@ -153,29 +163,48 @@ class Blocks:
             np.append(own, tokenizer.eos_id).astype(np.int32)
             for own in tokenizer.encode_lm_batch(self.texts)
         ]
-        return EncodedLines(ids, self.texts)
+        return EncodedLines(ids, self.texts, self.texts_file)
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockFiles:
-    """Files of ids, and of the texts, one of which is enough; how a line is changed before."""
+    """Files of ids, and of the texts, one of which is enough; how a line is changed before.
+
+    unlike: what no line of the reference's text holds, and another edition of it does.
+    """
 
     ids: tuple[str, ...]
     texts: tuple[str, ...]
     change: Callable[[str], str] = str
+    unlike: str | None = None
 
     def open(self, data: Path) -> Blocks:
-        """The lines.
+        """The lines. A text of another edition is left aside where there are ids.
 
         Raises:
           UserError: there is neither file, or one is not what it should be.
         """
         path = readers.find(data, (*self.ids, *self.texts))
-        ids = fairseq_lines(path) if path.name in self.ids else None
-        if ids is None or readers.holds(data, self.texts):
-            path = readers.find(data, self.texts)
-            return Blocks(ids, _some([self.change(line) for line in lines(path)], path))
-        return Blocks(ids, None)
+        if path.name not in self.ids:
+            return self._with_texts(path, Blocks(None, None))
+        ids = Blocks(fairseq_lines(path), None, readers.read_file(path, self.ids))
+        if not readers.holds(data, self.texts):
+            return ids
+        path = readers.find(data, self.texts)
+        return ids if self._is_unlike(path) else self._with_texts(path, ids)
+
+    def _with_texts(self, path: Path, blocks: Blocks) -> Blocks:
+        if self._is_unlike(path):
+            raise UserError(
+                f"{path} holds {self.unlike!r}, which the published text does not: bring "
+                f"{self.texts[0]}, or take --protocol=corrected"
+            )
+        texts = _some([self.change(line) for line in lines(path)], path)
+        file = readers.read_file(path, self.texts)
+        return dataclasses.replace(blocks, texts=texts, texts_file=file)
+
+    def _is_unlike(self, path: Path) -> bool:
+        return self.unlike is not None and self.unlike in readers.text_of(path)
 
 
 def _some(texts: Sequence[str], path: Path) -> list[str]:

@@ -55,7 +55,14 @@ class TextTask:
             known = valid is not None and readers.holds(data, valid.files)
             counted = valid.open(data) if valid is not None and known else None
             of = self.corrected
-            return AskedTexts(self.name, self.source, of.document, of.open(data), counted, cut)
+            texts, file = of.open(data)
+            return AskedTexts(
+                *(self.name, self.source, of.document, texts),
+                None if counted is None else counted.texts,
+                cut,
+                file=file,
+                majority_file=None if counted is None else counted.file,
+            )
         if self.blocks is None:
             raise UserError(f"{self.name} was not published with a protocol: take corrected")
         beside = self.blocks_valid
@@ -74,6 +81,8 @@ class AskedTexts:
     texts: list[str]
     counted: list[str] | None
     cut: Windows
+    file: readers.File | None = None
+    majority_file: readers.File | None = None
 
     def run(self, scorer: Scorer, tokenizer: Tokenizer) -> Outcome:
         """Scores every token of every document."""
@@ -88,6 +97,8 @@ class AskedTexts:
                 texts=self.texts,
                 counted=None if self.counted is None else tokenizer.encode_lm_batch(self.counted),
                 cut=cut,
+                file=self.file,
+                majority_file=self.majority_file,
             ),
             (self.name, self.source),
             scorer,
@@ -108,6 +119,7 @@ class AskedBlocks:
     def run(self, scorer: Scorer, tokenizer: Tokenizer) -> Outcome:
         """Scores every line with its end token, behind an end token."""
         lines = self.blocks.encode(tokenizer)
+        counted = None if self.counted is None else self.counted.encode(tokenizer)
         longest = min(LONGEST_BLOCK, scorer.longest or LONGEST_BLOCK)
         kept = [number for number, ids in enumerate(lines.ids) if len(ids) <= longest]
         skipped = len(lines.ids) - len(kept)
@@ -118,8 +130,10 @@ class AskedBlocks:
                 ids=lines.ids,
                 kept=kept,
                 texts=None if lines.texts is None else [f"{line}\n" for line in lines.texts],
-                counted=None if self.counted is None else self.counted.encode(tokenizer).ids,
+                counted=None if counted is None else counted.ids,
                 cut=Windows(longest, longest),
+                file=lines.file,
+                majority_file=None if counted is None else counted.file,
             ),
             (self.name, self.source),
             scorer,
@@ -134,7 +148,8 @@ class Tokens:
     """What is scored: tokens of documents or lines, and how they are cut.
 
     kept: places of those that are scored. texts: what they were made of, None where unknown.
-    counted: tokens of the unigram baseline.
+    counted: tokens of the unigram baseline. file, majority_file: what the documents and those of
+    the baseline are of, None where they are of no file.
     """
 
     document: str
@@ -143,6 +158,8 @@ class Tokens:
     texts: list[str] | None
     counted: list[np.ndarray] | None
     cut: Windows
+    file: readers.File | None
+    majority_file: readers.File | None
 
 
 def _scored(
@@ -154,7 +171,14 @@ def _scored(
     faults: Sequence[str] = (),
     notes: tuple[str, ...] = (),
 ) -> Outcome:
-    """Entry, a line for each document, and notes; about: name and source of the task."""
+    """Entry, a line for each document, and notes; about: name and source of the task.
+
+    Bytes and words are those of the texts that are handed to the tokenizer, of documents that are
+    scored: in UTF-8, without a byte order mark and with one byte at the end of a line, and without
+    what stands between two documents (of articles the line feed before a title). The tokenizer may
+    change them: CLIP's drops case and joins white space. Lines of the published protocol have the
+    line feed that their end token stands for.
+    """
     (name, source), ids = about, [tokens.ids[number] for number in tokens.kept]
     if not ids:
         raise UserError(f"{name}: nothing is left to score of {len(tokens.ids)} documents")
@@ -170,7 +194,9 @@ def _scored(
             text = tokens.texts[number]
             line |= {"bytes": len(text.encode()), "words": len(text.split())}
         if lower_cased:
-            notes = (*notes, "bytes are those of the file, whose case the tokenizer drops")
+            notes = (*notes, "bytes are those of the text before the tokenizer drops its case")
+    for file in (tokens.file, tokens.majority_file):
+        notes = notes if file is None else (*notes, *file.notes)
     counts = np.array([len(own) for own in ids])
     entry = {
         **_entry(nats, counts, lines),
@@ -183,6 +209,8 @@ def _scored(
         "lower_cased": lower_cased,
         "faults": list(faults),
         "source": source,
+        "file": None if tokens.file is None else tokens.file.entry,
+        "majority_file": None if tokens.majority_file is None else tokens.majority_file.entry,
     }
     return Outcome(entry, lines, notes)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from blindvalm_jax import files
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.tasks import catalog, statistics
+from blindvalm_jax.tasks import catalog, readers, statistics
 from blindvalm_jax.tasks.answers import Answers
 from blindvalm_jax.tasks.questions import Item, Question
 from blindvalm_jax.tasks.task import ChoiceTask, Protocol
@@ -31,8 +31,10 @@ def summary(
     items: Sequence[Item],
     questions: Sequence[Question],
     answers: Answers,
+    *,
+    file: readers.File | None = None,
 ) -> dict[str, Any]:
-    """The entry of results.json.
+    """The entry of results.json; file: the one the items are of, None of a TFDS data set.
 
     score: accuracy, counted as the protocol does, and so are majority and random; stderr, interval:
     of it, clustered by item; None of a single item. per_prompt: accuracy by template. answers: how
@@ -41,7 +43,7 @@ def summary(
     way = protocol.scores[0]
     about = [question.item for question in questions]
     found = statistics.accuracy(answers.right[way], about)
-    without = catalog.baselines(items, questions)
+    without = catalog.baselines(questions)
     per_prompt: dict[int, list[bool]] = {}
     for question, right in zip(questions, answers.right[way], strict=True):
         per_prompt.setdefault(question.template, []).append(bool(right))
@@ -66,6 +68,7 @@ def summary(
         "prompts_cut": answers.cut,
         "faults": list(protocol.faults),
         "source": task.source,
+        "file": None if file is None else file.entry,
     }
 
 
@@ -113,7 +116,8 @@ def read_lines(directory: Path, task: str) -> list[dict[str, Any]]:
     """
     path = directory / f"{task}.jsonl"
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}; evaluate again to have it") from error
 

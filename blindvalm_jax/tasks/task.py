@@ -51,6 +51,10 @@ class Protocol:
         """
         return self.read(readers.find(data, self.files))
 
+    def file(self, data: Path) -> readers.File:
+        """The file that `items` reads; raises as it does."""
+        return readers.read_file(readers.find(data, self.files), self.files)
+
     def questions(self, items: list[Item]) -> list[Question]:
         """All that is asked about the items."""
         return list(self.ask(items))

@@ -6,8 +6,9 @@ import dataclasses
 import re
 from pathlib import Path
 
+from blindvalm_jax.data import corpora
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.tasks import passages
+from blindvalm_jax.tasks import passages, readers
 from blindvalm_jax.tasks.asked import Asked, Windows
 from blindvalm_jax.tasks.last_word import LastWordTask
 from blindvalm_jax.tasks.passages import BlockFiles, Texts
@@ -21,9 +22,11 @@ KINDS = {
 }
 _WIKITEXT = "WikiText-103 (Merity et al. 2017), test split"
 _LAMBADA = "LAMBADA (Paperno et al. 2016), test split"
+_HYPHEN = " @-@ "  # of WikiText; the reference's text has hyphens, and other quotes
 _WIKITEXT_VALID = BlockFiles(
     ids=("wikitext103_valid_clipbpe.npz",),
     texts=("wikitext103_valid_clipbpe.decoded.txt", "wikitext103_valid.txt"),
+    unlike=_HYPHEN,
 )
 
 
@@ -51,6 +54,7 @@ TASKS: tuple[TextTask | LastWordTask, ...] = (
         blocks=BlockFiles(
             ids=("wikitext103_test_clipbpe.npz",),
             texts=("wikitext103_test_clipbpe.decoded.txt", "wikitext103_test.txt"),
+            unlike=_HYPHEN,
         ),
         blocks_valid=_WIKITEXT_VALID,
     ),
@@ -112,7 +116,8 @@ class OwnTexts:
         if protocol != "corrected":
             raise UserError(f"{self.name} was not published with a protocol: take corrected")
         found = passages.of_pattern(self.pattern, by_file=self.kind == "file")
-        return AskedTexts(self.name, self.pattern, KINDS[self.kind], found, None, cut)
+        file = readers.read_files(corpora.find_files([self.pattern]), self.pattern)
+        return AskedTexts(self.name, self.pattern, KINDS[self.kind], found, None, cut, file)
 
 
 def own(name: str) -> OwnTexts | None:

@@ -1,0 +1,271 @@
+"""What the files of tasks may hold, and how one line refuses the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.tasks import catalog, comparisons, evaluation, passages, readers, results
+from blindvalm_jax.tasks.asked import Outcome, Windows
+from blindvalm_jax.tasks.perplexity import AskedBlocks
+from blindvalm_jax.tasks.questions import Item
+from tests import small_text
+from tests.test_text_tasks import Counting
+
+NEWS = '{"text": "It flies.", "label": "technology"}'
+
+
+def read(directory: Path, task: str, name: str, content: str | bytes) -> list[Item]:
+    """The items of a task whose file holds this."""
+    raw = content if isinstance(content, bytes) else content.encode()
+    (directory / name).write_bytes(raw)
+    return catalog.TASKS[task].corrected.items(directory)
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "content"),
+    [
+        ("sst2", "sst2_test.jsonl", ""),
+        ("sst2", "sst2_test.jsonl", "\n \n"),
+        ("sst2", "sst2_test.jsonl", "[]"),
+        ("mpqa", "mpqa_test.json", "\ufeff"),
+        ("memory_colors", "memory_color_data.csv", "Index,Descriptor,Item,Color\n"),
+        ("agnews", "agnews_test.csv", "\n"),
+        ("size_pairs_legacy", "sizePairsFull.txt", "\n"),
+        ("tnwit_size", "tnwit_size.json", ""),
+    ],
+)
+def test_a_file_without_rows_is_refused(tmp_path: Path, task: str, name: str, content: str) -> None:
+    with pytest.raises(UserError, match=f"{name} holds no rows"):
+        read(tmp_path, task, name, content)
+
+
+def test_a_published_file_of_one_line_is_refused(tmp_path: Path) -> None:
+    """The script leaves the first line out."""
+    (tmp_path / "agnews_test.csv").write_text("world,Title,Text\n")
+    published = catalog.TASKS["agnews"].published
+    assert published is not None
+    with pytest.raises(UserError, match=r"agnews_test.csv holds no rows"):
+        published.items(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "row", "message"),
+    [
+        ("sst2", "sst2_test.jsonl", {"text": None, "label": "Positive"}, "null as text"),
+        ("sst2", "sst2_test.jsonl", {"text": "so", "label": 1}, "1 as label"),
+        ("agnews", "agnews_test.jsonl", {"text": ["so"], "label": "world"}, r'\["so"\] as text'),
+        ("relative_size", "relative_size.jsonl", {"sub": 5, "obj": "b", "size": "big"}, "5 as sub"),
+        ("vicomte_shape_single", "test_shape.jsonl", {"sub": "a", "obj": None}, "null as obj"),
+        ("sst2", "sst2_test.jsonl", {"text": "\ud83d", "label": "Positive"}, r"ud83d. as text"),
+    ],
+)
+def test_what_is_no_text_is_refused(
+    tmp_path: Path, task: str, name: str, row: dict[str, Any], message: str
+) -> None:
+    good = {key: "big" if key == "size" else "Positive" for key in row}
+    content = "\n".join(map(json.dumps, (good, row)))
+    with pytest.raises(UserError, match=f"{name}: example 2 has .*{message}, expected a text"):
+        read(tmp_path, task, name, content)
+
+
+def test_a_passage_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "lambada_test.jsonl"
+    path.write_text('{"text": "one two"}\n{"text": null}\n')
+    with pytest.raises(UserError, match="example 2 has null as text"):
+        passages.stripped_passages(path)
+
+
+def test_a_row_is_named_by_its_line(tmp_path: Path) -> None:
+    content = 'world,Title,"one\n\ntwo"\n\nworld,Title\n'
+    with pytest.raises(UserError, match=r"agnews_test.csv:5 has 2 fields"):
+        read(tmp_path, "agnews", "agnews_test.csv", content)
+
+
+def test_a_field_may_be_long(tmp_path: Path) -> None:
+    long = "word " * 40_000
+    [item] = read(tmp_path, "agnews", "agnews_test.csv", f'world,Title,"{long}"\n')
+    assert item.words["text"] == long
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0c", "\x1c"])
+def test_only_line_feeds_end_a_line(tmp_path: Path, mark: str) -> None:
+    row = json.dumps({"text": f"so{mark}it is", "label": "Positive"}, ensure_ascii=False)
+    [item] = read(tmp_path, "sst2", "sst2_test.jsonl", f"{row}\n")
+    assert item.words["text"] == f"so{mark}it is"
+    path = tmp_path / "agnews_test.csv"
+    path.write_text(f"a,b,c\nworld,Title,so{mark}it is\n", encoding="utf-8")
+    assert readers.split_rows(path) == [["world", "Title", f"so{mark}it is"]]
+    (tmp_path / "own.jsonl").write_text(f"{row}\n{row}\n", encoding="utf-8")
+    assert len(results.read_lines(tmp_path, "own")) == 2
+
+
+def marked(content: str) -> bytes:
+    return b"\xef\xbb\xbf" + content.encode()
+
+
+def with_returns(content: str) -> bytes:
+    return content.replace("\n", "\r\n").encode()
+
+
+@pytest.mark.parametrize("changed", [marked, with_returns])
+@pytest.mark.parametrize(
+    ("task", "name", "content"),
+    [
+        ("agnews", "agnews_test.jsonl", f"{NEWS}\n{NEWS}\n"),
+        ("agnews", "agnews_test.csv", 'world,Title,"one\ntwo"\n3,Title,Text\n'),
+        ("mpqa", "mpqa_test.json", '[{"text": "a",\n"label": "Positive"}]\n'),
+        ("memory_colors", "memory_color_data.csv", "Index,Descriptor,Item,Color\n1,a,sea,blue\n"),
+        ("size_pairs_legacy", "sizePairsFull.txt", "cow ant\nhouse cow\n"),
+    ],
+)
+def test_marks_and_returns_change_nothing(
+    tmp_path: Path, task: str, name: str, content: str, changed: Callable[[str], bytes]
+) -> None:
+    assert read(tmp_path, task, name, changed(content)) == read(tmp_path, task, name, content)
+
+
+def test_blank_lines_end_a_list_of_pairs(tmp_path: Path) -> None:
+    found = read(tmp_path, "size_pairs_legacy", "sizePairsFull.txt", "cow ant\n\n \n")
+    assert [item.answer for item in found] == ["yes", "no"]
+
+
+@pytest.mark.parametrize("label", ["1", 7, None, True, 1.0, []])
+def test_another_relation_is_refused(tmp_path: Path, label: object) -> None:
+    row = json.dumps({"obj_a": "ant", "obj_b": "cow", "label": label})
+    with pytest.raises(UserError, match=r"example 1 has .* as label, expected 1 or 0"):
+        read(tmp_path, "tnwit_size", "tnwit_size.json", row)
+
+
+def sized(*rows: tuple[str, str, str]) -> str:
+    return "\n".join(json.dumps({"sub": a, "obj": b, "size": size}) for a, b, size in rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("ant", "cow", "small"), ("ant", "cow", "big")], "'ant' is said to be both more and"),
+        ([("ant", "cow", "small"), ("cow", "ant", "small")], "'cow' is said to be both more and"),
+        ([("ant", "ant", "small")], "'ant' is compared with itself"),
+    ],
+)
+def test_pairs_that_contradict_are_refused(
+    tmp_path: Path, rows: list[tuple[str, str, str]], message: str
+) -> None:
+    with pytest.raises(UserError, match=f"relative_size.jsonl: {message}"):
+        read(tmp_path, "relative_size", "relative_size.jsonl", sized(*rows))
+
+
+def test_legacy_pairs_that_contradict_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="both more and less"):
+        read(tmp_path, "size_pairs_legacy", "sizePairsFull.txt", "cow ant\nant cow\n")
+
+
+def test_pairs_that_agree_are_rows_and_asked_once(tmp_path: Path) -> None:
+    rows = [("ant", "cow", "small"), ("cow", "ant", "big"), ("ant", "cow", "small")]
+    found = read(tmp_path, "relative_size", "relative_size.jsonl", sized(*rows))
+    assert len(found) == 3
+    asked = comparisons.both_orders(found)
+    assert [(item.words["a"], item.answer) for item in asked] == [("ant", "less"), ("cow", "more")]
+
+
+def test_the_majority_is_of_what_is_asked(tmp_path: Path) -> None:
+    """The first thing is always larger, and both orders are asked: half are larger, half not."""
+    rows = [("cow", "ant", "big"), ("house", "cow", "big"), ("tree", "bee", "big")]
+    (tmp_path / "relative_size.jsonl").write_text(sized(*rows))
+    for name in ("relative_size", "relative_size_than"):
+        protocol = catalog.TASKS[name].corrected
+        questions = protocol.questions(protocol.items(tmp_path))
+        assert catalog.baselines(questions).majority == 0.5
+
+
+def put(directory: Path, name: str, content: str | bytes) -> dict[str, str]:
+    """Writes a file; what results.json says of it."""
+    raw = content if isinstance(content, bytes) else content.encode()
+    (directory / name).write_bytes(raw)
+    return {"name": name, "sha256": hashlib.sha256(raw).hexdigest()}
+
+
+def uniformly(task: str, directory: Path, protocol: str = "corrected") -> Outcome:
+    """A task asked of a model to which all tokens are alike."""
+    [asked] = evaluation.read([task], protocol, directory)
+    vocabulary = small_text.small_bpe()
+    return asked.run(Counting(vocabulary.vocab_size), vocabulary)
+
+
+def test_the_file_of_choices_is_known(tmp_path: Path) -> None:
+    file = put(tmp_path, "agnews_test.csv", "world,Title,Text\n")
+    [asked] = evaluation.read(["agnews"], "corrected", tmp_path)
+    assert isinstance(asked, evaluation.AskedChoice)
+    assert asked.file is not None
+    assert asked.file.entry == file
+    assert "agnews_test.jsonl is not there" in asked.file.notes[0]
+    put(tmp_path, "agnews_test.jsonl", NEWS)
+    [asked] = evaluation.read(["agnews"], "corrected", tmp_path)
+    assert isinstance(asked, evaluation.AskedChoice)
+    assert asked.file is not None
+    assert (asked.file.name, asked.file.notes) == ("agnews_test.jsonl", ())
+
+
+def test_files_of_texts_are_recorded_and_others_than_wanted_noted(tmp_path: Path) -> None:
+    decoded = put(tmp_path, "wikitext103_test_clipbpe.decoded.txt", "= a =\nthe cat\n")
+    valid = put(tmp_path, "wiki.valid.raw", " = B = \nThe mat\n")
+    found = uniformly("wikitext103", tmp_path)
+    assert (found.entry["file"], found.entry["majority_file"]) == (decoded, valid)
+    [note] = [note for note in found.notes if "is not there" in note]
+    assert note.startswith(f"{decoded['name']} was read: wiki.test.raw is not there")
+    raw = put(tmp_path, "wiki.test.raw", " = A = \nThe Cat\n")
+    found = uniformly("wikitext103", tmp_path)
+    assert found.entry["file"] == raw
+    assert not [note for note in found.notes if "is not there" in note]
+    plain = put(tmp_path, "lambada_test_plain_text.txt", "the cat sat\n")
+    found = uniformly("lambada", tmp_path)
+    assert found.entry["file"] == plain
+    assert "lambada_test.jsonl is not there" in found.notes[0]
+
+
+def test_own_files_are_recorded_together(tmp_path: Path) -> None:
+    files = [put(tmp_path, f"{name}.txt", f"the {name}\n") for name in "ab"]
+    assert uniformly(f"text:{tmp_path}/a.txt", tmp_path).entry["file"] == files[0]
+    hashes = "".join(f"{file['sha256']}\n" for file in files).encode()
+    both = {"name": f"{tmp_path}/*.txt", "sha256": hashlib.sha256(hashes).hexdigest()}
+    assert uniformly(f"file:{tmp_path}/*.txt", tmp_path).entry["file"] == both
+
+
+def test_published_blocks_are_not_of_another_edition(tmp_path: Path) -> None:
+    """Raw WikiText has ` @-@ `; the text that the reference scored has hyphens."""
+    raw = "wikitext103_test.txt"
+    put(tmp_path, raw, " = A = \n a well @-@ known cat \n")
+    with pytest.raises(UserError, match=f"{raw} holds ' @-@ ', which the published text does not"):
+        evaluation.read(["wikitext103"], "published", tmp_path)
+    put(tmp_path, raw, "= a =\na well - known cat\n")
+    found = uniformly("wikitext103", tmp_path, "published")
+    assert found.entry["file"]["name"] == raw
+    assert "wikitext103_test_clipbpe.decoded.txt is not there" in found.notes[0]
+    put(tmp_path, raw, " a well @-@ known cat \n")
+    ids = tmp_path / "wikitext103_test_clipbpe.npz"
+    np.savez(ids, ids=np.array([5, 2], np.uint16), lens=np.array([2], np.int32))
+    asked = catalog.TEXTS["wikitext103"].open("published", tmp_path, Windows())
+    assert isinstance(asked, AskedBlocks)
+    assert (asked.blocks.ids is not None, asked.blocks.texts) == (True, None)
+    assert asked.blocks.ids_file == readers.read_file(ids, [ids.name])
+
+
+def test_bytes_are_those_of_what_is_scored(tmp_path: Path) -> None:
+    """No byte order mark, one byte a line end, none for the line feed before a title."""
+    lines = [" = A = ", "", "Über", "", " = B = ", "", "so"]
+    put(tmp_path, "wiki.test.raw", marked("\n".join(lines)))
+    expected = [len("\n".join(own).encode()) for own in (lines[:4], lines[4:])]
+    assert [line["bytes"] for line in uniformly("wikitext103", tmp_path).lines] == expected
+    put(tmp_path, "wiki.test.raw", marked("\r\n".join(lines)))
+    assert [line["bytes"] for line in uniformly("wikitext103", tmp_path).lines] == expected
+    [asked] = evaluation.read(["wikitext103"], "corrected", tmp_path)
+    notes = asked.run(Counting(400), small_text.small_clip()).notes
+    assert "bytes are those of the text before the tokenizer drops its case" in notes
