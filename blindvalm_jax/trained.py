@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,13 @@ def from_weights(
     section, since weights do not record how z is made: readout and segments, of a VALM also
     source, index and neighbours. dtype: of decoder and tower.
 
+    A GPT-2 may have more entries than its tokenizer: they stay in its softmax, as in transformers,
+    and are never written; a note says so.
+
     Raises:
       UserError: it is no such model, lacks something, or its parts do not go together.
     """
-    found = _read_decoder(directory)
+    layout, found = _read_decoder(directory)
     spec = found.config
     if not isinstance(spec, weights.DecoderSpec):
         raise UserError(f"{directory} is a {weights.kind_of(spec)}, not a decoder")
@@ -106,11 +110,13 @@ def from_weights(
         raise UserError(f"{directory} has no tokenizer beside it: name the directory of its own")
     record = found.tokenizer or {"kind": tokenizer_kind or "gpt2"}
     vocabulary = _read_tokenizer(place, record, source=str(directory))
-    if vocabulary.vocab_size != spec.vocab_size:
-        raise UserError(
-            f"{directory} knows {spec.vocab_size} tokens, the tokenizer in {place} has "
-            f"{vocabulary.vocab_size}: name the tokenizer that it was trained with"
-        )
+    _check_sizes(
+        spec.vocab_size,
+        vocabulary.vocab_size,
+        may_be_padded=layout == "hf_gpt2" or found.tokenizer is not None,
+        source=str(directory),
+        place=place,
+    )
     named = {"tower": str(tower), "tokenizer": str(tower_tokenizer), "dtype": dtype}
     settings = _settings_of(
         spec,
@@ -151,14 +157,14 @@ def in_training(objective: language.Language) -> TrainedModel:
     )
 
 
-def _read_decoder(directory: str | Path) -> formats.Converted:
-    """Weights of ours, or of a Hugging Face GPT-2."""
+def _read_decoder(directory: str | Path) -> tuple[str, formats.Converted]:
+    """Layout and weights: ours, or of a Hugging Face GPT-2."""
     path = hub.local_path(directory)
     found = formats.open_model(path)
     if found.layout == "weights":
-        return formats.load_weights(path)
+        return found.layout, formats.load_weights(path)
     if found.layout == "hf_gpt2":
-        return formats.load(found)
+        return found.layout, formats.load(found)
     if found.layout == "run":
         raise UserError(
             f"{path} is a run, which is read whole: weights without a run were expected"
@@ -177,6 +183,27 @@ def _read_tokenizer(place: str | Path, record: Mapping[str, str], *, source: str
             f"{source} was trained with another tokenizer than lies in {place}: bring its own back"
         )
     return found
+
+
+def _check_sizes(
+    entries: int, pieces: int, *, may_be_padded: bool, source: str, place: str
+) -> None:
+    """Refuses a model of `entries` with a tokenizer of `pieces` that cannot be its own.
+
+    may_be_padded: entries that no text gives are known to be possible, and noted on stderr.
+    """
+    if pieces > entries or (pieces < entries and not may_be_padded):
+        raise UserError(
+            f"{source} knows {entries} tokens, the tokenizer in {place} has {pieces}: name the "
+            "tokenizer that it was trained with"
+        )
+    if pieces < entries:
+        print(
+            f"note: {source} knows {entries} tokens, the tokenizer in {place} has {pieces}: the "
+            f"other {entries - pieces} keep their share of the probability and are never written",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _settings_of(

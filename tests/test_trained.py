@@ -20,6 +20,7 @@ from blindvalm_jax import config, convert, indexing, partitioning, system, train
 from blindvalm_jax.data import packing, pipeline, tokenizers
 from blindvalm_jax.data.images import FolderImages
 from blindvalm_jax.data.windows import Windows
+from blindvalm_jax.decoding import generation
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import clip_model, weights
 from blindvalm_jax.objectives import language
@@ -321,6 +322,57 @@ def test_a_hugging_face_gpt2_answers_as_transformers_does(tmp_path: Path) -> Non
         np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
     with pytest.raises(UserError, match="rows of 65 tokens exceed the model's 64 learned posi"):
         model.batch(["the"], length=LENGTH + 1)
+
+
+@pytest.mark.torch
+def test_a_padded_gpt2_keeps_its_softmax_and_writes_only_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """1e-5 as above; the last 7 entries, of which the likeliest is one, stand for no text."""
+    from tests import make_golden
+
+    vocab, merges = tiny_tokenizers.gpt2_parts()
+    theirs = make_golden.gpt2_model(
+        vocab_size=len(vocab) + 7, n_positions=LENGTH, n_embd=16, n_layer=2, n_head=2
+    )
+    with make_golden.torch.no_grad():
+        table = theirs.transformer.wte.weight
+        table[-7:] = 3 * table[:7]
+    theirs.save_pretrained(tmp_path / "hf")
+    tiny_tokenizers.write_pair(tmp_path / "hf", vocab, merges)
+    flags.FLAGS.mark_as_parsed()
+    with flagsaver.as_parsed(input=str(tmp_path / "hf"), out=str(tmp_path / "ours")):
+        convert.main(["convert"])
+    capsys.readouterr()
+    for name in ("hf", "ours"):
+        model = trained.from_weights(tmp_path / name)
+        said = capsys.readouterr().err
+        assert f"knows {len(vocab) + 7} tokens, the tokenizer in" in said
+        assert said.count("\n") == 1
+        batch = model.batch([SENTENCE])
+        expected = make_golden.gpt2_logits(theirs, np.asarray(batch.tokens_BT))
+        _, logits = answers(model, batch)
+        assert logits.shape[-1] == len(vocab) + 7
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+        likeliest = logits[0].argmax(axis=-1)
+        assert (likeliest >= len(vocab)).any()
+    prompt = np.asarray(batch.tokens_BT)[0, : int(np.argmax(likeliest >= len(vocab))) + 1]
+    writer = generation.Generator(model, start=False)
+    [written] = writer.generate([prompt], max_new_tokens=8).texts
+    assert max(written.tokens) < len(vocab)
+
+
+@pytest.mark.torch
+def test_a_tokenizer_with_more_pieces_than_a_gpt2_knows_is_refused(tmp_path: Path) -> None:
+    from tests import make_golden
+
+    vocab, merges = tiny_tokenizers.gpt2_parts()
+    make_golden.gpt2_model(
+        vocab_size=len(vocab) - 1, n_positions=LENGTH, n_embd=16, n_layer=1, n_head=2
+    ).save_pretrained(tmp_path)
+    tiny_tokenizers.write_pair(tmp_path, vocab, merges)
+    with pytest.raises(UserError, match=r"knows \d+ tokens, the tokenizer in .* has \d+: name"):
+        trained.from_weights(tmp_path)
 
 
 @pytest.mark.parametrize(
