@@ -23,6 +23,7 @@ from blindvalm_jax.data.windows import Windows
 from blindvalm_jax.decoding import generation
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import clip_model, weights
+from blindvalm_jax.named_model import NamedModel
 from blindvalm_jax.objectives import language
 from blindvalm_jax.objectives.language_model import Batch, Model
 from blindvalm_jax.trained import TrainedModel
@@ -439,6 +440,22 @@ def test_a_tokenizer_of_another_size_than_unrecorded_weights_is_refused(
     other: dict[str, Any] = {"tokenizer": random_weights / "bpe", "tokenizer_kind": "train"}
     with pytest.raises(UserError, match=r"knows \d+ tokens, the tokenizer in .*/bpe has 330: name"):
         trained.from_weights(file.parent, tower=exported, **other)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dtype": "auto"}, "dtype must be one of float32, bfloat16, got 'auto'"),
+        ({"workdir": 5}, r"workdir must be a text, got 5 \(int\)"),
+        ({"tower": None}, r"tower must be a text, got None \(NoneType\)"),
+        ({"neighbours": "3"}, r"neighbours must be a whole number, 0 or more, got '3' \(str\)"),
+        ({"neighbours": -1}, "neighbours must be a whole number, 0 or more, got -1"),
+    ],
+)
+def test_a_name_with_values_that_are_none(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        NamedModel(**{"workdir": "nowhere", **values}).load()
+    assert "\n" not in str(caught.value)
 
 
 def test_a_valm_of_weights_finds_its_images(tmp_path: Path) -> None:
