@@ -288,6 +288,7 @@ def test_what_is_asked_of_a_generation() -> None:
         ({"max_length": -3}, "max_length=-3: expected"),
         ({"max_length": "many"}, "max_length=many: expected"),
         ({"tokens_at_once": 0}, "tokens_at_once=0: expected"),
+        ({"tokens_at_once": None}, "tokens_at_once=None: expected"),
         ({"add_bos_token": "no"}, "add_bos_token=no: expected true or false"),
         ({"dtype": "auto"}, "dtype must be one of float32, bfloat16, got 'auto'"),
         ({"hf": 5}, r"hf must be a text, got 5 \(int\)"),
@@ -398,18 +399,26 @@ def test_the_harness_counts_what_evaluate_counts(gpt2: Path, data: Path, own_tas
 
 
 def test_a_tower_with_a_tokenizer_of_its_own_is_asked_choices(
-    aligned: dict[str, Any], data: Path, own_tasks: Path
+    aligned: dict[str, Any], data: Path
 ) -> None:
     """As `evaluate` asks them, 1e-5: the rows are the same."""
     harness_or_skip()
-    task = "tnwit_height"
+    from blindvalm_jax.lm_eval import adapter
+
     model = NamedModel(**aligned).load(mesh=partitioning.make_mesh(MeshConfig()))
-    protocol = catalog.TASKS[task].protocols["corrected"]
-    questions = protocol.questions(protocol.items(data))
-    expected = answers.answer(Scorer(model), model.tokenizer, protocol, questions)
-    found = harness("blindvalm", aligned, data, own_tasks, tasks=[f"blindvalm_{task}"])
-    for one, scores in zip(answered(found, f"blindvalm_{task}"), expected.scores, strict=True):
-        np.testing.assert_allclose([value for value, _ in one], scores, atol=1e-5, rtol=0)
+    protocol = catalog.TASKS["tnwit_height"].protocols["corrected"]
+    questions = protocol.questions(protocol.items(data))[:6]
+    expected = answers.answer(Scorer(model), model.tokenizer, protocol, questions).scores
+    pairs = [
+        (question.prompt, f" {word}") for question in questions for word in question.candidates
+    ]
+    found = adapter.BlindValm(**aligned).loglikelihood(
+        requests("loglikelihood", *pairs), disable_tqdm=True
+    )
+    np.testing.assert_allclose(
+        [value for value, _ in found], np.concatenate(expected), atol=1e-5, rtol=0
+    )
+    assert len({round(value, 3) for value, _ in found}) > 6
 
 
 def test_a_tower_with_a_tokenizer_of_its_own_is_asked_nothing_else(

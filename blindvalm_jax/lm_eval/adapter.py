@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,17 +60,10 @@ class BlindValm(TemplateLM):
           UserError: an unknown argument or a value that is none of it, or see `NamedModel.load`.
         """
         super().__init__()
-        unknown = sorted(set(named) - _FIELDS)
-        if unknown:
-            raise UserError(
-                f"--model_args has {', '.join(unknown)}; {NAME} knows add_bos_token, max_length, "
-                f"tokens_at_once, {', '.join(sorted(_FIELDS))}"
-            )
-        if add_bos_token not in (None, True, False):
-            raise UserError(f"add_bos_token={add_bos_token}: expected true or false")
-        for argument, value in (("max_length", max_length), ("tokens_at_once", tokens_at_once)):
-            if value is not None and (type(value) is not int or value < 1):
-                raise UserError(f"{argument}={value}: expected a number of tokens, 1 or more")
+        numbers = {"tokens_at_once": tokens_at_once}
+        if max_length is not None:
+            numbers["max_length"] = max_length
+        _check(named, add_bos_token=add_bos_token, numbers=numbers)
         name = NamedModel(**named)
         model = name.load(mesh=partitioning.make_mesh(MeshConfig()))
         self._model, self._tokenizer = model, model.tokenizer
@@ -199,3 +192,18 @@ class BlindValm(TemplateLM):
                         )
                     progress.advance(len(part))
         return found
+
+
+def _check(named: Mapping[str, Any], *, add_bos_token: Any, numbers: Mapping[str, Any]) -> None:
+    """Refuses unknown arguments, and values that are none of theirs; numbers: of tokens."""
+    unknown = sorted(set(named) - _FIELDS)
+    if unknown:
+        raise UserError(
+            f"--model_args has {', '.join(unknown)}; {NAME} knows add_bos_token, max_length, "
+            f"tokens_at_once, {', '.join(sorted(_FIELDS))}"
+        )
+    if add_bos_token is not None and not isinstance(add_bos_token, bool):
+        raise UserError(f"add_bos_token={add_bos_token}: expected true or false")
+    for name, value in numbers.items():
+        if type(value) is not int or value < 1:
+            raise UserError(f"{name}={value}: expected a number of tokens, 1 or more")

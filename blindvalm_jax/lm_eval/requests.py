@@ -124,11 +124,13 @@ def _split(context: str, continuation: str) -> tuple[str, str]:
 def _last_words(
     text: str, ids: list[int], *, tokenizer: Tokenizer, room: int
 ) -> tuple[str, list[int]]:
-    """A text and its ids without as many words in front as do not fit.
+    """A text and its ids without the start token and the words in front that do not fit.
 
     Raises:
       UserError: the last word alone does not fit.
     """
+    if len(ids) > room:
+        ids = tokenizer.encode_lm(text).tolist()
     while len(ids) > room:
         if " " not in text:
             raise UserError(f"the word {text[:40]!r} of a context exceeds {room} tokens: cut it")
