@@ -60,8 +60,17 @@ class NamedModel:
         """Refuses what names no model, or several, or says of a run what the run records.
 
         Raises:
-          UserError: in these cases.
+          UserError: in these cases, or a value is none of its field.
         """
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            if type(value) is not kind or (isinstance(value, int) and value < 0):
+                wanted = "a text" if kind is str else "a whole number, 0 or more"
+                raise UserError(
+                    f"{field.name} must be {wanted}, got {value!r} ({type(value).__name__})"
+                )
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         given = [name for name in _NAMES if getattr(self, name)]
         if len(given) != 1:
             raise UserError(

@@ -1,148 +1,27 @@
-"""A trained model to ask: decoder, tower, index and tokenizers, of a run or of weights alone."""
+"""Reading a trained model, with tower, index and tokenizers, from a run or weights alone."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from blindvalm_jax import config, files, hub, partitioning, runs, system, trained_rows
+from blindvalm_jax import config, files, hub, partitioning, runs, system
 from blindvalm_jax.data import packing, prepared, tokenizer_files, tokenizers
 from blindvalm_jax.data.clip_bpe import ClipTokenizer
 from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.grounding import segments
 from blindvalm_jax.grounding.images import Images
 from blindvalm_jax.interop import formats, run_directory, weights
 from blindvalm_jax.objectives import language
-from blindvalm_jax.objectives.language_model import Batch, Model
+from blindvalm_jax.trained_model import TrainedModel
 
-
-@dataclasses.dataclass(frozen=True)
-class TrainedModel:
-    """A language model with its parameters on the devices of `mesh`.
-
-    tower_tokenizer: of a tower that does not read the language model's tokens; step: updates done,
-    0 of weights without a run; images: its index, for a VALM.
-    """
-
-    model: Model
-    params: Any
-    frozen: Mapping[str, Any]
-    tokenizer: Tokenizer
-    tower_tokenizer: ClipTokenizer | None
-    settings: config.Config
-    step: int
-    mesh: Mesh
-    images: Images | None
-
-    def batch(self, texts: Sequence[str], *, length: int = 0, start: bool = True) -> Batch:
-        """Rows of texts, each as the beginning of a document, padded behind to a common length.
-
-        Targets are the next tokens, weights 1 where there is one. length: of a row, 0: the
-        longest's. start: with the end-of-text token in front, as in training.
-
-        Raises:
-          UserError: a text does not fit, or has no token.
-        """
-        if self.model.tower is None or self.tower_tokenizer is None:
-            front = np.full(int(start), self.tokenizer.eos_id, np.int32)
-            encoded = self.tokenizer.encode_lm_batch(texts)
-            return self.batch_of_ids([np.append(front, ids) for ids in encoded], length=length)
-        return self._aligned([self._document(text, start=start) for text in texts], length)
-
-    def batch_of_ids(
-        self, rows: Sequence[np.ndarray], *, length: int = 0, texts: Sequence[str] | None = None
-    ) -> Batch:
-        """Rows of language-model ids as they are, padded behind to a common length; see `batch`.
-
-        texts: needed where the tower has a tokenizer of its own: of each row, a text that it is the
-        beginning of, behind an end-of-text token if the row starts with that.
-
-        Raises:
-          UserError: a row does not fit or is empty, or there are no texts where they are needed, or
-            a text does not begin with its row's tokens.
-        """
-        if self.model.tower is not None and self.tower_tokenizer is not None:
-            if texts is None:
-                raise UserError(
-                    "the tower has a tokenizer of its own, which needs the text and not the "
-                    "language model's ids: make the batch from texts"
-                )
-            documents = []
-            for row, text in zip(rows, texts, strict=True):
-                whole = self._document(text, start=bool(row[:1] == self.tokenizer.eos_id))
-                documents.append(trained_rows.beginning(whole, row, text=text))
-            return self._aligned(documents, length)
-        found = self._language_rows(rows, length)
-        if self.model.tower is not None:
-            found |= trained_rows.shared_tower(
-                found["tokens"],
-                np.array([len(row) for row in rows]),
-                tokenizer=self.tokenizer,
-                rule=self._rule,
-                separators=self._separators,
-            )
-        return self._placed(found)
-
-    def _document(self, text: str, *, start: bool) -> trained_rows.Document:
-        if self.tower_tokenizer is None:
-            raise ValueError("a tower that reads the language model's tokens reads no documents")
-        return trained_rows.document(
-            text,
-            tokenizer=self.tokenizer,
-            tower_tokenizer=self.tower_tokenizer,
-            rule=self._rule,
-            start=start,
-        )
-
-    def _aligned(self, documents: Sequence[trained_rows.Document], length: int) -> Batch:
-        rows = self._language_rows([document.tokens for document in documents], length)
-        tower = trained_rows.aligned_tower(
-            documents,
-            length=rows["tokens"].shape[1],
-            rule=self._rule,
-            separators=self._separators,
-        )
-        return self._placed(rows | tower)
-
-    def _language_rows(self, ids: Sequence[np.ndarray], length: int) -> trained_rows.Rows:
-        decoder = self.model.decoder
-        learned = decoder.config.positions == "learned"
-        return trained_rows.language_rows(
-            ids,
-            vocab_size=decoder.vocab_size,
-            pad_id=self.tokenizer.pad_id,
-            length=length,
-            longest=decoder.config.max_positions if learned else None,
-        )
-
-    def _placed(self, rows: trained_rows.Rows) -> Batch:
-        """On the mesh: split where it divides the number of rows, else whole on every device."""
-        split = partitioning.row_shards(self.mesh)
-        whole = len(rows["tokens"]) % split
-        where = (
-            partitioning.replicated(self.mesh) if whole else partitioning.batch_sharding(self.mesh)
-        )
-        return language.make_batch({name: jax.device_put(x, where) for name, x in rows.items()})
-
-    @property
-    def _rule(self) -> segments.Rule:
-        return prepared.segment_rule(self.settings.grounding.segments)
-
-    @functools.cached_property
-    def _separators(self) -> segments.Separators:
-        tower = self.model.tower
-        if tower is None:
-            raise ValueError("a model without a tower reads no segments")
-        read = self.tower_tokenizer or self.tokenizer
-        return segments.separators_for(read, tower.config.longest_segment)
+__all__ = ["TrainedModel", "from_weights", "in_training", "load"]
 
 
 def load(
@@ -209,10 +88,13 @@ def from_weights(
     section, since weights do not record how z is made: readout and segments, of a VALM also
     source, index and neighbours. dtype: of decoder and tower.
 
+    A GPT-2 may have more entries than its tokenizer: they stay in its softmax, as in transformers,
+    and are never written; a note says so.
+
     Raises:
       UserError: it is no such model, lacks something, or its parts do not go together.
     """
-    found = _read_decoder(directory)
+    layout, found = _read_decoder(directory)
     spec = found.config
     if not isinstance(spec, weights.DecoderSpec):
         raise UserError(f"{directory} is a {weights.kind_of(spec)}, not a decoder")
@@ -228,11 +110,13 @@ def from_weights(
         raise UserError(f"{directory} has no tokenizer beside it: name the directory of its own")
     record = found.tokenizer or {"kind": tokenizer_kind or "gpt2"}
     vocabulary = _read_tokenizer(place, record, source=str(directory))
-    if vocabulary.vocab_size != spec.vocab_size:
-        raise UserError(
-            f"{directory} knows {spec.vocab_size} tokens, the tokenizer in {place} has "
-            f"{vocabulary.vocab_size}: name the tokenizer that it was trained with"
-        )
+    _check_sizes(
+        spec.vocab_size,
+        vocabulary.vocab_size,
+        may_be_padded=layout == "hf_gpt2" or found.tokenizer is not None,
+        source=str(directory),
+        place=place,
+    )
     named = {"tower": str(tower), "tokenizer": str(tower_tokenizer), "dtype": dtype}
     settings = _settings_of(
         spec,
@@ -273,14 +157,14 @@ def in_training(objective: language.Language) -> TrainedModel:
     )
 
 
-def _read_decoder(directory: str | Path) -> formats.Converted:
-    """Weights of ours, or of a Hugging Face GPT-2."""
+def _read_decoder(directory: str | Path) -> tuple[str, formats.Converted]:
+    """Layout and weights: ours, or of a Hugging Face GPT-2."""
     path = hub.local_path(directory)
     found = formats.open_model(path)
     if found.layout == "weights":
-        return formats.load_weights(path)
+        return found.layout, formats.load_weights(path)
     if found.layout == "hf_gpt2":
-        return formats.load(found)
+        return found.layout, formats.load(found)
     if found.layout == "run":
         raise UserError(
             f"{path} is a run, which is read whole: weights without a run were expected"
@@ -299,6 +183,27 @@ def _read_tokenizer(place: str | Path, record: Mapping[str, str], *, source: str
             f"{source} was trained with another tokenizer than lies in {place}: bring its own back"
         )
     return found
+
+
+def _check_sizes(
+    entries: int, pieces: int, *, may_be_padded: bool, source: str, place: str
+) -> None:
+    """Refuses a model of `entries` with a tokenizer of `pieces` that cannot be its own.
+
+    may_be_padded: entries that no text gives are known to be possible, and noted on stderr.
+    """
+    if pieces > entries or (pieces < entries and not may_be_padded):
+        raise UserError(
+            f"{source} knows {entries} tokens, the tokenizer in {place} has {pieces}: name the "
+            "tokenizer that it was trained with"
+        )
+    if pieces < entries:
+        print(
+            f"note: {source} knows {entries} tokens, the tokenizer in {place} has {pieces}: the "
+            f"other {entries - pieces} keep their share of the probability and are never written",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _settings_of(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,9 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from blindvalm_jax import partitioning
+from blindvalm_jax.config import MeshConfig
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.interop import weights
+from blindvalm_jax.named_model import NamedModel
 from blindvalm_jax.tasks import answers, catalog
 from blindvalm_jax.tasks.scoring import Scorer
-from tests import small_models, small_tasks, tiny_tokenizers
+from tests import foreign_models, small_models, small_tasks, test_train, tiny_tokenizers
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ROOT / "blindvalm_jax" / "lm_eval" / "tasks"
@@ -102,6 +109,46 @@ def own_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Names a model with GPT-2's tokens whose tower has CLIP's."""
+    root = tmp_path_factory.mktemp("aligned")
+    vocab, merges = tiny_tokenizers.clip_parts()
+    clip = test_train.write_tower(root / "clip", vocab_size=len(vocab))
+    tiny_tokenizers.write_pair(clip, vocab, merges)
+    bpe = tiny_tokenizers.write_pair(root / "gpt2", *tiny_tokenizers.gpt2_parts())
+    spec = dataclasses.replace(
+        foreign_models.BLIND,
+        decoder=dataclasses.replace(foreign_models.BLIND.decoder, vocab_size=0),
+        vocab_size=len(tiny_tokenizers.gpt2_parts()[0]),
+        memory_width=24,
+    )
+    params = foreign_models.random_params(spec)
+    weights.save(root / "decoder", params, config=spec, source="made for a test")
+    return {
+        "checkpoint": str(root / "decoder"),
+        "tower": str(clip),
+        "tower_tokenizer": str(clip),
+        "tokenizer": str(bpe),
+    }
+
+
+def harness_or_skip() -> None:
+    """Imports the harness, whose own warnings and those of what it imports are no errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reason = "lm_eval is not installed: pip install -e '.[lm_eval]'"
+        pytest.importorskip("lm_eval", reason=reason)
+        pytest.importorskip("lm_eval.models", reason=reason)
+
+
+def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
+    """What the harness hands to a model."""
+    from lm_eval.api.instance import Instance
+
+    return [Instance(request_type=kind, doc={}, arguments=own, idx=0) for own in arguments]
+
+
 def harness(
     model: str, arguments: Mapping[str, Any], data: Path, own_tasks: Path, *, tasks: list[str]
 ) -> dict[str, Any]:
@@ -159,6 +206,156 @@ def test_our_numbers_are_those_of_hf(gpt2: Path, data: Path, own_tasks: Path) ->
     assert len({text for [text] in answered(ours, "small_stories")}) > 1
 
 
+END = "<|endoftext|>"
+PAIRS = [
+    ("", f"{END}the cat"),
+    ("", "the cat"),
+    ("the cat", f" and{END}"),
+    (f"{END}the cat", " and the"),
+    (f"{END}the cat", " and"),
+    ("the cat ", " and the"),
+]
+LONG = "then a naive green cat " * 12
+GENERATIONS: list[dict[str, Any]] = [
+    {"until": "e", "max_new_tokens": 7, "num_beams": 1},
+    {"max_tokens": 5, "do_sample": False, "temperature": 0.7},
+]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("front", [True, pytest.param(None, marks=pytest.mark.slow)])
+def test_special_tokens_and_the_start_are_read_as_hf_reads_them(
+    gpt2: Path, front: bool | None
+) -> None:
+    """1e-3 in log-likelihood; ids and greedy texts exactly."""
+    harness_or_skip()
+    from lm_eval.models.huggingface import HFLM
+
+    from blindvalm_jax.lm_eval import adapter
+
+    said: dict[str, Any] = {} if front is None else {"add_bos_token": front}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = HFLM(pretrained=str(gpt2), dtype="float32", device="cpu", batch_size=1, **said)
+    ours = adapter.BlindValm(hf=str(gpt2), **said)
+    texts = ["", "the cat and", f"{END}the cat", f"the cat{END}then the ring", LONG]
+    for text in texts:
+        for special in (None, False):
+            assert ours.tok_encode(text, special) == theirs.tok_encode(text, special), text
+    pairs = requests("loglikelihood", *PAIRS)
+    expected = theirs.loglikelihood(pairs, disable_tqdm=True)
+    found = ours.loglikelihood(pairs, disable_tqdm=True)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    np.testing.assert_allclose(
+        [value for value, _ in found], [value for value, _ in expected], atol=1e-3, rtol=0
+    )
+    whole = requests("loglikelihood_rolling", *[(text,) for text in texts])
+    np.testing.assert_allclose(
+        ours.loglikelihood_rolling(whole),
+        theirs.loglikelihood_rolling(whole, disable_tqdm=True),
+        atol=1e-3,
+        rtol=0,
+    )
+    for asked in GENERATIONS:
+        written = requests("generate_until", *[(text, asked) for text in texts[1:]])
+        expected = theirs.generate_until(written, disable_tqdm=True)
+        assert ours.generate_until(written) == expected, asked
+
+
+def test_what_is_asked_of_a_generation() -> None:
+    harness_or_skip()
+    from blindvalm_jax.decoding.sampling import Sampling
+    from blindvalm_jax.lm_eval.requests import Asked, asked
+
+    assert asked({"until": [""]}) == Asked(Sampling(), 256, [])
+    assert asked({"until": ["", "a"], "max_tokens": 3, "top_k": 5}) == Asked(Sampling(), 3, ["a"])
+    assert asked({"max_completion_tokens": 5}).new == 5
+    drawn = {"temperature": 0.5, "top_k": 5, "until": "a"}
+    assert asked(drawn) == Asked(Sampling(temperature=0.5, top_k=5), 256, ["a"])
+    for wrong, message in (
+        ({"num_beams": 2}, "num_beams=2 is asked for: blindvalm has no beam search"),
+        ({"length_penalty": 2}, "generation with length_penalty is asked for; blindvalm knows"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            asked(wrong)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_length": 0}, "max_length=0: expected a number of tokens, 1 or more"),
+        ({"max_length": -3}, "max_length=-3: expected"),
+        ({"max_length": "many"}, "max_length=many: expected"),
+        ({"tokens_at_once": 0}, "tokens_at_once=0: expected"),
+        ({"tokens_at_once": None}, "tokens_at_once=None: expected"),
+        ({"add_bos_token": "no"}, "add_bos_token=no: expected true or false"),
+        ({"dtype": "auto"}, "dtype must be one of float32, bfloat16, got 'auto'"),
+        ({"hf": 5}, r"hf must be a text, got 5 \(int\)"),
+    ],
+)
+def test_model_arguments_that_are_none(arguments: dict[str, Any], message: str) -> None:
+    harness_or_skip()
+    from blindvalm_jax.lm_eval import adapter
+
+    with pytest.raises(UserError, match=message) as caught:
+        adapter.BlindValm(**{"hf": "nowhere", **arguments})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.torch
+def test_a_row_of_one_token_is_the_shortest(gpt2: Path) -> None:
+    """Of a context nothing but its last token is read."""
+    harness_or_skip()
+    from blindvalm_jax.lm_eval import adapter
+
+    model = adapter.BlindValm(hf=str(gpt2), max_length=1)
+    [(cut, _), (bare, _)] = model._loglikelihood_tokens([(None, [7, 5, 9], [3]), (None, [9], [3])])
+    assert cut == bare
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_tasks_that_a_config_file_includes_are_found(
+    gpt2: Path, own_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness_or_skip()
+    from blindvalm_jax.lm_eval import command
+
+    settings = {
+        "model": "blindvalm",
+        "model_args": {"hf": str(gpt2)},
+        "tasks": ["small_texts"],
+        "include_path": str(own_tasks),
+        "output_path": str(tmp_path / "out"),
+    }
+    file = tmp_path / "run.json"  # which is YAML too
+    file.write_text(json.dumps(settings))
+    monkeypatch.setattr(sys, "argv", ["lm_eval", "run", "--config", str(file)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        command.run()
+    [written] = (tmp_path / "out").rglob("results_*.json")
+    assert json.loads(written.read_text())["n-samples"]["small_texts"]["effective"] == 3
+
+
+def test_the_flag_stands_before_the_config_file(tmp_path: Path) -> None:
+    """As all flags of the harness do."""
+    harness_or_skip()
+    from blindvalm_jax.lm_eval import command
+
+    file = tmp_path / "run.json"
+    for named, flag, expected in (
+        ("a", None, ["a"]),
+        (["a", "b"], None, ["a", "b"]),
+        (["a", "b"], "c", ["c"]),
+        (None, None, []),
+    ):
+        file.write_text(json.dumps({"include_path": named}))
+        arguments = argparse.Namespace(command="run", config=str(file), include_path=flag)
+        assert command.included(arguments) == expected
+
+
 @pytest.mark.torch
 def test_what_the_model_writes_is_greedy(gpt2: Path) -> None:
     """Its own text counts as greedy, the same with another token in any place does not."""
@@ -199,6 +396,68 @@ def test_the_harness_counts_what_evaluate_counts(gpt2: Path, data: Path, own_tas
         np.testing.assert_allclose([value for value, _ in one], scores, atol=1e-4, rtol=0)
     accuracy = expected.right["continuation"].mean()
     assert found["results"][f"blindvalm_{task}"]["acc,none"] == pytest.approx(accuracy)
+
+
+def test_a_tower_with_a_tokenizer_of_its_own_is_asked_choices(
+    aligned: dict[str, Any], data: Path
+) -> None:
+    """As `evaluate` asks them, 1e-5: the rows are the same."""
+    harness_or_skip()
+    from blindvalm_jax.lm_eval import adapter
+
+    model = NamedModel(**aligned).load(mesh=partitioning.make_mesh(MeshConfig()))
+    protocol = catalog.TASKS["tnwit_height"].protocols["corrected"]
+    questions = protocol.questions(protocol.items(data))[:6]
+    expected = answers.answer(Scorer(model), model.tokenizer, protocol, questions).scores
+    pairs = [
+        (question.prompt, f" {word}") for question in questions for word in question.candidates
+    ]
+    found = adapter.BlindValm(**aligned).loglikelihood(
+        requests("loglikelihood", *pairs), disable_tqdm=True
+    )
+    np.testing.assert_allclose(
+        [value for value, _ in found], np.concatenate(expected), atol=1e-5, rtol=0
+    )
+    assert len({round(value, 3) for value, _ in found}) > 6
+
+
+def test_a_tower_with_a_tokenizer_of_its_own_is_asked_nothing_else(
+    aligned: dict[str, Any],
+) -> None:
+    harness_or_skip()
+    from blindvalm_jax.lm_eval import adapter
+
+    asked = adapter.BlindValm(**aligned)
+    with pytest.raises(UserError, match="windows of a long text are tokens alone: ask tasks of"):
+        asked.loglikelihood_rolling(requests("loglikelihood_rolling", ("the cat",)))
+    with pytest.raises(UserError, match="a tokenizer of its own cannot write yet"):
+        asked.generate_until(requests("generate_until", ("the cat", {})))
+
+
+def test_a_context_that_a_tower_reads_loses_whole_words(aligned: dict[str, Any]) -> None:
+    """What is left is scored as if it were all, at a beginning too; 1e-5."""
+    harness_or_skip()
+    from blindvalm_jax.lm_eval import adapter
+
+    pairs = [(f"{LONG}the red ring ", "and the cat"), (f"{LONG}the red ring", " is"), ("", "the")]
+    cut = adapter.BlindValm(**aligned, max_length=10)
+    words = [context.split() for context, _ in pairs]
+    kept = []
+    for own, (_, behind) in zip(words, pairs, strict=True):
+        room = 11 - len(cut.tok_encode(f" {behind.strip()}", False))
+        while own and len(cut.tok_encode(" ".join(own), False)) > room:
+            own = own[1:]
+        kept.append((" ".join(own), f" {behind.strip()}"))
+    whole = adapter.BlindValm(**aligned, add_bos_token=False)
+    found = cut.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+    expected = whole.loglikelihood(requests("loglikelihood", *kept[:2]), disable_tqdm=True)
+    assert all(0 < len(context) < 60 for context, _ in kept[:2])
+    np.testing.assert_allclose(
+        [value for value, _ in found[:2]], [value for value, _ in expected], atol=1e-5, rtol=0
+    )
+    assert np.isfinite(found[2][0])
+    with pytest.raises(UserError, match="of a context exceeds 10 tokens: cut it"):
+        cut.loglikelihood(requests("loglikelihood", ("x" * 40, " the")), disable_tqdm=True)
 
 
 def test_every_task_of_choices_is_there_for_the_harness() -> None:

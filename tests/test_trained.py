@@ -20,8 +20,10 @@ from blindvalm_jax import config, convert, indexing, partitioning, system, train
 from blindvalm_jax.data import packing, pipeline, tokenizers
 from blindvalm_jax.data.images import FolderImages
 from blindvalm_jax.data.windows import Windows
+from blindvalm_jax.decoding import generation
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import clip_model, weights
+from blindvalm_jax.named_model import NamedModel
 from blindvalm_jax.objectives import language
 from blindvalm_jax.objectives.language_model import Batch, Model
 from blindvalm_jax.trained import TrainedModel
@@ -323,6 +325,57 @@ def test_a_hugging_face_gpt2_answers_as_transformers_does(tmp_path: Path) -> Non
         model.batch(["the"], length=LENGTH + 1)
 
 
+@pytest.mark.torch
+def test_a_padded_gpt2_keeps_its_softmax_and_writes_only_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """1e-5 as above; the last 7 entries, of which the likeliest is one, stand for no text."""
+    from tests import make_golden
+
+    vocab, merges = tiny_tokenizers.gpt2_parts()
+    theirs = make_golden.gpt2_model(
+        vocab_size=len(vocab) + 7, n_positions=LENGTH, n_embd=16, n_layer=2, n_head=2
+    )
+    with make_golden.torch.no_grad():
+        table = theirs.transformer.wte.weight
+        table[-7:] = 3 * table[:7]
+    theirs.save_pretrained(tmp_path / "hf")
+    tiny_tokenizers.write_pair(tmp_path / "hf", vocab, merges)
+    flags.FLAGS.mark_as_parsed()
+    with flagsaver.as_parsed(input=str(tmp_path / "hf"), out=str(tmp_path / "ours")):
+        convert.main(["convert"])
+    capsys.readouterr()
+    for name in ("hf", "ours"):
+        model = trained.from_weights(tmp_path / name)
+        said = capsys.readouterr().err
+        assert f"knows {len(vocab) + 7} tokens, the tokenizer in" in said
+        assert said.count("\n") == 1
+        batch = model.batch([SENTENCE])
+        expected = make_golden.gpt2_logits(theirs, np.asarray(batch.tokens_BT))
+        _, logits = answers(model, batch)
+        assert logits.shape[-1] == len(vocab) + 7
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+        likeliest = logits[0].argmax(axis=-1)
+        assert (likeliest >= len(vocab)).any()
+    prompt = np.asarray(batch.tokens_BT)[0, : int(np.argmax(likeliest >= len(vocab))) + 1]
+    writer = generation.Generator(model, start=False)
+    [written] = writer.generate([prompt], max_new_tokens=8).texts
+    assert max(written.tokens) < len(vocab)
+
+
+@pytest.mark.torch
+def test_a_tokenizer_with_more_pieces_than_a_gpt2_knows_is_refused(tmp_path: Path) -> None:
+    from tests import make_golden
+
+    vocab, merges = tiny_tokenizers.gpt2_parts()
+    make_golden.gpt2_model(
+        vocab_size=len(vocab) - 1, n_positions=LENGTH, n_embd=16, n_layer=1, n_head=2
+    ).save_pretrained(tmp_path)
+    tiny_tokenizers.write_pair(tmp_path, vocab, merges)
+    with pytest.raises(UserError, match=r"knows \d+ tokens, the tokenizer in .* has \d+: name"):
+        trained.from_weights(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -387,6 +440,22 @@ def test_a_tokenizer_of_another_size_than_unrecorded_weights_is_refused(
     other: dict[str, Any] = {"tokenizer": random_weights / "bpe", "tokenizer_kind": "train"}
     with pytest.raises(UserError, match=r"knows \d+ tokens, the tokenizer in .*/bpe has 330: name"):
         trained.from_weights(file.parent, tower=exported, **other)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dtype": "auto"}, "dtype must be one of float32, bfloat16, got 'auto'"),
+        ({"workdir": 5}, r"workdir must be a text, got 5 \(int\)"),
+        ({"tower": None}, r"tower must be a text, got None \(NoneType\)"),
+        ({"neighbours": "3"}, r"neighbours must be a whole number, 0 or more, got '3' \(str\)"),
+        ({"neighbours": -1}, "neighbours must be a whole number, 0 or more, got -1"),
+    ],
+)
+def test_a_name_with_values_that_are_none(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        NamedModel(**{"workdir": "nowhere", **values}).load()
+    assert "\n" not in str(caught.value)
 
 
 def test_a_valm_of_weights_finds_its_images(tmp_path: Path) -> None:

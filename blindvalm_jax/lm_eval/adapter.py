@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from lm_eval import utils
@@ -18,19 +18,15 @@ from blindvalm_jax import partitioning
 from blindvalm_jax.config import MeshConfig
 from blindvalm_jax.data.workers import Progress
 from blindvalm_jax.decoding.generation import Generator
-from blindvalm_jax.decoding.sampling import Sampling
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.lm_eval import requests as asking
+from blindvalm_jax.lm_eval.requests import Tokens
 from blindvalm_jax.named_model import NamedModel
 from blindvalm_jax.tasks.scoring import Scorer
 
 NAME = "blindvalm"
-_SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
-_NEW_TOKENS = 256  # where a task does not say: the harness's own number
 _TOGETHER = 16  # texts that a device continues at once
 _FIELDS = {field.name for field in dataclasses.fields(NamedModel)}
-
-# What the harness calls a request: texts, ids of the context, ids of the continuation.
-_Tokens = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 @register_model(NAME)
@@ -55,20 +51,19 @@ class BlindValm(TemplateLM):
         """Reads the model.
 
         named: fields of `NamedModel`. add_bos_token: the end-of-text token in front of every text,
-        as in training; None: for all but hf, which goes without it as the harness's `hf` does.
-        max_length: tokens a row, None: the model's positions, or without such the training
-        length. tokens_at_once: of a batch; the harness's batch sizes and device are not used.
+        as in training, and a token of it as the harness's `hf` counts; None: in front of contexts
+        for all but hf, which goes without it as the harness's `hf` does. max_length: tokens a row,
+        None: the model's positions, or without such the training length. tokens_at_once: of a
+        batch; the harness's batch sizes and device are not used.
 
         Raises:
-          UserError: an unknown argument, or see `NamedModel.load`.
+          UserError: an unknown argument or a value that is none of it, or see `NamedModel.load`.
         """
         super().__init__()
-        unknown = sorted(set(named) - _FIELDS)
-        if unknown:
-            raise UserError(
-                f"--model_args has {', '.join(unknown)}; {NAME} knows add_bos_token, max_length, "
-                f"tokens_at_once, {', '.join(sorted(_FIELDS))}"
-            )
+        numbers = {"tokens_at_once": tokens_at_once}
+        if max_length is not None:
+            numbers["max_length"] = max_length
+        _check(named, add_bos_token=add_bos_token, numbers=numbers)
         name = NamedModel(**named)
         model = name.load(mesh=partitioning.make_mesh(MeshConfig()))
         self._model, self._tokenizer = model, model.tokenizer
@@ -78,6 +73,7 @@ class BlindValm(TemplateLM):
             raise UserError(f"max_length={max_length}: the model has {longest} positions")
         self.max_length = longest if max_length is None else max_length
         self._bos = not name.hf if add_bos_token is None else bool(add_bos_token)
+        self._bos_counts = bool(add_bos_token)
         log = logging.getLogger(__name__)
         log.info(
             "%s: %s the end-of-text token in front, rows of up to %d tokens, %d tokens at once; "
@@ -96,20 +92,37 @@ class BlindValm(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Ids of a text; add_special_tokens: with the end-of-text token in front."""
-        ids = [int(token) for token in self._tokenizer.encode_lm(string)]
-        front = self._bos if add_special_tokens is None else add_special_tokens
+        """Ids of a text; a literal `<|endoftext|>` is that token.
+
+        add_special_tokens: with the end-of-text token in front; None: as the model is asked, but
+        none in front of another.
+        """
+        ids = [token + self._tokenizer.lm_offset for token in self._tokenizer.encode(string)]
+        front = add_special_tokens
+        if front is None:
+            front = self._bos and ids[:1] != [self.eot_token_id]
         return [self.eot_token_id, *ids] if front else ids
 
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihood of each whole text, in windows."""
-        windows: list[_Tokens] = []
+        """Log-likelihood of each whole text, in windows.
+
+        Raises:
+          UserError: the model's tower has a tokenizer of its own.
+        """
+        if self._scorer.reads_texts:
+            raise UserError(
+                "the model's tower has a tokenizer of its own, which needs the text of a row, and "
+                "windows of a long text are tokens alone: ask tasks of choices"
+            )
+        windows: list[Tokens] = []
         counts = []
         for (text,) in (request.args for request in requests):
             own = utils.get_rolling_token_windows(
-                token_list=self.tok_encode(text, add_special_tokens=False),
+                token_list=self.tok_encode(
+                    text, add_special_tokens=None if self._bos_counts else False
+                ),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
@@ -121,14 +134,20 @@ class BlindValm(TemplateLM):
         return [float(part.sum()) for part in np.split(values, np.cumsum(counts)[:-1])]
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[_Tokens], **_: Any
+        self, requests: Sequence[Tokens], **_: Any
     ) -> list[tuple[float, bool]]:
-        prompts, places = _prompts(requests, self.max_length)
-        candidates = [[np.array(requests[place][2], np.int32) for place in own] for own in places]
+        reads_texts = self._scorer.reads_texts
+        prompts = asking.prompts(
+            requests, longest=self.max_length, tokenizer=self._tokenizer, reads_texts=reads_texts
+        )
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        scored = self._scorer.continuations(prompts, candidates)
-        for own, all_tokens in zip(places, scored, strict=True):
-            for place, tokens in zip(own, all_tokens, strict=True):
+        scored = self._scorer.continuations(
+            [prompt.ids for prompt in prompts],
+            [prompt.continuations for prompt in prompts],
+            texts=[prompt.texts for prompt in prompts] if reads_texts else None,
+        )
+        for prompt, all_tokens in zip(prompts, scored, strict=True):
+            for place, tokens in zip(prompt.places, all_tokens, strict=True):
                 total = float(tokens.log_p.sum(dtype=np.float64))
                 found[place] = total, bool((tokens.log_p >= tokens.best).all())
         for (texts, *_ids), value in zip(requests, found, strict=True):
@@ -151,7 +170,7 @@ class BlindValm(TemplateLM):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(place)
         with Progress("generate", total=len(requests), unit="text") as progress:
             for own in groups.values():
-                asked = _asked(requests[own[0]].args[1])
+                asked = asking.asked(requests[own[0]].args[1])
                 room = self.max_length - asked.new
                 if room < 1:
                     raise UserError(
@@ -175,46 +194,16 @@ class BlindValm(TemplateLM):
         return found
 
 
-class _Asked(NamedTuple):
-    """How texts are to be continued."""
-
-    sampling: Sampling
-    new: int
-    stop: list[str]
-
-
-def _asked(arguments: Mapping[str, Any]) -> _Asked:
-    """The harness's arguments of a generation, which are those of transformers."""
-    values = dict(arguments)
-    until = values.pop("until", None) or []
-    stop = [until] if isinstance(until, str) else list(until)
-    new = int(values.pop("max_gen_toks", _NEW_TOKENS))
-    drawn = bool(values.pop("do_sample", values.get("temperature", 0.0) > 0))
-    temperature = float(values.pop("temperature", 1.0))
-    known = {name: values.pop(name) for name in _SAMPLING if name in values}
-    if values:
+def _check(named: Mapping[str, Any], *, add_bos_token: Any, numbers: Mapping[str, Any]) -> None:
+    """Refuses unknown arguments, and values that are none of theirs; numbers: of tokens."""
+    unknown = sorted(set(named) - _FIELDS)
+    if unknown:
         raise UserError(
-            f"generation with {', '.join(sorted(values))} is asked for; {NAME} knows until, "
-            f"max_gen_toks, do_sample, temperature, {', '.join(_SAMPLING)}"
+            f"--model_args has {', '.join(unknown)}; {NAME} knows add_bos_token, max_length, "
+            f"tokens_at_once, {', '.join(sorted(_FIELDS))}"
         )
-    if not drawn:  # as transformers does, which leaves out what only matters to draws
-        penalty = known.get("repetition_penalty", 1.0)
-        return _Asked(Sampling(repetition_penalty=penalty), new, stop)
-    return _Asked(Sampling(temperature=temperature, **known), new, stop)
-
-
-def _prompts(requests: Sequence[_Tokens], longest: int) -> tuple[list[np.ndarray], list[list[int]]]:
-    """Contexts, and the places of the requests that continue each.
-
-    What is too long loses its beginning.
-
-    Raises:
-      UserError: a continuation alone is too long, or empty.
-    """
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for place, (_texts, context, continuation) in enumerate(requests):
-        count = len(continuation)
-        if not 0 < count <= longest:
-            raise UserError(f"a continuation of {count} tokens: expected 1 to {longest}")
-        alike.setdefault(tuple(context[-(longest + 1 - count) :]), []).append(place)
-    return [np.array(context, np.int32) for context in alike], [*alike.values()]
+    if add_bos_token is not None and not isinstance(add_bos_token, bool):
+        raise UserError(f"add_bos_token={add_bos_token}: expected true or false")
+    for name, value in numbers.items():
+        if type(value) is not int or value < 1:
+            raise UserError(f"{name}={value}: expected a number of tokens, 1 or more")
