@@ -21,9 +21,11 @@ import pytest
 
 from blindvalm_jax import config, partitioning
 from blindvalm_jax.config import MeshConfig
+from blindvalm_jax.data.clip_cleaning import clean_words
 from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.decoding import cached, generation, sampling
 from blindvalm_jax.decoding.generation import Generator
+from blindvalm_jax.decoding.rows import CachedRows, Draw
 from blindvalm_jax.decoding.sampling import Sampling
 from blindvalm_jax.decoding.streaming import Continuation
 from blindvalm_jax.errors import UserError
@@ -155,6 +157,33 @@ def test_a_text_depends_on_seed_prompt_and_sample_alone() -> None:
     assert [text.tokens for text in again] != [text.tokens for text in together]
 
 
+def test_rows_are_written_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As all at once; the texts of a part are known before the next part begins."""
+    asked = generator("token", WARM, block=5)
+    together = asked.generate(PROMPTS, max_new_tokens=NEW, samples=3, seed=5).texts
+    events: list[tuple[str, int]] = []
+
+    def on_token(row: int, text: str, share: np.ndarray | None) -> None:
+        events.append(("token", row))
+
+    for most, rows_at_once in ((1, 1), (2, 2), (7, 6)):
+        monkeypatch.setattr(generation, "_TOGETHER", most)
+        events.clear()
+        apart = asked.generate(
+            PROMPTS,
+            max_new_tokens=NEW,
+            samples=3,
+            seed=5,
+            on_token=on_token,
+            on_text=lambda text: events.append(("text", text.sample)),
+        ).texts
+        assert apart == together
+        first = [kind for kind, _ in events].index("text")
+        assert {row for _, row in events[:first]} == set(range(rows_at_once))
+        assert [sample for kind, sample in events if kind == "text"] == [0, 1, 2] * 3
+        assert {row for kind, row in events if kind == "token"} == set(range(9))
+
+
 def test_a_stop_string_ends_a_text_in_any_block() -> None:
     asked, alone = generator("token", block=5), generator("token", block=1)
     free = asked.generate(PROMPTS, max_new_tokens=NEW).texts
@@ -189,15 +218,24 @@ def test_streamed_text_is_the_final_text_up_to_the_first_stop(kind: int, seed: i
     whole = tokenizer.decode([index - offset for index in [*prompt.tolist(), *tokens]])[
         len(front) :
     ]
+
+    def form(text: str) -> str:
+        """CLIP's stop strings are sought without case and white space."""
+        return "".join(text.lower().split()) if kind else text
+
     for _ in range(40):
         at = sorted(rng.integers(0, len(whole), 2))
         stop = [whole[at[0] : at[0] + int(rng.integers(1, 6))], whole[at[1] : at[1] + 3], "none"]
-        stop = [text for text in stop if text and not text.endswith("\ufffd")]
-        ends = [n for n in range(len(whole) + 1) if any(whole[:n].endswith(text) for text in stop)]
+        stop = [text for text in stop if form(text) and not text.endswith("\ufffd")]
+        cleaned = ["".join(clean_words(text)) for text in stop if kind]
+        forms = [form(text) for text in [*stop, *cleaned] if form(text)]
+        ends = [n for n in range(len(whole) + 1) if form(whole[:n]).endswith(tuple(forms))]
         expected = whole
         if ends:
             shown = whole[: ends[0]]
-            expected = min((shown.removesuffix(text) for text in stop), key=len)
+            begins = [n for n in range(len(shown)) if form(shown[n:]) in forms]
+            longest = max(len(form(shown[n:])) for n in begins)
+            expected = shown[: max(n for n in begins if len(form(shown[n:])) == longest)]
         found = Continuation(tokenizer, prompt, stop=stop, most=len(tokens))
         pieces = []
         for token in tokens:
@@ -206,6 +244,41 @@ def test_streamed_text_is_the_final_text_up_to_the_first_stop(kind: int, seed: i
         assert found.text == expected
         assert "".join(pieces) == found.text
         assert found.ending == ("stop" if ends else "length")
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "expected"),
+    [
+        ("Q:", "a cat. Q: what", " a cat . "),
+        ("don't", "we don't", " we "),
+        ("don\u2019t", "we don't", " we "),
+        ("The Mat\n", "on the mat", " on "),
+    ],
+)
+def test_stop_strings_are_sought_as_clip_writes(stop: str, text: str, expected: str) -> None:
+    """In lower case, with blanks between pieces; nothing of a stop string is shown before."""
+    tokenizer = small_text.small_clip()
+    front = tokenizer.encode_lm("The cat")
+    found = Continuation(tokenizer, front, stop=[stop], most=99)
+    shown = ""
+    for token in tokenizer.encode_lm(text).tolist():
+        found.add(token)
+        shown += found.release()
+    assert (shown, found.text, found.ending) == (expected, expected, "stop")
+
+
+def test_ids_that_are_no_text_are_left_out() -> None:
+    """Those below the language model's offset, and the end of a text, in front and between."""
+    tokenizer = small_text.small_clip()
+    ids = tokenizer.encode_lm("the cat")
+    mixed = np.concatenate([[2, 0], ids[:1], [2], ids[1:]]).astype(np.int32)
+    found = Continuation(tokenizer, mixed, stop=[], most=9)
+    for token in tokenizer.encode_lm("sat").tolist():
+        found.add(token)
+    assert found.text == " sat"
+    asked = generator("token", block=5)
+    texts = asked.generate([mixed, mixed[2:]], max_new_tokens=3).texts
+    assert [text.prompt for text in texts] == ["the cat", "the cat"]
 
 
 def test_half_a_character_waits_for_the_other_half() -> None:
@@ -255,6 +328,33 @@ def ours(rule: Sampling) -> np.ndarray:
     )
     assert np.all(np.isneginf(found[:, [3, 47, 48, 49]]))
     return np.asarray(jax.nn.softmax(found))
+
+
+EXTREME = [
+    Sampling(temperature=1e-40),
+    Sampling(temperature=1e-300, top_p=0.5),
+    Sampling(temperature=1e300),
+    Sampling(temperature=1.0, repetition_penalty=1e300),
+    Sampling(repetition_penalty=1e-300),
+]
+
+
+@pytest.mark.parametrize("rule", EXTREME, ids=str)
+def test_extreme_settings_give_probabilities(rule: Sampling) -> None:
+    """Of the limit: the likeliest token, all alike, no seen token, only seen ones."""
+    logits, ids = rows()
+    found = ours(rule)
+    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=0, atol=1e-5)
+    text = np.delete(np.arange(50), [3, 47, 48, 49])
+    for at, own, p in zip(logits, ids, found, strict=True):
+        if 0 < rule.temperature < 1:
+            assert p[text[at[text].argmax()]] == 1
+        elif rule.temperature > 1:
+            np.testing.assert_allclose(p[text], 1 / len(text), rtol=0, atol=1e-6)
+        elif rule.temperature:
+            assert p[[n for n in own if at[n] < 0]].max() == 0
+        else:
+            assert p.argmax() in own
 
 
 @pytest.mark.torch
@@ -446,17 +546,36 @@ def test_what_cannot_write_is_refused() -> None:
     shuffled = dataclasses.replace(trained.model, shuffled=True)
     own = dataclasses.replace(trained, tower_tokenizer=small_text.small_clip())
     asked = generator("gpt_learned", block=5)
+    draw = Draw(Sampling(), np.zeros(1, bool), trained.tokenizer.eos_id, 0)
     cases: list[tuple[Callable[[], Any], str]] = [
         (lambda: Generator(dataclasses.replace(trained, model=shuffled)), "control=shuffled"),
         (lambda: Generator(own), "tokenizer of its own cannot write"),
         (lambda: Generator(made("gpt_learned"), probe=True), "no fusion layers"),
         (lambda: asked.generate(["the"], max_new_tokens=80), "2 tokens and 80 new ones .* most 79"),
         (lambda: asked.generate(["the"], max_new_tokens=0), "max_new_tokens must be 1 or more"),
+        (lambda: asked.generate(["the"], max_new_tokens=10**7), "at most 1000000, got 10000000"),
+        (lambda: asked.generate(["the", "a" * 99], max_new_tokens=1), "prompt 2 of 100 tokens"),
+        (
+            lambda: asked.generate(["the"], max_new_tokens=1, samples=2),
+            "2 samples at temperature 0 would be the same",
+        ),
+        (lambda: asked.generate("the", max_new_tokens=1), "prompts must be a list"),
+        (lambda: asked.generate(["the"], max_new_tokens=1, stop="x"), "stop must be a list"),
+        (lambda: asked.generate(["the"], max_new_tokens=1, stop=[" \n"]), "is white space alone"),
+        (lambda: asked.generate([np.ones(3)], max_new_tokens=1), r"prompt 1 is float64 \[3\]"),
+        (lambda: asked.generate([np.ones((1, 3), int)], max_new_tokens=1), r"is int64 \[1, 3\]"),
+        (lambda: asked.generate([np.array([5, 10**6])], max_new_tokens=1), "the id 1000000, the"),
+        (
+            lambda: CachedRows(
+                made("gpt_learned"), Draw(Sampling(), np.zeros(1, bool), 2, 0), block=1
+            ).begin([np.full(60, 5, np.int32)], 1, jax.random.split(jax.random.key(0), 1), 22),
+            "60 tokens and 22 new ones exceed the model's 80 learned positions",
+        ),
         (lambda: asked.generate(["the"], max_new_tokens=1, stop=["x", ""]), "string is empty"),
         (lambda: asked.generate([], max_new_tokens=1), "there is no prompt"),
         (
             lambda: generator("token", start=False).generate([""], max_new_tokens=1),
-            "has no tokens",
+            "prompt 1 is empty",
         ),
     ]
     for run, message in cases:
