@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -77,13 +78,13 @@ def _nobody_reads() -> bool:
 
     Of another pipe, such as one to a process of our own, this is False.
     """
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Else the interpreter complains when it flushes at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    if not any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
+        return False
+    # Else the interpreter complains when it flushes at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def first_line(error: BaseException) -> str:

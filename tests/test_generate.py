@@ -566,9 +566,9 @@ def test_what_cannot_write_is_refused() -> None:
         (lambda: asked.generate([np.ones((1, 3), int)], max_new_tokens=1), r"is int64 \[1, 3\]"),
         (lambda: asked.generate([np.array([5, 10**6])], max_new_tokens=1), "the id 1000000, the"),
         (
-            lambda: CachedRows(
-                made("gpt_learned"), Draw(Sampling(), np.zeros(1, bool), 2, 0), block=1
-            ).begin([np.full(60, 5, np.int32)], 1, jax.random.split(jax.random.key(0), 1), 22),
+            lambda: CachedRows(made("gpt_learned"), draw, block=1).begin(
+                [np.full(60, 5, np.int32)], 1, jax.random.split(jax.random.key(0), 1), 22
+            ),
             "60 tokens and 22 new ones exceed the model's 80 learned positions",
         ),
         (lambda: asked.generate(["the"], max_new_tokens=1, stop=["x", ""]), "string is empty"),
@@ -653,6 +653,45 @@ def test_wrong_commands_are_one_line(
     assert done.returncode == 1
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("lines", [1, 10_000])
+def test_a_reader_that_goes_away_is_no_error(lines: int, unbuffered: str) -> None:
+    program = (
+        "from blindvalm_jax.errors import run_main\n"
+        f"run_main(lambda argv: [print('x' * 99) for _ in range({lines})] and 0)"
+    )
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "wb") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_an_error() -> None:
+    program = (
+        "import os; from blindvalm_jax.errors import run_main; reads, writes = os.pipe()\n"
+        "run_main(lambda argv: os.close(reads) or os.write(writes, b'x') and 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "BrokenPipeError" in done.stderr
+
+
+def test_the_benchmark_has_so_many_positions() -> None:
+    asked = ("--prompt_tokens=1000", "--new_tokens=26")
+    line = [sys.executable, "-m", "benchmarks.run", "generate", *asked]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "exceed the decoder's 1024 positions" in done.stderr
 
 
 @pytest.mark.slow
