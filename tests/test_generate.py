@@ -7,6 +7,8 @@ import functools
 import importlib.util
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +23,7 @@ import pytest
 
 from blindvalm_jax import config, partitioning
 from blindvalm_jax.config import MeshConfig
+from blindvalm_jax.data import tokenizers as tokenizers_of
 from blindvalm_jax.data.clip_cleaning import clean_words
 from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.decoding import cached, generation, sampling
@@ -35,7 +38,7 @@ from blindvalm_jax.models.clip import TextTower
 from blindvalm_jax.models.decoder import Decoder, memory_shares
 from blindvalm_jax.objectives.language_model import Model
 from blindvalm_jax.trained import TrainedModel
-from tests import small_models, small_text, test_train
+from tests import small_models, small_text, test_train, tiny_tokenizers
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["The cat sat on the mat. A cat, so: (on) it; the mat!", "the AT&T", ""]
@@ -595,11 +598,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "run"
 
 
-def command(run: Path, *arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "blindvalm_jax.generate", f"--workdir={run}", *arguments]
+def command(
+    run: Path, *arguments: str, given: str = "", by: str = "workdir"
+) -> subprocess.CompletedProcess[str]:
+    return python("-m", "blindvalm_jax.generate", f"--{by}={run}", *arguments, given=given)
+
+
+def python(*arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
     quickly = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0" if "OPTIMIZED_TESTS" in os.environ else "1"}
     return subprocess.run(
-        line,
+        [sys.executable, *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -609,15 +617,23 @@ def command(run: Path, *arguments: str, given: str = "") -> subprocess.Completed
 
 
 def test_the_command_prints_and_writes_the_texts(finished: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("The cat\n\nnaïve 漢字\n")
+    (tmp_path / "prompts.txt").write_text("The cat\n\nnaïve\x85 漢字\n")
     out = tmp_path / "texts.json"
-    sampled = ("--temperature=0.9", "--top_p=0.9", "--samples=2", "--max_new_tokens=5")
+    sampled = (
+        "--temperature=0.9",
+        "--top_p=0.9",
+        "--samples=2",
+        "--max_new_tokens=5",
+        "--stop=zzzz",
+    )
     done = command(finished, f"--prompts={tmp_path / 'prompts.txt'}", f"--json={out}", *sampled)
     assert done.returncode == 0, done.stderr
     assert "tokens/s" in done.stderr
     found = json.loads(out.read_text())
-    assert [text["prompt"] for text in found["texts"]] == ["The cat"] * 2 + ["naïve 漢字"] * 2
+    assert [text["prompt"] for text in found["texts"]] == ["The cat"] * 2 + ["naïve\x85 漢字"] * 2
     assert (found["temperature"], found["step"], found["seed"]) == (0.9, 2, 0)
+    assert (found["samples"], found["stop"], found["start"]) == (2, ["zzzz"], True)
+    assert found["dtype"] == "float32"
     for number, text in enumerate(found["texts"]):
         head = f"=== prompt {number // 2 + 1}, sample {number % 2 + 1}\n"
         assert head + text["prompt"] + text["text"] + "\n" in done.stdout
@@ -625,15 +641,104 @@ def test_the_command_prints_and_writes_the_texts(finished: Path, tmp_path: Path)
 
 
 def test_the_command_streams_and_shows_the_grounding(finished: Path) -> None:
-    streamed = command(finished, "--prompt=The cat", "--max_new_tokens=6", "--stream")
+    """A zero byte is written each time that the model is asked for another token."""
+    program = (
+        "import os; from blindvalm_jax import generate; from blindvalm_jax.decoding import rows\n"
+        "go_on = rows.CachedRows.go_on\n"
+        "rows.CachedRows.go_on = lambda *given: os.write(1, b'\\0') and go_on(*given)\n"
+        "generate.run_main(generate.main)"
+    )
+    asked = (f"--workdir={finished}", "--prompt=The cat", "--max_new_tokens=6", "--stream")
+    streamed = python("-c", program, *asked)
     assert streamed.returncode == 0, streamed.stderr
-    assert streamed.stdout.startswith("The cat")
+    pieces = streamed.stdout.split("\0")
+    assert len(pieces) == 6
+    assert pieces[0].startswith("The cat")
+    assert sum(bool(piece.strip()) for piece in pieces[1:]) >= 3
     shown = command(finished, "--interactive", "--max_new_tokens=6", given="The mat\nThe cat\n")
     assert shown.returncode == 0, shown.stderr
     lines = shown.stdout.splitlines()
     assert lines[0].split() == ["token", "layer", "0"]
     assert all(0 < float(line.split()[-1]) < 1 for line in lines[1:7])
-    assert shown.stdout.endswith(streamed.stdout)
+    assert shown.stdout.endswith("".join(pieces))
+
+
+def test_ctrl_c_ends_a_text_and_at_the_prompt_the_command(finished: Path) -> None:
+    """The first text would take minutes; the second, of another line, is shown behind it."""
+    program = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "runpy.run_module('blindvalm_jax.generate', run_name='__main__', alter_sys=True)"
+    )
+    asked = [f"--workdir={finished}", "--interactive", "--max_new_tokens=4000", "--seed=3"]
+    line = [sys.executable, "-u", "-c", program, *asked, "--temperature=1"]
+    with subprocess.Popen(
+        line,
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for prompt in ("The cat\n", "a mat\n"):
+            process.stdin.write(prompt)
+            process.stdin.flush()
+            assert process.stdout.readline().split() == ["token", "layer", "0"]
+            process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            while process.stdout.readline() != "\n":
+                assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "\n"
+        assert process.wait() == 0
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_the_reference_rule_is_said(finished: Path, tmp_path: Path) -> None:
+    """On standard error; a stop string ends the text."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    values = json.loads((run / "config.json").read_text())
+    values["grounding"]["segments"] = "reference"
+    (run / "config.json").write_text(json.dumps(values))
+    done = command(run, "--prompt=The cat", "--max_new_tokens=2")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("note: with grounding.segments=reference")
+
+
+@pytest.mark.torch
+def test_the_command_goes_on_with_a_gpt2_of_others(tmp_path: Path) -> None:
+    """Its text is that of transformers' greedy search, up to the stop string; nothing to show."""
+    import torch
+    import transformers
+
+    vocabulary, merges = tiny_tokenizers.gpt2_parts()
+    tiny_tokenizers.write_pair(tmp_path, vocabulary, merges)
+    torch.manual_seed(0)
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    config = transformers.GPT2Config(
+        vocab_size=len(vocabulary), initializer_range=0.3, **shape, activation_function="gelu_new"
+    )
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    tokenizer = tokenizers_of.load("gpt2", str(tmp_path))
+    front = [tokenizer.eos_id, *tokenizer.encode("the cat")]
+    ids = theirs.generate(
+        torch.tensor([front]), max_new_tokens=NEW, do_sample=False, pad_token_id=0
+    )
+    text = tokenizer.decode(ids[0, 1:].tolist())
+    stop = text[-2:]
+    done = command(
+        tmp_path, f"--stop={stop}", "--prompt=the cat", f"--max_new_tokens={NEW}", by="hf"
+    )
+    assert done.returncode == 0, done.stderr
+    before = len("the cat")
+    assert done.stdout == text[: text.index(stop, before)] + "\n"
+    shown = command(tmp_path, "--interactive", "--max_new_tokens=1", given="the cat\n", by="hf")
+    assert "note: this model has no fusion layers" in shown.stderr
+    assert shown.stdout.startswith("the cat")
 
 
 @pytest.mark.parametrize(
@@ -644,6 +749,11 @@ def test_the_command_streams_and_shows_the_grounding(finished: Path) -> None:
         (["--prompt=a", "--prompt=b", "--stream"], "--stream prints one text"),
         (["--prompt=a", "--temperature=-1"], "temperature must be 0"),
         (["--prompt=a", "--json=no/file"], "must be a file in a directory that is there"),
+        (["--prompt=a", "--json=/proc/texts.json"], "--json=/proc/texts.json cannot be written"),
+        (["--prompt=a", "--samples=2"], "2 samples at temperature 0 would be the same text"),
+        (["--prompt=a", "--max_new_tokens=2000000"], "at most 1000000, got 2000000"),
+        (["--interactive", "--stream"], "leave out --stream"),
+        (["--interactive", "--stop="], "a stop string is empty"),
     ],
 )
 def test_wrong_commands_are_one_line(
