@@ -717,9 +717,13 @@ def test_the_command_goes_on_with_a_gpt2_of_others(tmp_path: Path) -> None:
     vocabulary, merges = tiny_tokenizers.gpt2_parts()
     tiny_tokenizers.write_pair(tmp_path, vocabulary, merges)
     torch.manual_seed(0)
-    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
     config = transformers.GPT2Config(
-        vocab_size=len(vocabulary), initializer_range=0.3, **shape, activation_function="gelu_new"
+        vocab_size=len(vocabulary),
+        initializer_range=0.3,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
     )
     theirs = transformers.GPT2LMHeadModel(config).eval()
     theirs.save_pretrained(tmp_path)
