@@ -129,12 +129,7 @@ class Generator:
         for part, own in _parts(len(encoded), samples, split=split):
             texts = [
                 _Text(
-                    Continuation(
-                        self._trained.tokenizer,
-                        encoded[place][int(self._start) :],
-                        stop=stop,
-                        most=max_new_tokens,
-                    ),
+                    self._grown(encoded[place], stop=stop, most=max_new_tokens),
                     self._text(prompts[place]),
                     sample,
                     place * samples + sample,
@@ -173,6 +168,11 @@ class Generator:
         """
         check(self._settings, max_new_tokens, samples=samples, stop=stop)
         streaming.sought(self._trained.tokenizer, stop)
+
+    def _grown(self, ids: np.ndarray, *, stop: Sequence[str], most: int) -> Continuation:
+        """What is added to a prompt of ids, of which the first may be the one in front."""
+        prompt = ids[int(self._start) :]
+        return Continuation(self._trained.tokenizer, prompt, stop=stop, most=most)
 
     def _text(self, prompt: str | np.ndarray) -> str:
         if isinstance(prompt, str):
