@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from benchmarks import turns, valm_systems
-from blindvalm_jax.errors import run_main
+from blindvalm_jax.errors import UserError, run_main
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,6 +42,7 @@ _NEW = flags.DEFINE_integer("new_tokens", 64, "Tokens behind a prompt.", lower_b
 _WHOLE = flags.DEFINE_integer("whole_tokens", 4, "The same for the system whole.", lower_bound=1)
 
 SYSTEMS = ("gpt2", "whole", "transformers", "token", "eos")
+_POSITIONS = 1024  # GPT-2's
 _SAME = SYSTEMS[:3]  # of which the tokens are compared
 
 # A generation of so many rows: the tokens behind the prompts.
@@ -53,6 +54,11 @@ def run() -> dict[str, Any]:
     batches = turns.whole_numbers(_BATCHES.value, "batches")
     valm_systems.shape(valm_systems.DECODER.value, "decoder")
     valm_systems.shape(valm_systems.TOWER.value, "tower")
+    if _PROMPT.value + _NEW.value - 1 > _POSITIONS:
+        raise UserError(
+            f"--prompt_tokens={_PROMPT.value} and --new_tokens={_NEW.value} exceed the decoder's "
+            f"{_POSITIONS} positions: ask for fewer"
+        )
     names = [name for name in SYSTEMS if name != "transformers" or _torch()]
     if "transformers" not in names:
         print("transformers is left out: torch is not installed (pip install -e '.[torch]')")
@@ -300,7 +306,7 @@ def _decoder() -> DecoderConfig:
         width=width,
         heads=heads,
         positions="learned",
-        max_positions=1024,
+        max_positions=_POSITIONS,
         embedding_scale="none",
         activation="gelu_tanh",
         init="gpt2",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from absl import app, flags, logging
+
+_BROKEN_PIPE = 141  # what a shell reports of a command that such a pipe ended
 
 
 class UserError(ValueError):
@@ -44,9 +48,15 @@ def run_main(main: Callable[[Sequence[str]], int | None], *, failure: int = 1) -
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # libraries report every file they write
         try:
-            sys.exit(main(argv) or 0)
+            code = main(argv) or 0
+            sys.stdout.flush()
+            sys.exit(code)
         except UserError as error:
             fail(str(error))
+        except BrokenPipeError:
+            if not _nobody_reads():
+                raise
+            sys.exit(_BROKEN_PIPE)
         except KeyboardInterrupt:
             fail("interrupted; the same command goes on from what is on disk")
         except Exception as error:
@@ -54,12 +64,27 @@ def run_main(main: Callable[[Sequence[str]], int | None], *, failure: int = 1) -
             if type(error).__name__ != "JaxRuntimeError" or "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             fail(
-                "out of device memory; more train.microbatches, for language models train.remat="
-                "full or train.loss_chunk, or a larger mesh.fsdp need less, and --dry_run tells "
-                "how much; other commands take a smaller --batch_size"
+                "out of device memory; training: more train.microbatches, for language models "
+                "train.remat=full or train.loss_chunk, or a larger mesh.fsdp need less, and "
+                "--dry_run tells how much; evaluation: a smaller --batch_size; generation: fewer "
+                "samples or --max_new_tokens; both: --dtype=bfloat16"
             )
 
     app.run(guarded, flags_parser=parse)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader is gone; what it still holds is then dropped.
+
+    Of another pipe, such as one to a process of our own, this is False.
+    """
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    if not any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
+        return False
+    # Else the interpreter complains when it flushes at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def first_line(error: BaseException) -> str:

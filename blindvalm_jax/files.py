@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,19 @@ def replacing(path: Path, *, work: Path | None = None) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_writable(directory: Path, *, what: str) -> None:
+    """Tries to make a file in a directory, and leaves none there.
+
+    Raises:
+      UserError: it cannot be made; `what` is how the message calls the place.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(f"{what} cannot be written: {error.strerror}") from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -9,14 +9,16 @@ What is drawn depends on --seed, the prompt and the number of the sample alone.
 
 --interactive reads prompts from standard input, and shows for each token how much attention went
 to the grounding where it was predicted: as shades where the terminal has colours, else as a table.
+Ctrl-C ends a text, at the prompt the program.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ from absl import flags
 
 from blindvalm_jax import files, model_flags
 from blindvalm_jax.decoding import generation
-from blindvalm_jax.decoding.generation import Generation, Generator
+from blindvalm_jax.decoding.generation import Generation, Generator, Written
 from blindvalm_jax.decoding.sampling import Sampling
 from blindvalm_jax.errors import UserError, print_error, run_main
 from blindvalm_jax.trained import TrainedModel
@@ -32,13 +34,13 @@ from blindvalm_jax.trained import TrainedModel
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "text to go on with")
 _PROMPTS = flags.DEFINE_string("prompts", "", "instead: file with a prompt on each line")
 _INTERACTIVE = flags.DEFINE_bool("interactive", False, "instead: prompts from standard input")
-_NEW = flags.DEFINE_integer("max_new_tokens", 64, "tokens of a text at most", lower_bound=1)
+_NEW = flags.DEFINE_integer("max_new_tokens", 64, "tokens of a text at most")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "divides logits; 0: the likeliest token")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "only the k likeliest tokens; 0: all")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "only the likeliest with this probability; 1: all")
 _MIN_P = flags.DEFINE_float("min_p", 0.0, "only those with this share of the likeliest's; 0: all")
 _PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "on tokens that are there; 1: none")
-_SAMPLES = flags.DEFINE_integer("samples", 1, "texts of each prompt", lower_bound=1)
+_SAMPLES = flags.DEFINE_integer("samples", 1, "texts of each prompt")
 _STOP = flags.DEFINE_multi_string("stop", [], "a text ends before this string")
 _SEED = flags.DEFINE_integer("seed", 0, "of all draws", lower_bound=0, upper_bound=2**31 - 1)
 _START = flags.DEFINE_bool("start", True, "the end-of-text token in front, as in training")
@@ -59,9 +61,12 @@ def main(argv: Sequence[str]) -> int:
         repetition_penalty=_PENALTY.value,
     )
     prompts = _prompts()
+    generation.check(settings, _NEW.value, samples=_SAMPLES.value, stop=_STOP.value)
     out = None if not _JSON.value else Path(_JSON.value).expanduser()
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise UserError(f"--json={out} must be a file in a directory that is there")
+    if out is not None:
+        files.check_writable(out.parent, what=f"--json={out}")
     trained = model_flags.load(rows_over_devices=False)
     if generation.whole_only(trained):
         print(
@@ -82,8 +87,17 @@ def main(argv: Sequence[str]) -> int:
     found = _stream(generator, prompts[0]) if _STREAM.value else _write(generator, prompts)
     _report(found)
     if out is not None:
-        about = {"model": named.path, "step": trained.step, "seed": _SEED.value}
-        _save(out, found, {**about, "max_new_tokens": _NEW.value, **dataclasses.asdict(settings)})
+        about = {
+            "model": named.path,
+            "step": trained.step,
+            "dtype": named.dtype,
+            "seed": _SEED.value,
+            "start": _START.value,
+            "samples": _SAMPLES.value,
+            "stop": _STOP.value,
+            "max_new_tokens": _NEW.value,
+        }
+        _save(out, found, {**about, **dataclasses.asdict(settings)})
     return 0
 
 
@@ -101,8 +115,13 @@ def _prompts() -> list[str]:
             + (" and ".join(given) or "none")
         )
     if _INTERACTIVE.value:
-        if _SAMPLES.value > 1 or _JSON.value:
-            raise UserError("--interactive shows one text of each prompt and writes no file")
+        others = (_SAMPLES.value > 1, "samples"), (_JSON.value, "json"), (_STREAM.value, "stream")
+        named = [f"--{name}" for value, name in others if value]
+        if named:
+            raise UserError(
+                f"--interactive shows one text of each prompt as it comes, and writes no file: "
+                f"leave out {' and '.join(named)}"
+            )
         return []
     prompts = _PROMPT.value
     if _PROMPTS.value:
@@ -110,7 +129,7 @@ def _prompts() -> list[str]:
             text = Path(_PROMPTS.value).expanduser().read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts={_PROMPTS.value} cannot be read: {error}") from error
-        prompts = [line for line in text.splitlines() if line.strip()]
+        prompts = [line for line in text.split("\n") if line.strip()]
         if not prompts:
             raise UserError(f"--prompts={_PROMPTS.value} holds no line with a prompt")
     if _STREAM.value and len(prompts) * _SAMPLES.value > 1:
@@ -123,18 +142,23 @@ def _prompts() -> list[str]:
 
 def _write(generator: Generator, prompts: Sequence[str]) -> Generation:
     """All texts, printed when they are done."""
-    found = generator.generate(
+    several = len(prompts) * _SAMPLES.value > 1
+    numbers = itertools.count()
+
+    def show(text: Written) -> None:
+        if several:
+            prompt = next(numbers) // _SAMPLES.value + 1
+            print(f"=== prompt {prompt}, sample {text.sample + 1}")
+        print(text.prompt + text.text, flush=True)
+
+    return generator.generate(
         prompts,
         max_new_tokens=_NEW.value,
         samples=_SAMPLES.value,
         stop=_STOP.value,
         seed=_SEED.value,
+        on_text=show,
     )
-    for row, text in enumerate(found.texts):
-        if len(found.texts) > 1:
-            print(f"=== prompt {row // _SAMPLES.value + 1}, sample {text.sample + 1}")
-        print(text.prompt + text.text)
-    return found
 
 
 def _stream(generator: Generator, prompt: str) -> Generation:
@@ -157,11 +181,14 @@ def _interact(trained: TrainedModel, settings: Sampling) -> None:
     generator = Generator(
         trained, settings=settings, start=_START.value, probe=bool(fused), block=1
     )
+    generator.check(_NEW.value, stop=_STOP.value)
+    if not fused:
+        print("note: this model has no fusion layers: no grounding to show", file=sys.stderr)
     colours = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     shades = bool(fused) and colours and "NO_COLOR" not in os.environ
     table = bool(fused) and not shades
     if sys.stdin.isatty():
-        print("a prompt on each line; end with Ctrl-D", file=sys.stderr)
+        print("a prompt on each line; Ctrl-C ends a text, Ctrl-D all", file=sys.stderr)
     if shades:
         legend = "".join(_shaded(f" {share:.2f} ", share) for share, _ in _SHADES)
         print(f"attention to the grounding, at least: {legend}", file=sys.stderr)
@@ -174,25 +201,36 @@ def _interact(trained: TrainedModel, settings: Sampling) -> None:
         else:
             print(f"{text!r:24}" + "".join(f"{value:10.4f}" for value in share), flush=True)
 
-    for line in sys.stdin:
-        prompt = line.rstrip("\n")
+    def go_on(prompt: str) -> None:
         if table:
             print(f"{'token':24}" + "".join(f"{f'layer {layer}':>10}" for layer in fused))
         else:
             print(prompt, end="", flush=True)
-        try:
-            found = generator.generate(
-                [prompt],
-                max_new_tokens=_NEW.value,
-                stop=_STOP.value,
-                seed=_SEED.value,
-                on_token=show,
-            )
-        except UserError as error:
-            print_error(str(error))
-            continue
+        found = generator.generate(
+            [prompt],
+            max_new_tokens=_NEW.value,
+            stop=_STOP.value,
+            seed=_SEED.value,
+            on_token=show,
+        )
         print(f"{prompt}{found.texts[0].text}" if table else "", flush=True)
         _report(found)
+
+    _each_line(go_on)
+
+
+def _each_line(go_on: Callable[[str], None]) -> None:
+    """Calls it with every line of standard input; Ctrl-C ends a text, at the prompt the program."""
+    try:
+        for line in sys.stdin:
+            try:
+                go_on(line.rstrip("\n"))
+            except UserError as error:
+                print_error(str(error))
+            except KeyboardInterrupt:
+                print(flush=True)
+    except KeyboardInterrupt:
+        print(flush=True)
 
 
 # Least share, and a background of the 256 colours of terminals.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import pytest
 
 from blindvalm_jax import partitioning, trained
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.explain import probing, words
+from blindvalm_jax.explain import probing, report, words
 from blindvalm_jax.tasks import answers, catalog
 from blindvalm_jax.tasks.questions import Question
 from blindvalm_jax.tasks.scoring import Scorer
@@ -151,12 +152,53 @@ def test_the_command_writes_a_page_a_figure_and_numbers(
     assert "random direction" in page
 
 
+def test_signs_of_markdown_and_formulas_are_only_text(tmp_path: Path) -> None:
+    """On the page they are escaped, in the figure nothing is a formula; no font has emoji."""
+    signs = ["a|b", "$x_$", "$1 and $2", "\\frac{", "\U0001f642", "_it_"]
+    reading = probing.Reading(
+        tokens=["(start)", *(f" {sign}" for sign in signs), "\n"],
+        candidates=signs,
+        grounded=np.arange(6.0),
+        ungrounded=np.zeros(6),
+        attention=np.full((1, 8, 2), 0.5, np.float32),
+        layers=[0],
+        vectors=np.ones((8, 1, 4), np.float32),
+    )
+    chance = np.zeros((2, 6))
+    near = [words.Nearest(signs, np.arange(6.0), chance, chance)]
+    lines = report.write(reading, near, at=2, out=tmp_path)
+    assert (tmp_path / "explain.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((tmp_path / "explain.json").read_text())
+    assert [*found["candidates"]] == signs
+    rows = [line for line in lines if line.startswith("| ") and "a" in line and "b" in line]
+    assert [row.split(" | ")[0] for row in rows if "a\\|b" in row] == ["| a\\|b"] * 3
+    assert "| \\$x\\_\\$ |" in "\n".join(lines)
+    for line in lines:
+        assert len(re.findall(r"(?<!\\)\$", line)) == 0
+
+
+def test_the_page_is_there_without_the_figure(tmp_path: Path, reading: probing.Reading) -> None:
+    chance = np.zeros((2, 1))
+    near = [words.Nearest(["a"], np.ones(1), chance, chance)]
+    (tmp_path / "explain.png").mkdir()
+    with pytest.raises(IsADirectoryError):
+        report.write(reading, near, at=0, out=tmp_path)
+    assert (tmp_path / "explain.md").exists()
+    assert (tmp_path / "explain.json").exists()
+
+
 def test_what_cannot_be_explained_is_one_line(run: Path, model: TrainedModel) -> None:
     done = command(f"--workdir={run}", "--prompt=x", "--candidates=y")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "--out is missing" in done.stderr
     with pytest.raises(UserError, match="the candidate '' has no tokens"):
         probing.read(model, "the", [""])
+    with pytest.raises(UserError, match="the candidate 'red' is there twice"):
+        probing.read(model, "the", ["red", "sea", " red"])
+    place = run / "config.json"
+    done = command("--workdir=none", "--prompt=x", "--candidates=y", f"--out={place}/out")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert f"--out={place}/out cannot be made: Not a directory" in done.stderr
     plain = dataclasses.replace(model.model.decoder, fusion_layers=(), memory_width=0)
     bare = dataclasses.replace(model, model=dataclasses.replace(model.model, decoder=plain))
     with pytest.raises(UserError, match="without grounding has nothing to explain"):

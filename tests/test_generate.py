@@ -7,6 +7,8 @@ import functools
 import importlib.util
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +23,12 @@ import pytest
 
 from blindvalm_jax import config, partitioning
 from blindvalm_jax.config import MeshConfig
+from blindvalm_jax.data import tokenizers as tokenizers_of
+from blindvalm_jax.data.clip_cleaning import clean_words
 from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.decoding import cached, generation, sampling
 from blindvalm_jax.decoding.generation import Generator
+from blindvalm_jax.decoding.rows import CachedRows, Draw
 from blindvalm_jax.decoding.sampling import Sampling
 from blindvalm_jax.decoding.streaming import Continuation
 from blindvalm_jax.errors import UserError
@@ -33,7 +38,7 @@ from blindvalm_jax.models.clip import TextTower
 from blindvalm_jax.models.decoder import Decoder, memory_shares
 from blindvalm_jax.objectives.language_model import Model
 from blindvalm_jax.trained import TrainedModel
-from tests import small_models, small_text, test_train
+from tests import small_models, small_text, test_train, tiny_tokenizers
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["The cat sat on the mat. A cat, so: (on) it; the mat!", "the AT&T", ""]
@@ -155,6 +160,33 @@ def test_a_text_depends_on_seed_prompt_and_sample_alone() -> None:
     assert [text.tokens for text in again] != [text.tokens for text in together]
 
 
+def test_rows_are_written_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As all at once; the texts of a part are known before the next part begins."""
+    asked = generator("token", WARM, block=5)
+    together = asked.generate(PROMPTS, max_new_tokens=NEW, samples=3, seed=5).texts
+    events: list[tuple[str, int]] = []
+
+    def on_token(row: int, text: str, share: np.ndarray | None) -> None:
+        events.append(("token", row))
+
+    for most, rows_at_once in ((1, 1), (2, 2), (7, 6)):
+        monkeypatch.setattr(generation, "_TOGETHER", most)
+        events.clear()
+        apart = asked.generate(
+            PROMPTS,
+            max_new_tokens=NEW,
+            samples=3,
+            seed=5,
+            on_token=on_token,
+            on_text=lambda text: events.append(("text", text.sample)),
+        ).texts
+        assert apart == together
+        first = [kind for kind, _ in events].index("text")
+        assert {row for _, row in events[:first]} == set(range(rows_at_once))
+        assert [sample for kind, sample in events if kind == "text"] == [0, 1, 2] * 3
+        assert {row for kind, row in events if kind == "token"} == set(range(9))
+
+
 def test_a_stop_string_ends_a_text_in_any_block() -> None:
     asked, alone = generator("token", block=5), generator("token", block=1)
     free = asked.generate(PROMPTS, max_new_tokens=NEW).texts
@@ -189,15 +221,24 @@ def test_streamed_text_is_the_final_text_up_to_the_first_stop(kind: int, seed: i
     whole = tokenizer.decode([index - offset for index in [*prompt.tolist(), *tokens]])[
         len(front) :
     ]
+
+    def form(text: str) -> str:
+        """CLIP's stop strings are sought without case and white space."""
+        return "".join(text.lower().split()) if kind else text
+
     for _ in range(40):
         at = sorted(rng.integers(0, len(whole), 2))
         stop = [whole[at[0] : at[0] + int(rng.integers(1, 6))], whole[at[1] : at[1] + 3], "none"]
-        stop = [text for text in stop if text and not text.endswith("\ufffd")]
-        ends = [n for n in range(len(whole) + 1) if any(whole[:n].endswith(text) for text in stop)]
+        stop = [text for text in stop if form(text) and not text.endswith("\ufffd")]
+        cleaned = ["".join(clean_words(text)) for text in stop if kind]
+        forms = [form(text) for text in [*stop, *cleaned] if form(text)]
+        ends = [n for n in range(len(whole) + 1) if form(whole[:n]).endswith(tuple(forms))]
         expected = whole
         if ends:
             shown = whole[: ends[0]]
-            expected = min((shown.removesuffix(text) for text in stop), key=len)
+            begins = [n for n in range(len(shown)) if form(shown[n:]) in forms]
+            longest = max(len(form(shown[n:])) for n in begins)
+            expected = shown[: max(n for n in begins if len(form(shown[n:])) == longest)]
         found = Continuation(tokenizer, prompt, stop=stop, most=len(tokens))
         pieces = []
         for token in tokens:
@@ -206,6 +247,41 @@ def test_streamed_text_is_the_final_text_up_to_the_first_stop(kind: int, seed: i
         assert found.text == expected
         assert "".join(pieces) == found.text
         assert found.ending == ("stop" if ends else "length")
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "expected"),
+    [
+        ("Q:", "a cat. Q: what", " a cat . "),
+        ("don't", "we don't", " we "),
+        ("don\u2019t", "we don't", " we "),
+        ("The Mat\n", "on the mat", " on "),
+    ],
+)
+def test_stop_strings_are_sought_as_clip_writes(stop: str, text: str, expected: str) -> None:
+    """In lower case, with blanks between pieces; nothing of a stop string is shown before."""
+    tokenizer = small_text.small_clip()
+    front = tokenizer.encode_lm("The cat")
+    found = Continuation(tokenizer, front, stop=[stop], most=99)
+    shown = ""
+    for token in tokenizer.encode_lm(text).tolist():
+        found.add(token)
+        shown += found.release()
+    assert (shown, found.text, found.ending) == (expected, expected, "stop")
+
+
+def test_ids_that_are_no_text_are_left_out() -> None:
+    """Those below the language model's offset, and the end of a text, in front and between."""
+    tokenizer = small_text.small_clip()
+    ids = tokenizer.encode_lm("the cat")
+    mixed = np.concatenate([[2, 0], ids[:1], [2], ids[1:]]).astype(np.int32)
+    found = Continuation(tokenizer, mixed, stop=[], most=9)
+    for token in tokenizer.encode_lm("sat").tolist():
+        found.add(token)
+    assert found.text == " sat"
+    asked = generator("token", block=5)
+    texts = asked.generate([mixed, mixed[2:]], max_new_tokens=3).texts
+    assert [text.prompt for text in texts] == ["the cat", "the cat"]
 
 
 def test_half_a_character_waits_for_the_other_half() -> None:
@@ -255,6 +331,33 @@ def ours(rule: Sampling) -> np.ndarray:
     )
     assert np.all(np.isneginf(found[:, [3, 47, 48, 49]]))
     return np.asarray(jax.nn.softmax(found))
+
+
+EXTREME = [
+    Sampling(temperature=1e-40),
+    Sampling(temperature=1e-300, top_p=0.5),
+    Sampling(temperature=1e300),
+    Sampling(temperature=1.0, repetition_penalty=1e300),
+    Sampling(repetition_penalty=1e-300),
+]
+
+
+@pytest.mark.parametrize("rule", EXTREME, ids=str)
+def test_extreme_settings_give_probabilities(rule: Sampling) -> None:
+    """Of the limit: the likeliest token, all alike, no seen token, only seen ones."""
+    logits, ids = rows()
+    found = ours(rule)
+    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=0, atol=1e-5)
+    text = np.delete(np.arange(50), [3, 47, 48, 49])
+    for at, own, p in zip(logits, ids, found, strict=True):
+        if 0 < rule.temperature < 1:
+            assert p[text[at[text].argmax()]] == 1
+        elif rule.temperature > 1:
+            np.testing.assert_allclose(p[text], 1 / len(text), rtol=0, atol=1e-6)
+        elif rule.temperature:
+            assert p[[n for n in own if at[n] < 0]].max() == 0
+        else:
+            assert p.argmax() in own
 
 
 @pytest.mark.torch
@@ -446,17 +549,36 @@ def test_what_cannot_write_is_refused() -> None:
     shuffled = dataclasses.replace(trained.model, shuffled=True)
     own = dataclasses.replace(trained, tower_tokenizer=small_text.small_clip())
     asked = generator("gpt_learned", block=5)
+    draw = Draw(Sampling(), np.zeros(1, bool), trained.tokenizer.eos_id, 0)
     cases: list[tuple[Callable[[], Any], str]] = [
         (lambda: Generator(dataclasses.replace(trained, model=shuffled)), "control=shuffled"),
         (lambda: Generator(own), "tokenizer of its own cannot write"),
         (lambda: Generator(made("gpt_learned"), probe=True), "no fusion layers"),
         (lambda: asked.generate(["the"], max_new_tokens=80), "2 tokens and 80 new ones .* most 79"),
         (lambda: asked.generate(["the"], max_new_tokens=0), "max_new_tokens must be 1 or more"),
+        (lambda: asked.generate(["the"], max_new_tokens=10**7), "at most 1000000, got 10000000"),
+        (lambda: asked.generate(["the", "a" * 99], max_new_tokens=1), "prompt 2 of 100 tokens"),
+        (
+            lambda: asked.generate(["the"], max_new_tokens=1, samples=2),
+            "2 samples at temperature 0 would be the same",
+        ),
+        (lambda: asked.generate("the", max_new_tokens=1), "prompts must be a list"),
+        (lambda: asked.generate(["the"], max_new_tokens=1, stop="x"), "stop must be a list"),
+        (lambda: asked.generate(["the"], max_new_tokens=1, stop=[" \n"]), "is white space alone"),
+        (lambda: asked.generate([np.ones(3)], max_new_tokens=1), r"prompt 1 is float64 \[3\]"),
+        (lambda: asked.generate([np.ones((1, 3), int)], max_new_tokens=1), r"is int64 \[1, 3\]"),
+        (lambda: asked.generate([np.array([5, 10**6])], max_new_tokens=1), "the id 1000000, the"),
+        (
+            lambda: CachedRows(made("gpt_learned"), draw, block=1).begin(
+                [np.full(60, 5, np.int32)], 1, jax.random.split(jax.random.key(0), 1), 22
+            ),
+            "60 tokens and 22 new ones exceed the model's 80 learned positions",
+        ),
         (lambda: asked.generate(["the"], max_new_tokens=1, stop=["x", ""]), "string is empty"),
         (lambda: asked.generate([], max_new_tokens=1), "there is no prompt"),
         (
             lambda: generator("token", start=False).generate([""], max_new_tokens=1),
-            "has no tokens",
+            "prompt 1 is empty",
         ),
     ]
     for run, message in cases:
@@ -476,11 +598,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "run"
 
 
-def command(run: Path, *arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "blindvalm_jax.generate", f"--workdir={run}", *arguments]
+def command(
+    run: Path, *arguments: str, given: str = "", by: str = "workdir"
+) -> subprocess.CompletedProcess[str]:
+    return python("-m", "blindvalm_jax.generate", f"--{by}={run}", *arguments, given=given)
+
+
+def python(*arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
     quickly = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0" if "OPTIMIZED_TESTS" in os.environ else "1"}
     return subprocess.run(
-        line,
+        [sys.executable, *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -490,15 +617,23 @@ def command(run: Path, *arguments: str, given: str = "") -> subprocess.Completed
 
 
 def test_the_command_prints_and_writes_the_texts(finished: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("The cat\n\nnaïve 漢字\n")
+    (tmp_path / "prompts.txt").write_text("The cat\n\nnaïve\x85 漢字\n")
     out = tmp_path / "texts.json"
-    sampled = ("--temperature=0.9", "--top_p=0.9", "--samples=2", "--max_new_tokens=5")
+    sampled = (
+        "--temperature=0.9",
+        "--top_p=0.9",
+        "--samples=2",
+        "--max_new_tokens=5",
+        "--stop=zzzz",
+    )
     done = command(finished, f"--prompts={tmp_path / 'prompts.txt'}", f"--json={out}", *sampled)
     assert done.returncode == 0, done.stderr
     assert "tokens/s" in done.stderr
     found = json.loads(out.read_text())
-    assert [text["prompt"] for text in found["texts"]] == ["The cat"] * 2 + ["naïve 漢字"] * 2
+    assert [text["prompt"] for text in found["texts"]] == ["The cat"] * 2 + ["naïve\x85 漢字"] * 2
     assert (found["temperature"], found["step"], found["seed"]) == (0.9, 2, 0)
+    assert (found["samples"], found["stop"], found["start"]) == (2, ["zzzz"], True)
+    assert found["dtype"] == "float32"
     for number, text in enumerate(found["texts"]):
         head = f"=== prompt {number // 2 + 1}, sample {number % 2 + 1}\n"
         assert head + text["prompt"] + text["text"] + "\n" in done.stdout
@@ -506,15 +641,108 @@ def test_the_command_prints_and_writes_the_texts(finished: Path, tmp_path: Path)
 
 
 def test_the_command_streams_and_shows_the_grounding(finished: Path) -> None:
-    streamed = command(finished, "--prompt=The cat", "--max_new_tokens=6", "--stream")
+    """A zero byte is written each time that the model is asked for another token."""
+    program = (
+        "import os; from blindvalm_jax import generate; from blindvalm_jax.decoding import rows\n"
+        "go_on = rows.CachedRows.go_on\n"
+        "rows.CachedRows.go_on = lambda *given: os.write(1, b'\\0') and go_on(*given)\n"
+        "generate.run_main(generate.main)"
+    )
+    asked = (f"--workdir={finished}", "--prompt=The cat", "--max_new_tokens=6", "--stream")
+    streamed = python("-c", program, *asked)
     assert streamed.returncode == 0, streamed.stderr
-    assert streamed.stdout.startswith("The cat")
+    pieces = streamed.stdout.split("\0")
+    assert len(pieces) == 6
+    assert pieces[0].startswith("The cat")
+    assert sum(bool(piece.strip()) for piece in pieces[1:]) >= 3
     shown = command(finished, "--interactive", "--max_new_tokens=6", given="The mat\nThe cat\n")
     assert shown.returncode == 0, shown.stderr
     lines = shown.stdout.splitlines()
     assert lines[0].split() == ["token", "layer", "0"]
     assert all(0 < float(line.split()[-1]) < 1 for line in lines[1:7])
-    assert shown.stdout.endswith(streamed.stdout)
+    assert shown.stdout.endswith("".join(pieces))
+
+
+def test_ctrl_c_ends_a_text_and_at_the_prompt_the_command(finished: Path) -> None:
+    """The first text would take minutes; the second, of another line, is shown behind it."""
+    program = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "runpy.run_module('blindvalm_jax.generate', run_name='__main__', alter_sys=True)"
+    )
+    asked = [f"--workdir={finished}", "--interactive", "--max_new_tokens=4000", "--seed=3"]
+    line = [sys.executable, "-u", "-c", program, *asked, "--temperature=1"]
+    with subprocess.Popen(
+        line,
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for prompt in ("The cat\n", "a mat\n"):
+            process.stdin.write(prompt)
+            process.stdin.flush()
+            assert process.stdout.readline().split() == ["token", "layer", "0"]
+            process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            while process.stdout.readline() != "\n":
+                assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "\n"
+        assert process.wait() == 0
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_the_reference_rule_is_said(finished: Path, tmp_path: Path) -> None:
+    """On standard error; a stop string ends the text."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    values = json.loads((run / "config.json").read_text())
+    values["grounding"]["segments"] = "reference"
+    (run / "config.json").write_text(json.dumps(values))
+    done = command(run, "--prompt=The cat", "--max_new_tokens=2")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("note: with grounding.segments=reference")
+
+
+@pytest.mark.torch
+def test_the_command_goes_on_with_a_gpt2_of_others(tmp_path: Path) -> None:
+    """Its text is that of transformers' greedy search, up to the stop string; nothing to show."""
+    import torch
+    import transformers
+
+    vocabulary, merges = tiny_tokenizers.gpt2_parts()
+    tiny_tokenizers.write_pair(tmp_path, vocabulary, merges)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=len(vocabulary),
+        initializer_range=0.3,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+    )
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    tokenizer = tokenizers_of.load("gpt2", str(tmp_path))
+    front = [tokenizer.eos_id, *tokenizer.encode("the cat")]
+    ids = theirs.generate(
+        torch.tensor([front]), max_new_tokens=NEW, do_sample=False, pad_token_id=0
+    )
+    text = tokenizer.decode(ids[0, 1:].tolist())
+    stop = text[-2:]
+    done = command(
+        tmp_path, f"--stop={stop}", "--prompt=the cat", f"--max_new_tokens={NEW}", by="hf"
+    )
+    assert done.returncode == 0, done.stderr
+    before = len("the cat")
+    assert done.stdout == text[: text.index(stop, before)] + "\n"
+    shown = command(tmp_path, "--interactive", "--max_new_tokens=1", given="the cat\n", by="hf")
+    assert "note: this model has no fusion layers" in shown.stderr
+    assert shown.stdout.startswith("the cat")
 
 
 @pytest.mark.parametrize(
@@ -525,6 +753,11 @@ def test_the_command_streams_and_shows_the_grounding(finished: Path) -> None:
         (["--prompt=a", "--prompt=b", "--stream"], "--stream prints one text"),
         (["--prompt=a", "--temperature=-1"], "temperature must be 0"),
         (["--prompt=a", "--json=no/file"], "must be a file in a directory that is there"),
+        (["--prompt=a", "--json=/proc/texts.json"], "--json=/proc/texts.json cannot be written"),
+        (["--prompt=a", "--samples=2"], "2 samples at temperature 0 would be the same text"),
+        (["--prompt=a", "--max_new_tokens=2000000"], "at most 1000000, got 2000000"),
+        (["--interactive", "--stream"], "leave out --stream"),
+        (["--interactive", "--stop="], "a stop string is empty"),
     ],
 )
 def test_wrong_commands_are_one_line(
@@ -534,6 +767,45 @@ def test_wrong_commands_are_one_line(
     assert done.returncode == 1
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("lines", [1, 10_000])
+def test_a_reader_that_goes_away_is_no_error(lines: int, unbuffered: str) -> None:
+    program = (
+        "from blindvalm_jax.errors import run_main\n"
+        f"run_main(lambda argv: [print('x' * 99) for _ in range({lines})] and 0)"
+    )
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "wb") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_an_error() -> None:
+    program = (
+        "import os; from blindvalm_jax.errors import run_main; reads, writes = os.pipe()\n"
+        "run_main(lambda argv: os.close(reads) or os.write(writes, b'x') and 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "BrokenPipeError" in done.stderr
+
+
+def test_the_benchmark_has_so_many_positions() -> None:
+    asked = ("--prompt_tokens=1000", "--new_tokens=26")
+    line = [sys.executable, "-m", "benchmarks.run", "generate", *asked]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "exceed the decoder's 1024 positions" in done.stderr
 
 
 @pytest.mark.slow

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
 
-from blindvalm_jax.decoding import sampling
+from blindvalm_jax import partitioning
+from blindvalm_jax.decoding import sampling, streaming
 from blindvalm_jax.decoding.rows import CachedRows, Draw, Drawn, Rows, WholeRows
 from blindvalm_jax.decoding.sampling import Sampling
 from blindvalm_jax.decoding.streaming import Continuation
@@ -19,6 +21,8 @@ from blindvalm_jax.errors import UserError
 from blindvalm_jax.trained import TrainedModel
 
 BLOCK = 16  # tokens between two looks for stop strings
+LONGEST = 1_000_000  # new tokens of a text at most
+_TOGETHER = 32  # rows of a device that are written at once
 
 # Called for each token with its row, the text that is certain by now, and its shares [L'] or None.
 OnToken = Callable[[int, str, np.ndarray | None], None]
@@ -75,8 +79,9 @@ class Generator:
         if probe and not trained.model.decoder.fusion_layers:
             raise UserError("this model has no fusion layers, so no attention goes to a grounding")
         self._trained, self._start = trained, start
+        self._settings = settings or Sampling()
         draw = Draw(
-            settings or Sampling(),
+            self._settings,
             sampling.never_text(trained.tokenizer),
             trained.tokenizer.eos_id,
             len(trained.model.decoder.fusion_layers) if probe else 0,
@@ -96,74 +101,100 @@ class Generator:
         stop: Sequence[str] = (),
         seed: int = 0,
         on_token: OnToken | None = None,
+        on_text: Callable[[Written], None] | None = None,
     ) -> Generation:
         """`samples` texts behind each prompt, each up to a stop string or the end of text.
 
         prompts: texts, or ids [T] of the language model. What a row draws depends on the seed, its
-        prompt and the number of its sample alone.
+        prompt and the number of its sample alone, and not on the rows that are written with it.
+        on_text: called for each text when those that are written at once are done, in order where
+        rows are not split over devices.
 
         Raises:
-          UserError: a prompt has no tokens, or is too long for the model's positions.
+          UserError: see `check`; a prompt has no tokens, or is too long for the model's positions.
         """
-        _check(max_new_tokens, samples, stop)
-        encoded = [self._encoded(prompt, max_new_tokens) for prompt in prompts]
+        self.check(max_new_tokens, samples=samples, stop=stop)
+        if isinstance(prompts, str):
+            raise UserError("prompts must be a list of texts, got one text: give [text]")
+        encoded = [
+            self._encoded(prompt, max_new_tokens, name=f"prompt {number}")
+            for number, prompt in enumerate(prompts, start=1)
+        ]
         if not encoded:
             raise UserError("there is no prompt: give one or more")
-        texts = [
-            Continuation(
-                self._trained.tokenizer, ids[int(self._start) :], stop=stop, most=max_new_tokens
-            )
-            for ids in encoded
-            for _ in range(samples)
-        ]
-        shares: list[list[np.ndarray]] = [[] for _ in texts]
-
-        def take(drawn: Drawn) -> np.ndarray:
-            _add(drawn, texts, shares, on_token)
-            return np.array([bool(text.ending) for text in texts])
-
-        begin = time.perf_counter()
-        keys = _keys(encoded, samples, seed)
-        done = take(self._rows.begin(encoded, samples, keys, max_new_tokens))
-        first = time.perf_counter()
-        while not done.all():
-            done = take(self._rows.go_on(done))
-        return Generation(
-            texts=[
-                Written(
-                    prompt=self._text(prompts[row // samples]),
-                    sample=row % samples,
-                    text=text.text,
-                    tokens=text.tokens,
-                    ending=text.ending,
-                    shares=np.stack(own, axis=1) if own else None,
+        keys_PS = _keys(encoded, samples, seed).reshape(len(encoded), samples)
+        done: dict[int, Written] = {}
+        prompt_seconds = seconds = 0.0
+        split = partitioning.row_shards(self._trained.mesh)
+        for part, own in _parts(len(encoded), samples, split=split):
+            texts = [
+                _Text(
+                    self._grown(encoded[place], stop=stop, most=max_new_tokens),
+                    self._text(prompts[place]),
+                    sample,
+                    place * samples + sample,
+                    [],
                 )
-                for row, (text, own) in enumerate(zip(texts, shares, strict=True))
-            ],
-            prompt_seconds=first - begin,
-            seconds=time.perf_counter() - first,
-            counted=sum(len(text.tokens) - 1 for text in texts),
+                for place in part
+                for sample in own
+            ]
+            keys_B = keys_PS[part.start : part.stop, own.start : own.stop].reshape(-1)
+            begin = time.perf_counter()
+            rows = [encoded[place] for place in part]
+            drawn = self._rows.begin(rows, len(own), keys_B, max_new_tokens)
+            stopped_B = _add(drawn, texts, on_token)
+            first = time.perf_counter()
+            while not stopped_B.all():
+                drawn = self._rows.go_on(stopped_B)
+                stopped_B = _add(drawn, texts, on_token)
+            prompt_seconds += first - begin
+            seconds += time.perf_counter() - first
+            for text in texts:
+                done[text.row] = text.written()
+                if on_text is not None:
+                    on_text(done[text.row])
+        return Generation(
+            texts=[done[row] for row in sorted(done)],
+            prompt_seconds=prompt_seconds,
+            seconds=seconds,
+            counted=sum(len(text.tokens) - 1 for text in done.values()),
         )
+
+    def check(self, max_new_tokens: int, *, samples: int = 1, stop: Sequence[str] = ()) -> None:
+        """Refuses what `generate` would, whatever the prompts.
+
+        Raises:
+          UserError: see `check`, and `streaming.sought` for the model's tokenizer.
+        """
+        check(self._settings, max_new_tokens, samples=samples, stop=stop)
+        streaming.sought(self._trained.tokenizer, stop)
+
+    def _grown(self, ids: np.ndarray, *, stop: Sequence[str], most: int) -> Continuation:
+        """What is added to a prompt of ids, of which the first may be the one in front."""
+        prompt = ids[int(self._start) :]
+        return Continuation(self._trained.tokenizer, prompt, stop=stop, most=most)
 
     def _text(self, prompt: str | np.ndarray) -> str:
         if isinstance(prompt, str):
             return prompt
-        tokenizer = self._trained.tokenizer
-        return tokenizer.decode([int(token) - tokenizer.lm_offset for token in prompt])
+        return streaming.text_of(self._trained.tokenizer, np.asarray(prompt).tolist())
 
-    def _encoded(self, prompt: str | np.ndarray, new: int) -> np.ndarray:
+    def _encoded(self, prompt: str | np.ndarray, new: int, *, name: str) -> np.ndarray:
         """int32 ids of a prompt, with the end-of-text token in front as in training."""
         tokenizer = self._trained.tokenizer
         front = np.full(int(self._start), tokenizer.eos_id, np.int32)
-        ids = tokenizer.encode_lm(prompt) if isinstance(prompt, str) else prompt
+        if isinstance(prompt, str):
+            ids = tokenizer.encode_lm(prompt)
+        else:
+            ids = _checked(prompt, tokenizer.vocab_size, name=name)
         ids = np.append(front, ids).astype(np.int32)
         config = self._trained.model.decoder.config
         if not len(ids):
-            raise UserError("an empty prompt without the end-of-text token in front has no tokens")
+            raise UserError(f"{name} is empty, and has no end-of-text token in front: no tokens")
         if config.positions == "learned" and len(ids) + new - 1 > config.max_positions:
             room = max(config.max_positions - len(ids) + 1, 0)
             raise UserError(
-                f"a prompt of {len(ids)} tokens and {new} new ones exceed the model's "
+                f"{name} of {len(ids)} tokens and {new} new ones exceed the model's "
                 f"{config.max_positions} learned positions: shorten the prompt, or ask for at most "
                 f"{room}"
             )
@@ -214,31 +245,92 @@ def whole_only(trained: TrainedModel) -> bool:
     return grounded and trained.settings.grounding.segments == "reference"
 
 
-def _check(max_new_tokens: int, samples: int, stop: Sequence[str]) -> None:
+def check(
+    settings: Sampling, max_new_tokens: int, *, samples: int = 1, stop: Sequence[str] = ()
+) -> None:
+    """Refuses what no model can do.
+
+    Raises:
+      UserError: a number is out of its range, a stop string is empty or they are no list, or all
+        samples of a prompt would be alike.
+    """
     for name, value in (("max_new_tokens", max_new_tokens), ("samples", samples)):
-        if value < 1:
-            raise UserError(f"{name} must be 1 or more, got {value}")
+        if not 1 <= value <= LONGEST:
+            raise UserError(f"{name} must be 1 or more and at most {LONGEST}, got {value}")
+    if samples > 1 and not settings.temperature:
+        raise UserError(
+            f"{samples} samples at temperature 0 would be the same text: give a temperature, or "
+            "ask for one"
+        )
+    if isinstance(stop, str):
+        raise UserError("stop must be a list of strings, got one string: give [string]")
     if "" in stop:
         raise UserError("a stop string is empty: every text would end before its first token")
 
 
-def _add(
-    drawn: Drawn,
-    texts: Sequence[Continuation],
-    shares: Sequence[list[np.ndarray]],
-    on_token: OnToken | None,
-) -> None:
-    """Gives every text that goes on its tokens."""
+def _checked(prompt: np.ndarray, size: int, *, name: str) -> np.ndarray:
+    """A prompt of ids."""
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise UserError(
+            f"{name} is {ids.dtype} {list(ids.shape)}: give a text, or a row of integer ids [T]"
+        )
+    wrong = ids[(ids < 0) | (ids >= size)]
+    if len(wrong):
+        raise UserError(f"{name} holds the id {wrong[0]}, the model's are 0 to {size - 1}")
+    return ids
+
+
+class _Text(NamedTuple):
+    """A text that grows, and the shares [L'] of its tokens."""
+
+    grown: Continuation
+    prompt: str
+    sample: int
+    row: int
+    shares: list[np.ndarray]
+
+    def written(self) -> Written:
+        return Written(
+            prompt=self.prompt,
+            sample=self.sample,
+            text=self.grown.text,
+            tokens=self.grown.tokens,
+            ending=self.grown.ending,
+            shares=np.stack(self.shares, axis=1) if self.shares else None,
+        )
+
+
+def _add(drawn: Drawn, texts: Sequence[_Text], on_token: OnToken | None) -> np.ndarray:
+    """Gives every text that goes on its tokens; returns which have ended."""
     for row, text in enumerate(texts):
         for place, token in enumerate(drawn.tokens[row].tolist()):
-            if text.ending:
+            if text.grown.ending:
                 break
-            text.add(token)
+            text.grown.add(token)
             share = None if drawn.shares is None else drawn.shares[:, row, place]
             if share is not None:
-                shares[row].append(share)
+                text.shares.append(share)
             if on_token is not None:
-                on_token(row, text.release(), share)
+                on_token(text.row, text.grown.release(), share)
+    return np.array([bool(text.grown.ending) for text in texts])
+
+
+def _parts(prompts: int, samples: int, *, split: int) -> Iterator[tuple[range, range]]:
+    """Which prompts, and which samples of them, are written at once.
+
+    Prompts in multiples of `split`, the devices that rows are over; either several prompts with all
+    their samples, or the fewest prompts with some.
+    """
+    most = _TOGETHER * split
+    wide = max(most // samples // split * split, split)
+    deep = max(most // wide, 1)
+    for first in range(0, prompts, wide):
+        for sample in range(0, samples, deep):
+            yield (
+                range(first, min(first + wide, prompts)),
+                range(sample, min(sample + deep, samples)),
+            )
 
 
 def _keys(prompts: Sequence[np.ndarray], samples: int, seed: int) -> Array:

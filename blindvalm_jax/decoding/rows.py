@@ -17,6 +17,7 @@ from blindvalm_jax import partitioning
 from blindvalm_jax.decoding import cached, sampling, unstacked
 from blindvalm_jax.decoding.cached import Reader, State
 from blindvalm_jax.decoding.sampling import Sampling
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.models.decoder import memory_shares
 from blindvalm_jax.objectives.language_model import Batch, Model
 from blindvalm_jax.trained import TrainedModel
@@ -92,9 +93,16 @@ class CachedRows:
         """See `Rows`; compiles what `go_on` runs.
 
         Raises:
-          UserError: the model's rows cannot be read in pieces (see `cached.Reader`).
+          UserError: the model's rows cannot be read in pieces (see `cached.Reader`), or a row
+            would grow past its learned positions.
         """
         longest = max(len(prompt) for prompt in prompts)
+        config = self._trained.model.decoder.config
+        if config.positions == "learned" and longest + most - 1 > config.max_positions:
+            raise UserError(
+                f"a prompt of {longest} tokens and {most} new ones exceed the model's "
+                f"{config.max_positions} learned positions: ask for fewer"
+            )
         reader, first, self._more = self._programs(_rounded(self._trained, longest + most - 1))
         width = min(_rounded(self._trained, longest), reader.capacity)
         tokens_PT, counts_P = _padded(prompts, width)

@@ -18,6 +18,8 @@ from blindvalm_jax.data import tokenizer_files
 from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.errors import UserError
 
+_LARGEST = 1e37  # in fp32 its inverse is a number too
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -94,7 +96,9 @@ def scores(
     logits_BV = jnp.where(never_V[None], -jnp.inf, logits_BV)
     if not sampling.temperature:
         return logits_BV
-    logits_BV = logits_BV / sampling.temperature
+    # The largest becomes 0 first: a very small temperature must not make it infinite.
+    logits_BV = logits_BV - jnp.max(logits_BV, axis=1, keepdims=True)
+    logits_BV = logits_BV / _in_fp32(sampling.temperature)
     if sampling.top_k:
         logits_BV = top_k(logits_BV, sampling.top_k)
     if sampling.top_p < 1:
@@ -105,9 +109,15 @@ def scores(
 
 
 def penalised(logits_BV: Array, seen_BV: Array, penalty: float) -> Array:
-    """Seen tokens made less likely: l / penalty where l > 0, else l * penalty."""
+    """Seen tokens made less likely: l / penalty where l > 0, else l * penalty; always finite."""
+    penalty = _in_fp32(penalty)
     less_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
-    return jnp.where(seen_BV, less_BV, logits_BV)
+    return jnp.where(seen_BV, jnp.clip(less_BV, -_LARGEST, _LARGEST), logits_BV)
+
+
+def _in_fp32(value: float) -> float:
+    """The nearest number above 0 that fp32 can multiply with and divide by."""
+    return min(max(value, 1 / _LARGEST), _LARGEST)
 
 
 def top_k(logits_BV: Array, k: int) -> Array:

@@ -2,16 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
 
+from blindvalm_jax.data.clip_cleaning import clean_words
 from blindvalm_jax.data.tokenizers import Tokenizer
+from blindvalm_jax.errors import UserError
 
 Ending = Literal["", "end", "stop", "length"]
 
 _INCOMPLETE = "\ufffd"  # what decoders write for bytes that are no UTF-8
+
+
+def text_of(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """Text of a language model's ids, without the end of a text and other ids that are no text."""
+    offset, eos = tokenizer.lm_offset, tokenizer.eos_id
+    return tokenizer.decode([index - offset for index in ids if index >= offset and index != eos])
+
+
+def sought(tokenizer: Tokenizer, stop: Sequence[str]) -> list[str]:
+    """Stop strings in the form in which they are sought.
+
+    CLIP's tokenizer reads cleaned text in lower case, and writes blanks between pieces and no line
+    breaks: with it neither case nor white space counts, and both a string and what its cleaning
+    makes of it are sought.
+
+    Raises:
+      UserError: a string is empty, or nothing of it is left.
+    """
+    if "" in stop:
+        raise UserError("a stop string is empty: every text would end before its first token")
+    if tokenizer.kind != "clip":
+        return list(stop)
+    found: dict[str, None] = {}
+    for one in stop:
+        form = _comparable(one)[0]
+        if not form:
+            raise UserError(
+                f"the stop string {one!r} is white space alone, which CLIP's tokenizer does not "
+                "write: give one with other characters"
+            )
+        cleaned = _comparable("".join(clean_words(one)))[0]
+        found |= dict.fromkeys([form, cleaned or form])
+    return list(found)
+
+
+def _comparable(text: str) -> tuple[str, list[int]]:
+    """Lower case without white space, and where in the text each of its characters stands."""
+    letters = [("" if letter.isspace() else letter.lower()) for letter in text]
+    places = [at for at, letter in enumerate(letters) for _ in letter]
+    return "".join(letters), places
 
 
 class Continuation:
@@ -25,11 +67,15 @@ class Continuation:
     def __init__(
         self, tokenizer: Tokenizer, prompt: np.ndarray, *, stop: Sequence[str], most: int
     ) -> None:
-        """prompt: its ids; most: tokens that are taken."""
-        self._tokenizer, self._stop, self._most = tokenizer, tuple(stop), most
+        """prompt: its ids; most: tokens that are taken.
+
+        Raises:
+          UserError: see `sought`.
+        """
+        self._tokenizer, self._stop, self._most = tokenizer, sought(tokenizer, stop), most
         # Decoded together: what a tokenizer puts between words is known from both sides.
-        self._front = [index - tokenizer.lm_offset for index in prompt.tolist()]
-        self._begin = len(tokenizer.decode(self._front)) if self._front else 0
+        self._front = prompt.tolist()
+        self._begin = len(text_of(tokenizer, self._front))
         self._released = 0
         self.tokens: list[int] = []
         self.text = ""
@@ -52,7 +98,7 @@ class Continuation:
 
     def release(self) -> str:
         """The text since the last call that no later token can take back."""
-        safe = len(self.text) if self.ending else len(self.text) - self._beginning_of_stop()
+        safe = len(self.text) if self.ending else self._certain()
         new = self.text[self._released : safe]
         self._released = max(self._released, safe)
         return new
@@ -64,24 +110,31 @@ class Continuation:
             self.text, self.ending = self.text[:found], "stop"
 
     def _decoded(self) -> str:
-        eos, offset = self._tokenizer.eos_id, self._tokenizer.lm_offset
-        own = [index - offset for index in self.tokens if index != eos]
-        return self._tokenizer.decode([*self._front, *own])[self._begin :]
+        return text_of(self._tokenizer, [*self._front, *self.tokens])[self._begin :]
 
     def _first_stop(self) -> int | None:
         """Where the stop string begins that ends first; of two the longer one."""
-        places = [(self.text.find(stop), stop) for stop in self._stop]
-        ends = [(at + len(stop), at) for at, stop in places if at >= 0]
-        return min(ends)[1] if ends else None
+        text, places = self._form()
+        found = [(text.find(stop), stop) for stop in self._stop]
+        ends = [(at + len(stop), at) for at, stop in found if at >= 0]
+        return places[min(ends)[1]] if ends else None
 
-    def _beginning_of_stop(self) -> int:
-        """Length of the longest end of the text with which a stop string begins."""
-        return max(
+    def _certain(self) -> int:
+        """Where in the text its longest end begins with which a stop string begins."""
+        text, places = self._form()
+        size = max(
             (
                 size
                 for stop in self._stop
                 for size in range(1, len(stop))
-                if self.text.endswith(stop[:size])
+                if text.endswith(stop[:size])
             ),
             default=0,
         )
+        return places[len(text) - size] if size else len(self.text)
+
+    def _form(self) -> tuple[str, Sequence[int]]:
+        """The text as stop strings are sought in it, and the places of its characters."""
+        if self._stop and self._tokenizer.kind == "clip":
+            return _comparable(self.text)
+        return self.text, range(len(self.text))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from blindvalm_jax import model_flags
+from blindvalm_jax import files, model_flags
 from blindvalm_jax.errors import UserError, run_main
 from blindvalm_jax.explain import probing, report, words
 
@@ -37,6 +37,13 @@ def main(argv: Sequence[str]) -> int:
     for flag in (_PROMPT, _CANDIDATES, _OUT):
         if not flag.value:
             raise UserError(f"--{flag.name} is missing (see --help)")
+    probing.check(_CANDIDATES.value)
+    out = Path(_OUT.value).expanduser()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be made: {error.strerror}") from error
+    files.check_writable(out, what=f"--out={out}")
     model = model_flags.load(rows_over_devices=False)
     reading = probing.read(model, _PROMPT.value, _CANDIDATES.value)
     count = len(reading.tokens)
@@ -47,7 +54,6 @@ def main(argv: Sequence[str]) -> int:
     near = [
         words.nearest(vocabulary, vector, count=_NEAREST.value) for vector in reading.vectors[at]
     ]
-    out = Path(_OUT.value).expanduser()
     print("\n".join(report.write(reading, near, at=at, out=out)))
     print(f"{out}/explain.md, explain.json, explain.png")
     return 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,11 +33,14 @@ def write(reading: Reading, near: Sequence[Nearest], *, at: int, out: Path) -> l
         *(line for number, one in enumerate(near) for line in _words(reading, at, number, one)),
     ]
     out.mkdir(parents=True, exist_ok=True)
-    _figure(reading, near, at=at).savefig(out / "explain.png", dpi=150)
     page = ["![explanation](explain.png)", "", *lines]
     files.write_bytes(out / "explain.md", ("\n".join(page) + "\n").encode())
     text = json.dumps(_numbers(reading, near, at=at), ensure_ascii=False, indent=1)
     files.write_bytes(out / "explain.json", text.encode())
+    with warnings.catch_warnings():
+        # The figure shows a box for what its font lacks, such as emoji; the page has them.
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from")
+        _figure(reading, near, at=at).savefig(out / "explain.png", dpi=150)
     return lines
 
 
@@ -43,7 +48,7 @@ def _scores(reading: Reading) -> list[str]:
     order = np.argsort(-reading.grounded, kind="stable")
     rows = [
         [
-            reading.candidates[place],
+            _escaped(reading.candidates[place]),
             f"{reading.grounded[place]:.3f}",
             f"{reading.ungrounded[place]:.3f}",
             f"{reading.grounded[place] - reading.ungrounded[place]:+.3f}",
@@ -58,7 +63,7 @@ def _attention(reading: Reading) -> list[str]:
     mean_TL = reading.attention.mean(axis=2).T
     names = [f"layer {layer}" for layer in reading.layers]
     rows = [
-        [_named(token), *(f"{100 * share:.1f} %" for share in shares)]
+        [_escaped(_named(token)), *(f"{100 * share:.1f} %" for share in shares)]
         for token, shares in zip(reading.tokens, mean_TL, strict=True)
     ]
     heads = [
@@ -78,7 +83,7 @@ def _attention(reading: Reading) -> list[str]:
 def _words(reading: Reading, at: int, number: int, near: Nearest) -> list[str]:
     rows = [
         [
-            word,
+            _escaped(word),
             f"{cosine:.3f}",
             *(
                 f"{null[0][rank]:.3f} ({null[1][rank]:.3f})"
@@ -89,8 +94,8 @@ def _words(reading: Reading, at: int, number: int, near: Nearest) -> list[str]:
     ]
     which = f" {number + 1}" if reading.vectors.shape[1] > 1 else ""
     return [
-        f"Words nearest to grounding vector{which} of {_named(reading.tokens[at])}, and how near "
-        "the word of that rank is to a vector that means nothing, mean (97.5 % quantile):",
+        f"Words nearest to grounding vector{which} of {_escaped(_named(reading.tokens[at]))}, and "
+        "how near the word of that rank is to a vector that means nothing, mean (97.5 % quantile):",
         "",
         *table(["word", "cosine", "random direction", "draw from the words' cloud"], rows),
     ]
@@ -121,7 +126,8 @@ def _score_panel(panel: Axes, reading: Reading) -> None:
     ):
         panel.plot(values[order], places, "o", color=color, label=label)
     panel.hlines(places, reading.ungrounded[order], reading.grounded[order], color="0.8", zorder=0)
-    panel.set_yticks(places, [reading.candidates[place] for place in order])
+    names = [reading.candidates[place] for place in order]
+    panel.set_yticks(places, names, parse_math=False)
     panel.set_xlabel("log probability (nats)", color=_INK)
     panel.set_title("Candidates", loc="left", fontsize="medium")
     panel.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
@@ -130,9 +136,8 @@ def _score_panel(panel: Axes, reading: Reading) -> None:
 
 def _attention_panel(panel: Axes, layer: int, share_TN: np.ndarray, tokens: Sequence[str]) -> None:
     picture = panel.imshow(share_TN.T, aspect="auto", vmin=0, vmax=1, cmap="viridis")
-    panel.set_xticks(
-        range(len(tokens)), [_named(token) for token in tokens], rotation=45, ha="right"
-    )
+    names = [_named(token) for token in tokens]
+    panel.set_xticks(range(len(tokens)), names, rotation=45, ha="right", parse_math=False)
     panel.set_ylabel(f"head, layer {layer}", color=_INK)
     panel.set_title("Attention to the grounding", loc="left", fontsize="medium")
     panel.figure.colorbar(picture, ax=panel, fraction=0.03)
@@ -150,18 +155,26 @@ def _word_panel(panel: Axes, near: Sequence[Nearest], token: str) -> None:
     ):
         panel.plot(null[1], places, style, color="0.35", label=name)
     names = [", ".join(words) for words in zip(*(one.words for one in near), strict=True)]
-    panel.set_yticks(places, names)
+    panel.set_yticks(places, names, parse_math=False)
     panel.set_xlabel("cosine", color=_INK)
     panel.set_title(
-        f"Words nearest to the grounding of {_named(token)}", loc="left", fontsize="medium"
+        f"Words nearest to the grounding of {_named(token)}",
+        loc="left",
+        fontsize="medium",
+        parse_math=False,
     )
     panel.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     panel.spines[["top", "right"]].set_visible(False)
 
 
 def _named(token: str) -> str:
-    """A token as it can be seen, and as Markdown leaves it alone."""
-    return token.strip().replace("|", "\\|").replace("$", "\\$") or repr(token)
+    """A token as it can be seen."""
+    return " ".join(token.split()) or repr(token)
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown leaves alone, in a table too."""
+    return re.sub(r"([\\`*_<$|])", r"\\\1", text)
 
 
 def _numbers(reading: Reading, near: Sequence[Nearest], *, at: int) -> dict[str, Any]:
