@@ -53,7 +53,7 @@ $(VENV)/installed-test: pyproject.toml constraints.txt $(VENV)/created
 	@touch $@
 
 $(VENV)/installed-extras: $(VENV)/installed-test
-	$(PIP_INSTALL) -e '.[test,faiss,lm_eval]' accelerate peft $(TORCH)
+	$(PIP_INSTALL) -e '.[test,faiss,harness]' accelerate peft $(TORCH)
 	@touch $@
 
 $(VENV)/created:

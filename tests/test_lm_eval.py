@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -23,7 +24,14 @@ from blindvalm_jax.interop import weights
 from blindvalm_jax.named_model import NamedModel
 from blindvalm_jax.tasks import answers, catalog
 from blindvalm_jax.tasks.scoring import Scorer
-from tests import foreign_models, small_models, small_tasks, test_train, tiny_tokenizers
+from tests import (
+    foreign_models,
+    small_models,
+    small_tasks,
+    small_text,
+    test_train,
+    tiny_tokenizers,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ROOT / "blindvalm_jax" / "lm_eval" / "tasks"
@@ -137,7 +145,7 @@ def harness_or_skip() -> None:
     """Imports the harness, whose own warnings and those of what it imports are no errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        reason = "lm_eval is not installed: pip install -e '.[lm_eval]'"
+        reason = "lm_eval is not installed: pip install -e '.[harness]'"
         pytest.importorskip("lm_eval", reason=reason)
         pytest.importorskip("lm_eval.models", reason=reason)
 
@@ -153,7 +161,7 @@ def harness(
     model: str, arguments: Mapping[str, Any], data: Path, own_tasks: Path, *, tasks: list[str]
 ) -> dict[str, Any]:
     """What the harness finds, called as its command line calls it."""
-    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install -e '.[lm_eval]'")
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install -e '.[harness]'")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the harness and of what it imports
         import lm_eval
@@ -265,7 +273,13 @@ def test_special_tokens_and_the_start_are_read_as_hf_reads_them(
 def test_what_is_asked_of_a_generation() -> None:
     harness_or_skip()
     from blindvalm_jax.decoding.sampling import Sampling
-    from blindvalm_jax.lm_eval.requests import Asked, asked
+    from blindvalm_jax.lm_eval.requests import Asked
+    from blindvalm_jax.lm_eval.requests import asked as asked_of
+
+    asked = functools.partial(asked_of, tokenizer=small_text.small_bpe())
+    clip = asked_of({"until": ["\n\n", "a"]}, small_text.small_clip())
+    assert clip == Asked(Sampling(), 256, ["a"]), "CLIP's tokenizer writes no line breaks"
+    assert asked({"until": "\n\n"}).stop == ["\n\n"]
 
     assert asked({"until": [""]}) == Asked(Sampling(), 256, [])
     assert asked({"until": ["", "a"], "max_tokens": 3, "top_k": 5}) == Asked(Sampling(), 3, ["a"])
@@ -359,7 +373,7 @@ def test_the_flag_stands_before_the_config_file(tmp_path: Path) -> None:
 @pytest.mark.torch
 def test_what_the_model_writes_is_greedy(gpt2: Path) -> None:
     """Its own text counts as greedy, the same with another token in any place does not."""
-    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install -e '.[lm_eval]'")
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install -e '.[harness]'")
     from blindvalm_jax import trained
     from blindvalm_jax.decoding import generation
     from blindvalm_jax.lm_eval import adapter
@@ -484,14 +498,14 @@ def test_without_the_harness_the_command_says_what_to_install() -> None:
     )
     assert done.returncode == 1
     assert done.stderr == (
-        "error: lm-evaluation-harness is not installed: pip install 'blindvalm_jax[lm_eval]'\n"
+        "error: lm-evaluation-harness is not installed: pip install 'blindvalm_jax[harness]'\n"
     )
 
 
 @pytest.mark.torch
 @pytest.mark.slow
 def test_the_command_line_is_the_harness_s_own(gpt2: Path, data: Path, tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install -e '.[lm_eval]'")
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install -e '.[harness]'")
     command = [sys.executable, "-m", "blindvalm_jax.lm_eval"]
     asked = ["--model_args", f"hf={gpt2}", "--tasks", "blindvalm_memory_colors"]
     given = [*asked, "--metadata", json.dumps({"data": str(data)}), "--output_path", str(tmp_path)]

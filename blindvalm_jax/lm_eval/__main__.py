@@ -1,4 +1,4 @@
-r"""Runs lm-evaluation-harness with our models and our tasks; needs the extra `lm_eval`.
+r"""Runs lm-evaluation-harness with our models and our tasks; needs the extra `harness`.
 
     python -m blindvalm_jax.lm_eval --model_args workdir=RUN --tasks blindvalm_vlu \
         --metadata '{"data": "DIR"}'
@@ -20,7 +20,7 @@ def main() -> int:
     """Hands the command line to the harness, which ends the process itself where it refuses it."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
-            "lm-evaluation-harness is not installed: pip install 'blindvalm_jax[lm_eval]'"
+            "lm-evaluation-harness is not installed: pip install 'blindvalm_jax[harness]'"
         )
     from blindvalm_jax.lm_eval import command
 

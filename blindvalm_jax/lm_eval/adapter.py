@@ -170,7 +170,7 @@ class BlindValm(TemplateLM):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(place)
         with Progress("generate", total=len(requests), unit="text") as progress:
             for own in groups.values():
-                asked = asking.asked(requests[own[0]].args[1])
+                asked = asking.asked(requests[own[0]].args[1], self._tokenizer)
                 room = self.max_length - asked.new
                 if room < 1:
                     raise UserError(

@@ -36,8 +36,10 @@ class Asked(NamedTuple):
     stop: list[str]
 
 
-def asked(arguments: Mapping[str, Any]) -> Asked:
+def asked(arguments: Mapping[str, Any], tokenizer: Tokenizer) -> Asked:
     """The harness's arguments of a generation, which are those of transformers.
+
+    CLIP's tokenizer writes no line breaks: with it stop strings of white space alone are left out.
 
     Raises:
       UserError: an argument is unknown, or asks for what we do not do.
@@ -58,7 +60,8 @@ def asked(arguments: Mapping[str, Any]) -> Asked:
             "search, expected 1"
         )
     # Every text holds the empty string; the harness cuts nothing off at it either.
-    stop = [text for text in values["until"] if text]
+    blank = tokenizer.kind == "clip"
+    stop = [text for text in values["until"] if (text.strip() if blank else text)]
     if values["do_sample"]:
         rules = {name: values[name] for name in ("temperature", *_RULES)}
         return Asked(Sampling(**rules), values["max_gen_toks"], stop)
