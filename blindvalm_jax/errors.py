@@ -66,8 +66,8 @@ def run_main(main: Callable[[Sequence[str]], int | None], *, failure: int = 1) -
             fail(
                 "out of device memory; training: more train.microbatches, for language models "
                 "train.remat=full or train.loss_chunk, or a larger mesh.fsdp need less, and "
-                "--dry_run tells how much; evaluation: a smaller --batch_size; generation: fewer "
-                "samples or --max_new_tokens; both: --dtype=bfloat16"
+                "--dry_run tells how much; index: a smaller --batch_size; generation: fewer "
+                "samples or --max_new_tokens; evaluation too: --dtype=bfloat16"
             )
 
     app.run(guarded, flags_parser=parse)
