@@ -160,16 +160,18 @@ def run(
     """
     head = {**about, "tokenizer": tokenizer.kind}
     tell = _silent if quiet else functools.partial(print, flush=True)
+    commit = runs.commit()
     whole = {
         "tasks": _kept(out, head, tell),
         **head,
-        "commit": runs.commit(),
+        "commit": commit,
         "versions": runs.versions(),
     }
     tell(HEAD)
     for one in asked:
         outcome = one.run(scorer, tokenizer)
-        entry = {"protocol": protocol, **outcome.entry}
+        # Entries that stay may be of other code: each says its own.
+        entry = {"protocol": protocol, "commit": commit, **outcome.entry}
         whole["tasks"][one.name] = entry
         text = "".join(f"{_json(line)}\n" for line in outcome.lines)
         out.mkdir(parents=True, exist_ok=True)
@@ -191,10 +193,8 @@ def _kept(out: Path, head: Mapping[str, Any], tell: Callable[[str], None]) -> di
     there = before.get("tasks")
     if not other and isinstance(there, dict):
         return there
-    tell(
-        f"note: {path} is replaced: it was of "
-        + ", ".join(f"{name} {before.get(name)!r}" for name in other)
-    )
+    was = ", ".join(f"{name} {before.get(name)!r}" for name in other) or "no tasks"
+    tell(f"note: {path} is replaced: it was of {was}")
     return {}
 
 
