@@ -68,13 +68,9 @@ def main(argv: Sequence[str]) -> int:
     if out is not None:
         files.check_writable(out.parent, what=f"--json={out}")
     trained = model_flags.load(rows_over_devices=False)
-    if generation.whole_only(trained):
-        print(
-            "note: with grounding.segments=reference later tokens move the borders of segments, so "
-            "each token reads the whole text again (slow), and the finished text, scored at once, "
-            "can have other probabilities than the tokens had when they were chosen",
-            file=sys.stderr,
-        )
+    slow = generation.whole_only(trained)
+    if slow:
+        print(f"note: {slow}: each token reads the whole text again, slowly", file=sys.stderr)
     if _INTERACTIVE.value:
         _interact(trained, settings)
         return 0

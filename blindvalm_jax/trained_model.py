@@ -15,7 +15,6 @@ from blindvalm_jax import config, partitioning, trained_rows
 from blindvalm_jax.data import prepared
 from blindvalm_jax.data.clip_bpe import ClipTokenizer
 from blindvalm_jax.data.tokenizers import Tokenizer
-from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import segments
 from blindvalm_jax.grounding.images import Images
 from blindvalm_jax.objectives import language
@@ -49,66 +48,49 @@ class TrainedModel:
         Raises:
           UserError: a text does not fit, or has no token.
         """
-        if self.model.tower is None or self.tower_tokenizer is None:
-            front = np.full(int(start), self.tokenizer.eos_id, np.int32)
-            encoded = self.tokenizer.encode_lm_batch(texts)
-            return self.batch_of_ids([np.append(front, ids) for ids in encoded], length=length)
-        return self._aligned([self._document(text, start=start) for text in texts], length)
+        front = np.full(int(start), self.tokenizer.eos_id, np.int32)
+        encoded = self.tokenizer.encode_lm_batch(texts)
+        return self.batch_of_ids([np.append(front, ids) for ids in encoded], length=length)
 
-    def batch_of_ids(
-        self, rows: Sequence[np.ndarray], *, length: int = 0, texts: Sequence[str] | None = None
-    ) -> Batch:
+    def batch_of_ids(self, rows: Sequence[np.ndarray], *, length: int = 0) -> Batch:
         """Rows of language-model ids as they are, padded behind to a common length; see `batch`.
 
-        texts: needed where the tower has a tokenizer of its own: of each row, a text that it is the
-        beginning of, behind an end-of-text token if the row starts with that.
+        A tower with a tokenizer of its own reads the text that the ids of its row spell.
 
         Raises:
-          UserError: a row does not fit or is empty, or there are no texts where they are needed, or
-            a text does not begin with its row's tokens.
+          UserError: a row does not fit or is empty.
         """
-        if self.model.tower is not None and self.tower_tokenizer is not None:
-            if texts is None:
-                raise UserError(
-                    "the tower has a tokenizer of its own, which needs the text and not the "
-                    "language model's ids: make the batch from texts"
-                )
-            documents = []
-            for row, text in zip(rows, texts, strict=True):
-                whole = self._document(text, start=bool(row[:1] == self.tokenizer.eos_id))
-                documents.append(trained_rows.beginning(whole, row, text=text))
-            return self._aligned(documents, length)
         found = self._language_rows(rows, length)
-        if self.model.tower is not None:
-            found |= trained_rows.shared_tower(
-                found["tokens"],
-                np.array([len(row) for row in rows]),
-                tokenizer=self.tokenizer,
-                rule=self._rule,
-                separators=self._separators,
-            )
-        return self._placed(found)
-
-    def _document(self, text: str, *, start: bool) -> trained_rows.Document:
+        if self.model.tower is None:
+            return self._placed(found)
         if self.tower_tokenizer is None:
-            raise ValueError("a tower that reads the language model's tokens reads no documents")
-        return trained_rows.document(
-            text,
-            tokenizer=self.tokenizer,
-            tower_tokenizer=self.tower_tokenizer,
-            rule=self._rule,
-            start=start,
-        )
+            return self._placed(found | self._shared(found["tokens"], rows))
+        return self._placed(found | self._aligned(rows, length=found["tokens"].shape[1]))
 
-    def _aligned(self, documents: Sequence[trained_rows.Document], length: int) -> Batch:
-        rows = self._language_rows([document.tokens for document in documents], length)
-        tower = trained_rows.aligned_tower(
-            documents,
-            length=rows["tokens"].shape[1],
+    def _shared(self, tokens_BT: np.ndarray, rows: Sequence[np.ndarray]) -> trained_rows.Rows:
+        return trained_rows.shared_tower(
+            tokens_BT,
+            np.array([len(row) for row in rows]),
+            tokenizer=self.tokenizer,
             rule=self._rule,
             separators=self._separators,
         )
-        return self._placed(rows | tower)
+
+    def _aligned(self, rows: Sequence[np.ndarray], *, length: int) -> trained_rows.Rows:
+        if self.tower_tokenizer is None:
+            raise ValueError("the tower reads the language model's tokens")
+        readings = [
+            trained_rows.reading(
+                row,
+                tokenizer=self.tokenizer,
+                tower_tokenizer=self.tower_tokenizer,
+                rule=self._rule,
+            )
+            for row in rows
+        ]
+        return trained_rows.aligned_tower(
+            readings, length=length, rule=self._rule, separators=self._separators
+        )
 
     def _language_rows(self, ids: Sequence[np.ndarray], length: int) -> trained_rows.Rows:
         decoder = self.model.decoder

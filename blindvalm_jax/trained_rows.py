@@ -17,54 +17,37 @@ from blindvalm_jax.grounding import segments
 Rows = dict[str, np.ndarray]  # as `data.pipeline.Batches` names them
 
 
-class Document(NamedTuple):
-    """A text in the tokens of the language model and of a tower with a tokenizer of its own."""
+class Reading(NamedTuple):
+    """What a tower with a tokenizer of its own reads of a row of the language model's tokens."""
 
-    tokens: np.ndarray
-    """int32[n], language-model ids."""
     tower: np.ndarray
     """int32[m], the tower's ids that the last token may look at."""
     seen: np.ndarray
     """int32[n], how many of them each token may look at."""
 
 
-def document(
-    text: str,
-    *,
-    tokenizer: Tokenizer,
-    tower_tokenizer: ClipTokenizer,
-    rule: segments.Rule,
-    start: bool,
-) -> Document:
-    """A text as `data.units` places it in the stream of training.
+def reading(
+    tokens: np.ndarray, *, tokenizer: Tokenizer, tower_tokenizer: ClipTokenizer, rule: segments.Rule
+) -> Reading:
+    """The text that tokens spell, as `data.units` places it in the stream of training.
 
-    start: with the language model's end-of-text token in front, which looks at the tower's end
-    token; without it the tower reads the text alone.
+    An end-of-text token begins a document: it looks at the tower's end token and all before. A row
+    that begins inside a document is read as if its text began there.
     """
-    aligned = alignment.align(tokenizer, tower_tokenizer, text)
-    tokens, tower = aligned.lm_ids, aligned.clip_ids
-    index = alignment.lm_to_tower_index(aligned, rule=rule)
-    if start:
-        end_id = tower_tokenizer.vocab_size - tower_tokenizer.lm_offset - 1
-        tokens = np.append(np.int32(tokenizer.eos_id), tokens)
-        tower = np.append(np.int32(end_id), tower)
-        index = np.append(np.int32(1), index + 1)
-    return Document(tokens, tower[: index[-1:].sum()], index)
-
-
-def beginning(whole: Document, tokens: np.ndarray, *, text: str) -> Document:
-    """The part of a text's document that `tokens` are.
-
-    Raises:
-      UserError: the document does not begin with them.
-    """
-    count = len(tokens)
-    if not count or not np.array_equal(whole.tokens[:count], tokens):
-        raise UserError(
-            f"a row of {count} tokens is not what {text!r} begins with: the tokens of its parts "
-            "are others than those of the whole text, which the tower reads"
-        )
-    return Document(whole.tokens[:count], whole.tower[: whole.seen[count - 1]], whole.seen[:count])
+    end_id = tower_tokenizer.vocab_size - tower_tokenizer.lm_offset - 1
+    tower, seen, total = [np.zeros(0, np.int32)], [], 0
+    for part in np.split(tokens, np.flatnonzero(tokens == tokenizer.eos_id)):
+        if len(part) and part[0] == tokenizer.eos_id:
+            total += 1
+            tower.append(np.array([end_id], np.int32))
+            seen.append(np.array([total], np.int32))
+            part = part[1:]
+        aligned = alignment.align_ids(tokenizer, tower_tokenizer, part)
+        seen.append(total + alignment.lm_to_tower_index(aligned, rule=rule))
+        tower.append(aligned.clip_ids)
+        total += len(aligned.clip_ids)
+    index = np.concatenate(seen)
+    return Reading(np.concatenate(tower)[: index[-1]], index)
 
 
 def language_rows(
@@ -115,7 +98,7 @@ def shared_tower(
 
 
 def aligned_tower(
-    documents: Sequence[Document],
+    readings: Sequence[Reading],
     *,
     length: int,
     rule: segments.Rule,
@@ -125,13 +108,13 @@ def aligned_tower(
 
     length: T. The tower's rows are as long as the fullest, rounded up as those of windows are.
     """
-    counts = np.array([len(document.tower) for document in documents])
+    counts = np.array([len(read.tower) for read in readings])
     width = -(-max(int(counts.max()), 1) // TOWER_LENGTH_MULTIPLE) * TOWER_LENGTH_MULTIPLE
-    tower = np.zeros((len(documents), width), np.int32)
-    index = np.zeros((len(documents), length), np.int32)
-    for number, document in enumerate(documents):
-        tower[number, : counts[number]] = document.tower
+    tower = np.zeros((len(readings), width), np.int32)
+    index = np.zeros((len(readings), length), np.int32)
+    for number, read in enumerate(readings):
+        tower[number, : counts[number]] = read.tower
         index[number] = counts[number]
-        index[number, : len(document.seen)] = document.seen
+        index[number, : len(read.seen)] = read.seen
     starts = segments.starts(tower, rule=rule, separators=separators, counts=counts)
     return {"tower_tokens": tower, "tower_starts": starts, "tower_index": index}

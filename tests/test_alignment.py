@@ -10,7 +10,7 @@ import pytest
 
 from blindvalm_jax.data import token_ends
 from blindvalm_jax.data import tokenizer_files as files
-from blindvalm_jax.data.alignment import Aligned, align, lm_to_tower_index
+from blindvalm_jax.data.alignment import Aligned, align, align_ids, lm_to_tower_index
 from blindvalm_jax.data.clip_bpe import ClipTokenizer
 from blindvalm_jax.data.clip_cleaning import clean_lines, clean_words
 from blindvalm_jax.data.tokenizers import Tokenizer, load, train
@@ -87,6 +87,37 @@ def test_ids_are_unchanged_and_ends_in_order_for_any_text(
             assert np.all(np.diff(end) >= 0)
             assert np.all((end >= 0) & (end <= len(text)))
         assert not text or found.lm_end[-1] == len(text)
+
+
+def test_ids_are_aligned_with_the_text_that_they_spell(
+    clip: ClipTokenizer, gpt2: Tokenizer
+) -> None:
+    """The tokens of a text as the text itself; byte by byte the same words, known as early."""
+    byte_ids = [gpt2.encode(bytes([n]).decode()) if n < 128 else None for n in range(256)]
+    for text in valid(tiny.random_texts(7, 600, tiny.HARD)):
+        expected = align(gpt2, clip, text)
+        for got, wanted in zip(align_ids(gpt2, clip, expected.lm_ids), expected, strict=True):
+            np.testing.assert_array_equal(got, wanted)
+        if not text.isascii():
+            continue
+        apart = np.array([byte_ids[n] for n in text.encode()], np.int32).reshape(-1)
+        spelled = align_ids(gpt2, clip, apart)
+        np.testing.assert_array_equal(spelled.lm_end, np.arange(1, len(text) + 1))
+        for got, wanted in zip(spelled[2:], expected[2:], strict=True):
+            np.testing.assert_array_equal(got, wanted)
+
+
+def test_parts_of_characters_at_both_ends_are_not_read(
+    clip: ClipTokenizer, gpt2: Tokenizer
+) -> None:
+    vocabulary = tiny.gpt2_parts()[0]
+    symbols = files.byte_symbols()
+    ids = np.array([vocabulary[symbols[byte]] for byte in "é red 日".encode()], np.int32)
+    found = align_ids(gpt2, clip, ids[1:-1])
+    np.testing.assert_array_equal(found.clip_ids, clip.encode(" red "))
+    np.testing.assert_array_equal(found.lm_end, [0, 1, 2, 3, 4, 5, 5, 5])
+    inside = align_ids(gpt2, clip, np.append(ids[:1], ids[3:]))  # half of one before " red"
+    assert clip.decode(inside.clip_ids.tolist()).startswith("\ufffd")
 
 
 def test_what_is_complete_at_a_line_break_is_the_tokens_so_far(

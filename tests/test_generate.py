@@ -36,9 +36,10 @@ from blindvalm_jax.grounding import retrieval
 from blindvalm_jax.grounding.images import on_devices
 from blindvalm_jax.models.clip import TextTower
 from blindvalm_jax.models.decoder import Decoder, memory_shares
+from blindvalm_jax.named_model import NamedModel
 from blindvalm_jax.objectives.language_model import Model
 from blindvalm_jax.trained import TrainedModel
-from tests import small_models, small_text, test_train, tiny_tokenizers
+from tests import small_aligned, small_models, small_text, test_train, tiny_tokenizers
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["The cat sat on the mat. A cat, so: (on) it; the mat!", "the AT&T", ""]
@@ -538,21 +539,43 @@ def test_nothing_is_computed_for_a_probe_that_nobody_asked_for(
 
 def test_the_reference_rule_reads_whole_rows() -> None:
     trained = made("token", "reference")
-    assert generation.whole_only(trained)
+    assert "segments=reference" in generation.whole_only(trained)
     found = Generator(trained).generate(PROMPTS[:2], max_new_tokens=4).texts
     for prompt, text in zip(PROMPTS, found, strict=False):
         assert text.tokens == greedily(trained, prompt, 4)
 
 
+def test_a_tower_that_reads_text_reads_whole_rows(tmp_path: Path) -> None:
+    """Each token is the likeliest behind the text so far, in whatever tokens it was written."""
+    named = NamedModel(**small_aligned.write(tmp_path))
+    trained = named.load(mesh=partitioning.make_mesh(MeshConfig(), jax.devices()[:1]))
+    assert "tokenizer of its own" in generation.whole_only(trained)
+    warm = Sampling(temperature=2.0)
+    drawn = Generator(trained, settings=warm).generate(["the ring"], max_new_tokens=NEW).texts[0]
+    ids = trained.tokenizer.encode_lm(drawn.prompt + drawn.text)
+    assert ids[-len(drawn.tokens) :].tolist() != drawn.tokens  # other tokens spell it as well
+    prompts = [drawn.prompt + drawn.text, "café", ""]
+    rows = [trained.tokenizer.encode_lm("the ring").tolist() + drawn.tokens]
+    found = Generator(trained).generate(
+        [np.array(rows[0]), *prompts[1:]], max_new_tokens=4, samples=1
+    )
+    starts = [rows[0], *(trained.tokenizer.encode_lm(prompt).tolist() for prompt in prompts[1:])]
+    for start, text in zip(starts, found.texts, strict=True):
+        row = [trained.tokenizer.eos_id, *start]
+        for token in text.tokens:
+            batch = trained.batch_of_ids([np.array(row, np.int32)], length=80)
+            logits = np.array(_forward(trained.model)(trained.params, trained.frozen, batch))
+            assert logits[len(row) - 1, : trained.tokenizer.vocab_size].argmax() == token
+            row.append(token)
+
+
 def test_what_cannot_write_is_refused() -> None:
     trained = made("token")
     shuffled = dataclasses.replace(trained.model, shuffled=True)
-    own = dataclasses.replace(trained, tower_tokenizer=small_text.small_clip())
     asked = generator("gpt_learned", block=5)
     draw = Draw(Sampling(), np.zeros(1, bool), trained.tokenizer.eos_id, 0)
     cases: list[tuple[Callable[[], Any], str]] = [
         (lambda: Generator(dataclasses.replace(trained, model=shuffled)), "control=shuffled"),
-        (lambda: Generator(own), "tokenizer of its own cannot write"),
         (lambda: Generator(made("gpt_learned"), probe=True), "no fusion layers"),
         (lambda: asked.generate(["the"], max_new_tokens=80), "2 tokens and 80 new ones .* most 79"),
         (lambda: asked.generate(["the"], max_new_tokens=0), "max_new_tokens must be 1 or more"),

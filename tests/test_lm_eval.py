@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import json
 import os
@@ -19,17 +18,17 @@ import pytest
 
 from blindvalm_jax import partitioning
 from blindvalm_jax.config import MeshConfig
+from blindvalm_jax.decoding.generation import Generator
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.interop import weights
 from blindvalm_jax.named_model import NamedModel
-from blindvalm_jax.tasks import answers, catalog
+from blindvalm_jax.tasks import answers, catalog, perplexity
+from blindvalm_jax.tasks.asked import Windows
 from blindvalm_jax.tasks.scoring import Scorer
 from tests import (
-    foreign_models,
+    small_aligned,
     small_models,
     small_tasks,
     small_text,
-    test_train,
     tiny_tokenizers,
 )
 
@@ -120,25 +119,7 @@ def own_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def aligned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Names a model with GPT-2's tokens whose tower has CLIP's."""
-    root = tmp_path_factory.mktemp("aligned")
-    vocab, merges = tiny_tokenizers.clip_parts()
-    clip = test_train.write_tower(root / "clip", vocab_size=len(vocab))
-    tiny_tokenizers.write_pair(clip, vocab, merges)
-    bpe = tiny_tokenizers.write_pair(root / "gpt2", *tiny_tokenizers.gpt2_parts())
-    spec = dataclasses.replace(
-        foreign_models.BLIND,
-        decoder=dataclasses.replace(foreign_models.BLIND.decoder, vocab_size=0),
-        vocab_size=len(tiny_tokenizers.gpt2_parts()[0]),
-        memory_width=24,
-    )
-    params = foreign_models.random_params(spec)
-    weights.save(root / "decoder", params, config=spec, source="made for a test")
-    return {
-        "checkpoint": str(root / "decoder"),
-        "tower": str(clip),
-        "tower_tokenizer": str(clip),
-        "tokenizer": str(bpe),
-    }
+    return small_aligned.write(tmp_path_factory.mktemp("aligned"))
 
 
 def harness_or_skip() -> None:
@@ -435,43 +416,22 @@ def test_a_tower_with_a_tokenizer_of_its_own_is_asked_choices(
     assert len({round(value, 3) for value, _ in found}) > 6
 
 
-def test_a_tower_with_a_tokenizer_of_its_own_is_asked_nothing_else(
-    aligned: dict[str, Any],
-) -> None:
+def test_a_tower_with_a_tokenizer_of_its_own_is_asked_texts(aligned: dict[str, Any]) -> None:
+    """A text that fits in a window is scored as `evaluate` does, 1e-4 of a sum, and written on."""
     harness_or_skip()
     from blindvalm_jax.lm_eval import adapter
 
     asked = adapter.BlindValm(**aligned)
-    with pytest.raises(UserError, match="windows of a long text are tokens alone: ask tasks of"):
-        asked.loglikelihood_rolling(requests("loglikelihood_rolling", ("the cat",)))
-    with pytest.raises(UserError, match="a tokenizer of its own cannot write yet"):
-        asked.generate_until(requests("generate_until", ("the cat", {})))
-
-
-def test_a_context_that_a_tower_reads_loses_whole_words(aligned: dict[str, Any]) -> None:
-    """What is left is scored as if it were all, at a beginning too; 1e-5."""
-    harness_or_skip()
-    from blindvalm_jax.lm_eval import adapter
-
-    pairs = [(f"{LONG}the red ring ", "and the cat"), (f"{LONG}the red ring", " is"), ("", "the")]
-    cut = adapter.BlindValm(**aligned, max_length=10)
-    words = [context.split() for context, _ in pairs]
-    kept = []
-    for own, (_, behind) in zip(words, pairs, strict=True):
-        room = 11 - len(cut.tok_encode(f" {behind.strip()}", False))
-        while own and len(cut.tok_encode(" ".join(own), False)) > room:
-            own = own[1:]
-        kept.append((" ".join(own), f" {behind.strip()}"))
-    whole = adapter.BlindValm(**aligned, add_bos_token=False)
-    found = cut.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
-    expected = whole.loglikelihood(requests("loglikelihood", *kept[:2]), disable_tqdm=True)
-    assert all(0 < len(context) < 60 for context, _ in kept[:2])
-    np.testing.assert_allclose(
-        [value for value, _ in found[:2]], [value for value, _ in expected], atol=1e-5, rtol=0
-    )
-    assert np.isfinite(found[2][0])
-    with pytest.raises(UserError, match="of a context exceeds 10 tokens: cut it"):
-        cut.loglikelihood(requests("loglikelihood", ("x" * 40, " the")), disable_tqdm=True)
+    text = "the red ring, and then; the cat"
+    [total] = asked.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)))
+    model = NamedModel(**aligned).load(mesh=partitioning.make_mesh(MeshConfig()))
+    own = perplexity.AskedTexts("own", "here", "text", [text], None, Windows())
+    outcome = own.run(Scorer(model), model.tokenizer)
+    assert total == pytest.approx(-outcome.lines[0]["nats"], abs=1e-4)
+    [written] = asked.generate_until(requests("generate_until", (text, {"max_gen_toks": 4})))
+    expected = Generator(model).generate([text], max_new_tokens=4).texts[0]
+    assert written == expected.text
+    assert len(expected.tokens) == 4
 
 
 def test_every_task_of_choices_is_there_for_the_harness() -> None:

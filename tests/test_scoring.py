@@ -17,12 +17,13 @@ from blindvalm_jax.config import MeshConfig
 from blindvalm_jax.data import packing
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import weights
+from blindvalm_jax.named_model import NamedModel
 from blindvalm_jax.objectives.language_model import Batch
 from blindvalm_jax.tasks import answers, buckets, catalog
 from blindvalm_jax.tasks.questions import Question
-from blindvalm_jax.tasks.scoring import Row, Scorer, Texts
+from blindvalm_jax.tasks.scoring import Row, Scorer
 from blindvalm_jax.trained import TrainedModel
-from tests import foreign_models, small_models, small_text, test_train, tiny_tokenizers
+from tests import foreign_models, small_aligned, small_models, small_text
 
 POSITIONS = 64
 
@@ -106,21 +107,8 @@ def test_rows_are_split_over_the_devices_of_a_mesh(saved: Path) -> None:
 @pytest.fixture(scope="module")
 def aligned(saved: Path) -> TrainedModel:
     """GPT-2's tokens, and a tower with CLIP's."""
-    root = saved.parent / "aligned"
-    vocab, merges = tiny_tokenizers.clip_parts()
-    clip = test_train.write_tower(root / "clip", vocab_size=len(vocab))
-    tiny_tokenizers.write_pair(clip, vocab, merges)
-    bpe = tiny_tokenizers.write_pair(root / "gpt2", *tiny_tokenizers.gpt2_parts())
-    size = len(tiny_tokenizers.gpt2_parts()[0])
-    shape = dataclasses.replace(foreign_models.BLIND.decoder, vocab_size=0)
-    spec = dataclasses.replace(
-        foreign_models.BLIND, decoder=shape, vocab_size=size, memory_width=24
-    )
-    params = foreign_models.random_params(spec)
-    weights.save(root / "decoder", params, config=spec, source="made for a test")
-    return trained.from_weights(
-        root / "decoder", tower=clip, tower_tokenizer=clip, tokenizer=bpe, tokenizer_kind="gpt2"
-    )
+    names = small_aligned.write(saved.parent / "aligned")
+    return NamedModel(**names).load(mesh=partitioning.make_mesh(MeshConfig()))
 
 
 QUESTIONS = [
@@ -142,7 +130,6 @@ def test_a_tower_with_a_tokenizer_of_its_own_reads_what_the_words_spell(
 ) -> None:
     """Each score is that of the whole text, made into a batch as for any question; 1e-4 of sums."""
     scorer = Scorer(aligned)
-    assert scorer.reads_texts
     protocol = catalog.TASKS["memory_colors"].protocols["corrected"]
     found = answers.answer(scorer, aligned.tokenizer, protocol, QUESTIONS)
     for question, scores in zip(QUESTIONS, found.scores, strict=True):
@@ -156,41 +143,6 @@ def test_a_tower_with_a_tokenizer_of_its_own_reads_what_the_words_spell(
             tokens = np.asarray(batch.tokens_BT[row, :count])
             expected = sum(log_p[row, n - 1, tokens[n]] for n in range(first, count))
             assert score == pytest.approx(expected, abs=1e-4)
-
-
-def test_a_text_that_is_not_its_tokens_is_refused(aligned: TrainedModel) -> None:
-    scorer = Scorer(aligned)
-    ids = aligned.tokenizer.encode_lm
-    with pytest.raises(UserError, match="a row of 2 tokens is not what 'the cat' begins with"):
-        scorer.log_probabilities(
-            [Row(ids("redx"), np.zeros(1, int), np.ones((1, 1), int), "the cat")]
-        )
-    with pytest.raises(UserError, match="needs the text of a row, and here rows are tokens alone"):
-        scorer.log_probabilities([Row(ids("the cat"), np.zeros(1, int), np.ones((1, 1), int))])
-    prompts, candidates = [ids("the r")], [[ids("ings")]]
-    texts = [Texts("the r", ["ings"])]
-    with pytest.raises(UserError, match="is not what 'the rings' begins with: the tokens of its"):
-        scorer.continuations(prompts, candidates, texts=texts)
-
-
-def test_words_are_cut_where_the_text_is_read(aligned: TrainedModel) -> None:
-    """A model of 32 positions: the words that are left, without the token between texts."""
-    decoder = dataclasses.replace(aligned.settings.decoder, positions="learned", max_positions=32)
-    settings = dataclasses.replace(aligned.settings, decoder=decoder)
-    scorer = Scorer(dataclasses.replace(aligned, settings=settings))
-    assert scorer.longest == 32
-    question = dataclasses.replace(QUESTIONS[0], prompt="the red cat " * 20 + "is")
-    protocol = catalog.TASKS["memory_colors"].protocols["corrected"]
-    found = answers.answer(scorer, aligned.tokenizer, protocol, [question])
-    assert found.cut == 1
-    alone = dataclasses.replace(protocol, start=False)
-    longest = max(len(aligned.tokenizer.encode_lm(f" {word}")) for word in question.candidates)
-    words = question.prompt.split(" ")
-    while len(aligned.tokenizer.encode_lm(" ".join(words))) > 32 - longest + 1:
-        words = words[1:]
-    short = dataclasses.replace(question, prompt=" ".join(words))
-    expected = answers.answer(Scorer(aligned), aligned.tokenizer, alone, [short])
-    np.testing.assert_allclose(found.scores[0], expected.scores[0], atol=1e-5, rtol=0)
 
 
 def log_probabilities(model: TrainedModel, batch: Batch) -> jax.Array:

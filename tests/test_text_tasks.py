@@ -58,14 +58,21 @@ def vocabulary() -> ByteLevelTokenizer:
     return small_text.small_bpe()
 
 
-def grounded(vocabulary: ByteLevelTokenizer, *, learned: bool = False) -> TrainedModel:
-    """A BLIND-VALM of random weights, trained on rows of 32 tokens as far as it says."""
+def grounded(
+    vocabulary: ByteLevelTokenizer, *, learned: bool = False, own: bool = False
+) -> TrainedModel:
+    """A BLIND-VALM of random weights, trained on rows of 32 tokens as far as it says.
+
+    own: its tower has a tokenizer of its own.
+    """
+    clip = small_text.small_clip() if own else None
+    size = vocabulary.vocab_size + 1 if clip is None else clip.vocab_size - clip.lm_offset
     tower = dataclasses.replace(
         small_models.TOWER,
         layers=1,
-        vocab_size=vocabulary.vocab_size + 1,
-        start_id=vocabulary.vocab_size,
-        end_id=vocabulary.eos_id,
+        vocab_size=size,
+        start_id=size - (1 if clip is None else 2),
+        end_id=vocabulary.eos_id if clip is None else size - 1,
     )
     settings = config.parse(config.default())
     decoder = dataclasses.replace(small_models.CONFIG, layers=2)
@@ -87,7 +94,7 @@ def grounded(vocabulary: ByteLevelTokenizer, *, learned: bool = False) -> Traine
         params=small_models.random_params(model.init, seed=3),
         frozen={"tower": small_models.tower_params(tower)},
         tokenizer=vocabulary,
-        tower_tokenizer=None,
+        tower_tokenizer=clip,
         settings=dataclasses.replace(
             settings,
             decoder=decoder,
@@ -99,9 +106,10 @@ def grounded(vocabulary: ByteLevelTokenizer, *, learned: bool = False) -> Traine
     )
 
 
-@pytest.fixture(scope="module")
-def model(vocabulary: ByteLevelTokenizer) -> TrainedModel:
-    return grounded(vocabulary)
+@pytest.fixture(scope="module", params=["shared", "own"])
+def model(vocabulary: ByteLevelTokenizer, request: pytest.FixtureRequest) -> TrainedModel:
+    """With a tower that reads the language model's tokens, or CLIP's of the same text."""
+    return grounded(vocabulary, own=request.param == "own")
 
 
 def uniform(model: TrainedModel) -> TrainedModel:

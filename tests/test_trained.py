@@ -263,7 +263,7 @@ def test_a_text_of_which_the_tower_knows_no_token_yet_is_a_row(aligned: TrainedM
     np.testing.assert_array_equal(z[0], z[1])
 
 
-@pytest.mark.parametrize("mode", ["shared", "plain"])
+@pytest.mark.parametrize("mode", ["shared", "plain", "aligned"])
 def test_ids_are_rows_as_they_are(mode: str, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(mode)
     ids = [model.tokenizer.encode_lm(text) for text in TEXTS]
@@ -392,11 +392,30 @@ def test_rows_that_are_none(plain: TrainedModel, rows: list[np.ndarray], message
         plain.batch_of_ids(rows, length=2)
 
 
-def test_a_tower_with_a_tokenizer_of_its_own_needs_the_text(aligned: TrainedModel) -> None:
-    with pytest.raises(UserError, match="a tokenizer of its own, which needs the text"):
-        aligned.batch_of_ids([np.arange(3)])
+@pytest.mark.parametrize("mode", ["shared", "aligned"])
+def test_a_row_needs_a_token(mode: str, request: pytest.FixtureRequest) -> None:
     with pytest.raises(UserError, match="at least one row"):
-        aligned.batch([""], start=False)
+        request.getfixturevalue(mode).batch([""], start=False)
+
+
+@pytest.mark.parametrize("rule", ["causal", "reference"])
+@pytest.mark.parametrize("mode", ["aligned", "shared"])
+def test_documents_in_one_row_are_the_window_that_training_reads(
+    mode: str, rule: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    model = with_rule(request.getfixturevalue(mode), rule)
+    texts = ["the red ring", "café: it's", "and then; the cat", "10 - on"]
+    row = first_window(model, texts[0], tmp_path / "windows", follows=texts[1:])
+    front = np.int32(model.tokenizer.eos_id)
+    ids = np.concatenate([np.append(front, model.tokenizer.encode_lm(text)) for text in texts])
+    batch = model.batch_of_ids([ids], length=LENGTH)
+    assert batch.tower is not None
+    np.testing.assert_array_equal(batch.tokens_BT[0], row["tokens"])
+    if batch.tower.index_BT is not None:
+        np.testing.assert_array_equal(batch.tower.index_BT[0], row["tower_index"])
+    read = int(row["tower_index"][-1]) if mode == "aligned" else LENGTH
+    np.testing.assert_array_equal(batch.tower.tokens_BS[0, :read], row["tower_tokens"][:read])
+    np.testing.assert_array_equal(batch.tower.starts_BS[0, :read], row["tower_starts"][:read])
 
 
 def test_weights_that_do_not_go_together_are_refused_in_one_line(

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from blindvalm_jax.data.byte_level_bpe import ByteLevelTokenizer
 from blindvalm_jax.data.clip_bpe import ClipTokenizer
 from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.errors import UserError
@@ -54,12 +55,31 @@ def align(lm: Tokenizer, clip: ClipTokenizer, text: str) -> Aligned:
       UserError: `lm` normalises text, so that its tokens have no place in it, or is CLIP's, whose
         tokens need no alignment with themselves and have no ends that suit both sides.
     """
-    if isinstance(lm, ClipTokenizer):
+    return _aligned(clip, text, *_byte_level(lm).encode_with_ends(text))
+
+
+def align_ids(lm: Tokenizer, clip: ClipTokenizer, ids: np.ndarray) -> Aligned:
+    """A text given by the language model's ids, whichever way they spell it; see `align`.
+
+    Where they begin or end inside a character the tower reads nothing of that character.
+
+    Raises:
+      UserError: `lm` is CLIP's.
+    """
+    text, ends = _byte_level(lm).decode_with_ends(ids.tolist())
+    return _aligned(clip, text, ids, ends)
+
+
+def _byte_level(lm: Tokenizer) -> ByteLevelTokenizer:
+    if not isinstance(lm, ByteLevelTokenizer):
         raise UserError(
             "a language model with CLIP's tokens is not aligned: let the tower read its tokens, "
             "or set tokenizer.kind=gpt2"
         )
-    lm_ids, lm_end = lm.encode_with_ends(text)
+    return lm
+
+
+def _aligned(clip: ClipTokenizer, text: str, lm_ids: np.ndarray, lm_end: np.ndarray) -> Aligned:
     words = clip.encode_words(text)
     clip_ids = words.ids - np.int32(clip.lm_offset)
     return Aligned(lm_ids, lm_end, clip_ids, words.ends, words.known)

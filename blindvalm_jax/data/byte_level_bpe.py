@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import re
@@ -23,6 +24,7 @@ END_OF_TEXT = "<|endoftext|>"
 _READING = "texts to learn from hold no special tokens"  # another rule makes other ids
 _HASHED = ("vocab", "merges")  # on their own, in an order that does not depend on the file
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_INSIDE = bytes(range(0x80, 0xC0))  # bytes that begin no character
 
 
 class ByteLevelTokenizer:
@@ -53,7 +55,8 @@ class ByteLevelTokenizer:
         self._plain.encode_special_tokens = True
         self.fingerprint = _fingerprint(json.loads(self._tokenizer.to_str()))
         self._symbols = tokenizer_files.byte_symbols()
-        self._byte_lengths = self._lengths()
+        self._pieces = self._bytes_of_pieces()
+        self._byte_lengths = np.array([len(piece) for piece in self._pieces], np.int32)
 
     @classmethod
     def from_directory(cls, kind: str, directory: Path) -> ByteLevelTokenizer:
@@ -134,10 +137,27 @@ class ByteLevelTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; bytes that are no UTF-8 become U+FFFD."""
-        wrong = [index for index in ids if not 0 <= index < self.vocab_size]
-        if wrong:
-            raise UserError(f"token id {wrong[0]} is outside 0 to {self.vocab_size - 1}")
+        self._check(ids)
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def decode_with_ends(self, ids: Sequence[int]) -> tuple[str, np.ndarray]:
+        """Text of ids, and the end of each: how many characters are certain with it, int32 [n].
+
+        Bytes that are no UTF-8 become U+FFFD. A character in front of which the first bytes are
+        missing is left out, and so is one whose last bytes are not there yet.
+        """
+        self._check(ids)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        parts = []
+        begun = False
+        for index in ids:
+            piece = self._pieces[index]
+            if not begun:
+                piece = piece.lstrip(_INSIDE)
+                begun = bool(piece)
+            parts.append(decoder.decode(piece))
+        ends = np.cumsum([len(part) for part in parts], dtype=np.int32)
+        return "".join(parts), ends
 
     def token_to_id(self, token: str) -> int | None:
         """Id of the piece that is exactly this text, or None."""
@@ -149,13 +169,21 @@ class ByteLevelTokenizer:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "tokenizer.json").write_text(self._tokenizer.to_str(), encoding="utf-8")
 
-    def _lengths(self) -> np.ndarray:
-        lengths = np.zeros(self.vocab_size, np.int32)
+    def _check(self, ids: Sequence[int]) -> None:
+        wrong = [index for index in ids if not 0 <= index < self.vocab_size]
+        if wrong:
+            raise UserError(f"token id {wrong[0]} is outside 0 to {self.vocab_size - 1}")
+
+    def _bytes_of_pieces(self) -> list[bytes]:
+        byte_of = {symbol: byte for byte, symbol in enumerate(self._symbols)}
+        added = self._tokenizer.get_added_tokens_decoder()
+        pieces = [b""] * self.vocab_size
         for piece, index in self._tokenizer.get_vocab().items():
-            lengths[index] = len(piece)
-        for index, token in self._tokenizer.get_added_tokens_decoder().items():
-            lengths[index] = len(token.content.encode())
-        return lengths
+            if index not in added:
+                pieces[index] = bytes(byte_of[symbol] for symbol in piece)
+        for index, token in added.items():
+            pieces[index] = token.content.encode()
+        return pieces
 
 
 def train(texts: Iterator[str], *, vocab_size: int) -> ByteLevelTokenizer:

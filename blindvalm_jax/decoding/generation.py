@@ -222,11 +222,8 @@ def generate(
     return asked.texts
 
 
-def whole_only(trained: TrainedModel) -> bool:
-    """Whether every token has to read its whole row again: under the reference segment rule.
-
-    That rule lets later tokens decide where a segment starts, so features of earlier ones change as
-    the text grows: each token is predicted from the row as it then was.
+def whole_only(trained: TrainedModel) -> str:
+    """Why every token has to read its whole row again, "" if it need not.
 
     Raises:
       UserError: the model cannot write at all.
@@ -236,13 +233,16 @@ def whole_only(trained: TrainedModel) -> bool:
             "a model of grounding.control=shuffled takes the features of other rows: it cannot "
             "write a text of its own"
         )
-    if trained.tower_tokenizer is not None:
-        raise UserError(
-            "a model whose tower has a tokenizer of its own cannot write yet: the tower's tokens "
-            "are those of a whole text, and the end of a growing one is not known"
+    if not trained.model.decoder.fusion_layers:
+        return ""
+    if trained.settings.grounding.segments == "reference":
+        return (
+            "under grounding.segments=reference later tokens move segment borders, so the finished "
+            "text, scored at once, can have other probabilities than its tokens had when chosen"
         )
-    grounded = bool(trained.model.decoder.fusion_layers)
-    return grounded and trained.settings.grounding.segments == "reference"
+    if trained.tower_tokenizer is not None:
+        return "the tower has a tokenizer of its own and reads the text so far, not its tokens"
+    return ""
 
 
 def check(

@@ -39,9 +39,8 @@ def read(model: TrainedModel, prompt: str, candidates: Sequence[str]) -> Reading
     """Reads the prompt with each candidate behind it.
 
     Raises:
-      UserError: the model has no grounding, borrows it from other rows, or its tower has a
-        tokenizer of its own; or a candidate has no tokens or is there twice, or the model no
-        room for one.
+      UserError: the model has no grounding, or borrows it from other rows; or a candidate has no
+        tokens or is there twice, or the model no room for one.
     """
     if not model.model.decoder.fusion_layers:
         raise UserError("a model without grounding has nothing to explain: name one with a tower")

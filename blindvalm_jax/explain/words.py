@@ -57,6 +57,8 @@ def of_vocabulary(model: TrainedModel, *, count: int) -> Words:
       UserError: the vocabulary has no such words.
     """
     tokenizer = model.tokenizer
+    # A tower that reads text, not tokens, knows a word by the blank behind it.
+    behind = tokenizer.encode_lm(" " if model.tower_tokenizer else "")
     texts: list[str] = []
     rows: list[np.ndarray] = []
     for token in range(tokenizer.vocab_size - tokenizer.lm_offset):
@@ -66,7 +68,7 @@ def of_vocabulary(model: TrainedModel, *, count: int) -> Words:
         ids = tokenizer.encode_lm(f" {text}")
         if len(ids) == 1 and int(ids[0]) - tokenizer.lm_offset == token:
             texts.append(text)
-            rows.append(np.array([tokenizer.eos_id, ids[0]], np.int32))
+            rows.append(np.concatenate([[tokenizer.eos_id], ids, behind]).astype(np.int32))
         if len(texts) == count:
             break
     if not texts:

@@ -106,16 +106,7 @@ class BlindValm(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihood of each whole text, in windows.
-
-        Raises:
-          UserError: the model's tower has a tokenizer of its own.
-        """
-        if self._scorer.reads_texts:
-            raise UserError(
-                "the model's tower has a tokenizer of its own, which needs the text of a row, and "
-                "windows of a long text are tokens alone: ask tasks of choices"
-            )
+        """Log-likelihood of each whole text, in windows."""
         windows: list[Tokens] = []
         counts = []
         for (text,) in (request.args for request in requests):
@@ -136,15 +127,11 @@ class BlindValm(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Tokens], **_: Any
     ) -> list[tuple[float, bool]]:
-        reads_texts = self._scorer.reads_texts
-        prompts = asking.prompts(
-            requests, longest=self.max_length, tokenizer=self._tokenizer, reads_texts=reads_texts
-        )
+        prompts = asking.prompts(requests, longest=self.max_length)
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         scored = self._scorer.continuations(
             [prompt.ids for prompt in prompts],
             [prompt.continuations for prompt in prompts],
-            texts=[prompt.texts for prompt in prompts] if reads_texts else None,
         )
         for prompt, all_tokens in zip(prompts, scored, strict=True):
             for place, tokens in zip(prompt.places, all_tokens, strict=True):

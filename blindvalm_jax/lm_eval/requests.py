@@ -11,7 +11,6 @@ from lm_eval.models import utils
 from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.decoding.sampling import Sampling
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.tasks.scoring import Texts
 
 # Texts, ids of the context, ids of the continuation: what the harness calls a request.
 Tokens = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -71,72 +70,29 @@ def asked(arguments: Mapping[str, Any], tokenizer: Tokenizer) -> Asked:
 
 
 class Prompt(NamedTuple):
-    """A context and its continuations: ids, and the text they are where texts are read.
-
-    places: of the request for each continuation.
-    """
+    """Ids of a context and of its continuations; places: of the request for each of these."""
 
     ids: np.ndarray
-    text: str
     continuations: list[np.ndarray]
-    behind: list[str]
     places: list[int]
 
-    @property
-    def texts(self) -> Texts:
-        """What the ids spell."""
-        return Texts(self.text, self.behind)
 
-
-def prompts(
-    requests: Sequence[Tokens], *, longest: int, tokenizer: Tokenizer, reads_texts: bool
-) -> list[Prompt]:
+def prompts(requests: Sequence[Tokens], *, longest: int) -> list[Prompt]:
     """Requests with the same context together.
 
     longest: tokens of a row, the last of a continuation not counted. What is too long loses its
-    beginning: tokens, or whole words where `reads_texts`.
+    beginning.
 
     Raises:
-      UserError: a continuation is empty or too long, or its context has a word that is.
+      UserError: a continuation is empty or too long.
     """
-    alike: dict[tuple[str, tuple[int, ...]], Prompt] = {}
-    for place, (texts, context, continuation) in enumerate(requests):
+    alike: dict[tuple[int, ...], Prompt] = {}
+    for place, (_texts, context, continuation) in enumerate(requests):
         count = len(continuation)
         if not 0 < count <= longest:
             raise UserError(f"a continuation of {count} tokens: expected 1 to {longest}")
-        room, before, behind = longest + 1 - count, "", ""
-        if reads_texts and texts is not None:
-            before, behind = _split(*texts)
-            before, context = _last_words(before, context, tokenizer=tokenizer, room=room)
-        ids = context[-room:]
-        found = alike.setdefault(
-            (before, tuple(ids)), Prompt(np.array(ids, np.int32), before, [], [], [])
-        )
+        ids = context[-(longest + 1 - count) :]
+        found = alike.setdefault(tuple(ids), Prompt(np.array(ids, np.int32), [], []))
         found.continuations.append(np.array(continuation, np.int32))
-        found.behind.append(behind)
         found.places.append(place)
     return list(alike.values())
-
-
-def _split(context: str, continuation: str) -> tuple[str, str]:
-    """Blanks at the end of a context are the continuation's, as `TemplateLM._encode_pair` does."""
-    before = context.rstrip()
-    return before, context[len(before) :] + continuation
-
-
-def _last_words(
-    text: str, ids: list[int], *, tokenizer: Tokenizer, room: int
-) -> tuple[str, list[int]]:
-    """A text and its ids without the start token and the words in front that do not fit.
-
-    Raises:
-      UserError: the last word alone does not fit.
-    """
-    if len(ids) > room:
-        ids = tokenizer.encode_lm(text).tolist()
-    while len(ids) > room:
-        if " " not in text:
-            raise UserError(f"the word {text[:40]!r} of a context exceeds {room} tokens: cut it")
-        text = text.split(" ", 1)[1]
-        ids = tokenizer.encode_lm(text).tolist()
-    return text, ids

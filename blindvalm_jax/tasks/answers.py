@@ -12,7 +12,7 @@ from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.tasks import ties
 from blindvalm_jax.tasks.questions import Question
-from blindvalm_jax.tasks.scoring import Row, Scorer, Texts
+from blindvalm_jax.tasks.scoring import Row, Scorer
 from blindvalm_jax.tasks.task import Protocol, Score
 
 
@@ -52,15 +52,9 @@ def answer(
         _prompt(scorer, tokenizer, protocol, question.prompt, longest=max(map(len, own)))
         for question, own in zip(questions, candidates, strict=True)
     ]
-    texts = None
-    if scorer.reads_texts:
-        texts = [
-            Texts(prompt.text, [f" {word}" for word in question.candidates])
-            for prompt, question in zip(prompts, questions, strict=True)
-        ]
     behind = [prompt.ids for prompt in prompts]
     if "continuation" in protocol.scores:
-        given = scorer.continuations(behind, candidates, texts=texts)
+        given = scorer.continuations(behind, candidates)
         tokens = [[one.log_p for one in own] for own in given]
     else:
         tokens = _one_distribution(scorer, prompts, candidates)
@@ -86,10 +80,9 @@ def answer(
 
 
 class _Prompt(NamedTuple):
-    """Its ids, the text they spell, and whether that lost its beginning."""
+    """Its ids, and whether they lost their beginning."""
 
     ids: np.ndarray
-    text: str
     cut: bool
 
 
@@ -98,21 +91,13 @@ def _prompt(
 ) -> _Prompt:
     """A prompt with room for `longest` tokens behind it, of which the last is not read.
 
-    A blank at its end belongs to the candidate's first token, as in running text. What does not fit
-    is cut off in front: tokens, or words where the text is read.
+    A blank at its end belongs to the candidate's first token, as in running text. Tokens that do
+    not fit are cut off in front.
     """
-    text = prompt.rstrip()
-    ids = tokenizer.encode_lm(text)
+    ids = tokenizer.encode_lm(prompt.rstrip())
     whole = np.append(tokenizer.eos_id, ids).astype(np.int32) if protocol.start else ids
     room = max(scorer.longest - longest + 1, 1) if scorer.longest else len(whole)
-    if len(whole) <= room:
-        return _Prompt(whole, text, cut=False)
-    if not scorer.reads_texts:
-        return _Prompt(whole[-room:], text, cut=True)
-    while len(ids) > room and " " in text:
-        text = text.split(" ", 1)[1]
-        ids = tokenizer.encode_lm(text)
-    return _Prompt(ids, text, cut=True)
+    return _Prompt(whole[-room:], cut=len(whole) > room)
 
 
 def _one_distribution(
@@ -120,7 +105,7 @@ def _one_distribution(
 ) -> list[list[np.ndarray]]:
     """Log probability of every token of every candidate as the one right behind the prompt."""
     rows = [
-        Row(prompt.ids, np.array([len(prompt.ids) - 1]), np.concatenate(own)[None], prompt.text)
+        Row(prompt.ids, np.array([len(prompt.ids) - 1]), np.concatenate(own)[None])
         for prompt, own in zip(prompts, candidates, strict=True)
     ]
     return [

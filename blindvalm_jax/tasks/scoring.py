@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,21 +35,12 @@ class Row:
     """What a model reads, and what is asked of it.
 
     tokens: ids int32 [n]. at: positions [M]; wanted: ids [M, K], of each of which the log
-    probability is asked as the token behind position at[m]. text: needed by a tower with a
-    tokenizer of its own; see `TrainedModel.batch_of_ids`.
+    probability is asked as the token behind position at[m].
     """
 
     tokens: np.ndarray
     at: np.ndarray
     wanted: np.ndarray
-    text: str | None = None
-
-
-class Texts(NamedTuple):
-    """What the ids of a prompt and of each candidate spell; blanks in between are a candidate's."""
-
-    prompt: str
-    candidates: Sequence[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,11 +92,6 @@ class Scorer:
         return config.max_positions if config.positions == "learned" else 0
 
     @property
-    def reads_texts(self) -> bool:
-        """Whether rows need their texts."""
-        return self._model.tower_tokenizer is not None
-
-    @property
     def trained_length(self) -> int:
         """Tokens of the windows that it was trained on, as far as its positions reach."""
         length = self._model.settings.data.sequence_length
@@ -129,7 +115,7 @@ class Scorer:
         """What each row is given, in their order.
 
         Raises:
-          UserError: a row is longer than the model's positions, or empty, or lacks its text.
+          UserError: a row is longer than the model's positions, or empty.
         """
         self._check(rows)
         found: dict[int, Scored] = {}
@@ -157,37 +143,26 @@ class Scorer:
                     f"a row of {len(row.tokens)} tokens: expected 1 to "
                     f"{self.longest or 'any number'}"
                 )
-            if self.reads_texts and row.text is None:
-                raise UserError(
-                    "the model's tower has a tokenizer of its own, which needs the text of a row, "
-                    "and here rows are tokens alone: ask this of another model"
-                )
 
     def continuations(
-        self,
-        prompts: Sequence[np.ndarray],
-        candidates: Sequence[Sequence[np.ndarray]],
-        *,
-        texts: Sequence[Texts] | None = None,
+        self, prompts: Sequence[np.ndarray], candidates: Sequence[Sequence[np.ndarray]]
     ) -> list[list[Tokens]]:
         """Every candidate's tokens, each behind its prompt and those before it.
 
-        prompts: ids of each; candidates: ids of those behind each prompt, none empty. texts: what
-        they spell, where the model `reads_texts`.
+        prompts: ids of each; candidates: ids of those behind each prompt, none empty.
 
         Raises:
-          UserError: see `scores`, or a prompt and a candidate together are other tokens
-            than each alone, where texts are read.
+          UserError: see `scores`.
         """
         pieces = self._pieces
         if pieces is None:
-            return self._whole_rows(prompts, candidates, texts)
+            return self._whole_rows(prompts, candidates)
         shapes = [pieces.shape(*asked) for asked in zip(prompts, candidates, strict=True)]
         found: dict[int, list[Tokens]] = {}
         whole = [place for place, shape in enumerate(shapes) if shape is None]
         for place, own in zip(
             whole,
-            self._whole_rows([prompts[x] for x in whole], [candidates[x] for x in whole], None),
+            self._whole_rows([prompts[x] for x in whole], [candidates[x] for x in whole]),
             strict=True,
         ):
             found[place] = own
@@ -200,17 +175,13 @@ class Scorer:
         return [found[place] for place in range(len(prompts))]
 
     def _whole_rows(
-        self,
-        prompts: Sequence[np.ndarray],
-        candidates: Sequence[Sequence[np.ndarray]],
-        texts: Sequence[Texts] | None,
+        self, prompts: Sequence[np.ndarray], candidates: Sequence[Sequence[np.ndarray]]
     ) -> list[list[Tokens]]:
         """`continuations`: one row for all first tokens, and one for each longer candidate."""
         first = []
-        for place, (prompt, own) in enumerate(zip(prompts, candidates, strict=True)):
+        for prompt, own in zip(prompts, candidates, strict=True):
             wanted = np.concatenate([ids[:1] for ids in own])[None]
-            text = texts[place].prompt if texts else None
-            first.append(Row(prompt, np.array([len(prompt) - 1]), wanted, text))
+            first.append(Row(prompt, np.array([len(prompt) - 1]), wanted))
         behind = self.scores(first, title="next token") if first else []
         found = [
             [Tokens(one.log_p[:, number], one.best) for number in range(len(own))]
@@ -221,8 +192,7 @@ class Scorer:
             for number, ids in enumerate(own):
                 if len(ids) > 1:
                     at = len(prompt) + np.arange(len(ids) - 1)
-                    text = texts[place].prompt + texts[place].candidates[number] if texts else None
-                    rows.append(Row(np.concatenate([prompt, ids[:-1]]), at, ids[1:, None], text))
+                    rows.append(Row(np.concatenate([prompt, ids[:-1]]), at, ids[1:, None]))
                     places.append((place, number))
         further = self.scores(rows, title="further tokens") if rows else []
         for (place, number), one in zip(places, further, strict=True):
@@ -268,8 +238,7 @@ class Scorer:
             at_BM[number, : len(row.at)] = row.at
             wanted_BMK[number, : row.wanted.shape[0], : row.wanted.shape[1]] = row.wanted
         model = self._model
-        texts = [row.text or "" for row in filled] if self.reads_texts else None
-        batch = model.batch_of_ids([row.tokens for row in filled], length=length, texts=texts)
+        batch = model.batch_of_ids([row.tokens for row in filled], length=length)
         read = 0 if batch.tower is None else batch.tower.tokens_BS.shape[1]
         self._shapes.add((size, length, asked, each, read))
         with partitioning.use(model.mesh):
