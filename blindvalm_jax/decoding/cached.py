@@ -77,6 +77,7 @@ class Reader:
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         rows = nn.logical_to_mesh_sharding(_CACHE_AXES, self.mesh, partitioning.RULES)
         placed = State(jax.tree.map(lambda _: rows, self._shapes(1)), everywhere, everywhere)
+        self.placed = placed
         self._start = jax.jit(self._new, static_argnames="rows", out_shardings=placed)
         self._take = jax.jit(_take, out_shardings=placed.caches)
         run = functools.partial(

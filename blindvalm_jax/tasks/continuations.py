@@ -25,6 +25,8 @@ from blindvalm_jax.trained import TrainedModel
 
 # Room behind a prompt's bucket: this share of its length, but no less than so many tokens.
 _ROOM, _LEAST_ROOM = 1 / 4, 16
+# So many candidates, and further tokens of one, cost no more than fewer, and need fewer programs.
+_FEWEST_FIRST, _FEWEST_FURTHER = 16, 4
 _LOGITS_AT_ONCE = 1024  # positions: of 49,412 entries each they take 200 MB
 
 Candidates = Sequence[np.ndarray]
@@ -90,8 +92,13 @@ class Continuations:
         """
         self._model, self._bucket, self._longest = model, bucket, longest
         self._tokens_at_once = tokens_at_once
-        self._readers: dict[int, cached.Reader] = {}
-        self.programs: set[tuple[str | int, ...]] = set()
+        self._programs: dict[int, _Programs] = {}
+        self._sizes: set[tuple[str | int, ...]] = set()
+
+    @property
+    def compiled(self) -> int:
+        """Programs compiled so far."""
+        return len(self._sizes)
 
     def ask(self, model: TrainedModel) -> None:
         """Goes on with the same model under other parameters."""
@@ -104,7 +111,8 @@ class Continuations:
         fits = not self._longest or len(prompt) + further <= self._longest
         if not len(prompt) or not fits or not 0 < further <= _room(length):
             return None
-        return Shape(length, buckets.power_of_two(len(candidates)), buckets.power_of_two(further))
+        first = buckets.power_of_two(max(len(candidates), _FEWEST_FIRST))
+        return Shape(length, first, buckets.power_of_two(max(further, _FEWEST_FURTHER)))
 
     def batches(self, shapes: Sequence[Shape | None]) -> Iterator[tuple[Shape, int, list[int]]]:
         """Shapes and sizes of batches, and places of the prompts that are read at once."""
@@ -123,77 +131,53 @@ class Continuations:
         size: int,
     ) -> list[list[Tokens]]:
         """Every candidate of a batch of prompts, which is filled up to `size`."""
-        reader = self._reader(shape.prompt)
-        tokens, counts = _filled(prompts, size=size, length=shape.prompt)
+        programs = self._programs_of(shape.prompt)
+        params, frozen = self._model.params, self._model.frozen
         wanted = np.zeros((size, 1, shape.first), np.int32)
         for row, own in enumerate(candidates):
             wanted[row, 0, : len(own)] = [ids[0] for ids in own]
-        logits, state = reader.prefill(
-            self._model.params, self._model.frozen, tokens, counts, logits="last"
-        )
-        log_p, best = self._log_p(logits, wanted)
+        asked = self._placed(*_filled(prompts, size=size, length=shape.prompt), wanted)
+        caches = programs.reader.start(frozen, rows=size).caches
+        with partitioning.use(self._model.mesh):
+            values, state = programs.first(params, frozen, caches, *asked)
+        log_p, best = _finite(values)
         found = [
             [Tokens(log_p[row, :, number], best[row]) for number in range(len(own))]
             for row, own in enumerate(candidates)
         ]
+        self._sizes |= {("start", size, shape.prompt), ("first", size, shape.prompt, shape.first)}
         longer = [
             _Longer(row, number, ids)
             for row, own in enumerate(candidates)
             for number, ids in enumerate(own)
             if len(ids) > 1
         ]
-        self.programs |= {(name, size, reader.capacity) for name in ("start", "prefill")}
         at_once = min(size, self._rows(_LOGITS_AT_ONCE, shape.further, there=size))
         for first in range(0, len(longer), at_once):
             part = longer[first : first + at_once]
-            values = self._further(reader, state, part, size=at_once, length=shape.further)
-            for one, more in zip(part, values, strict=True):
+            asked = self._placed(*_asked(part, size=at_once, length=shape.further))
+            with partitioning.use(self._model.mesh):
+                values = programs.further(params, frozen, state, *asked)
+            self._sizes.add(("further", size, at_once, shape.prompt, shape.further))
+            for one, log_p_TK, best_T in zip(part, *_finite(values), strict=False):
+                count = len(one.ids) - 1
                 known = found[one.prompt][one.number]
+                more = Tokens(log_p_TK[:count, 0], best_T[:count])
                 found[one.prompt][one.number] = known.followed_by(more)
         return found
 
-    def _further(
-        self,
-        reader: cached.Reader,
-        state: cached.State,
-        rows: Sequence[_Longer],
-        *,
-        size: int,
-        length: int,
-    ) -> list[Tokens]:
-        """The second and later tokens of candidates; state: after their prompts."""
-        places = [row.prompt for row in rows]
-        copies = reader.take(state, [*places, *places[-1:] * (size - len(places))])
-        tokens, counts = _filled([row.ids[:-1] for row in rows], size=size, length=length)
-        wanted, _ = _filled([row.ids[1:] for row in rows], size=size, length=length)
-        logits, _ = reader.extend(
-            self._model.params, self._model.frozen, copies, tokens, counts, consume=True
-        )
-        log_p, best = self._log_p(logits, wanted[:, :, None])
-        before = len(state.length_B)
-        self.programs |= {
-            ("take", before, size, reader.capacity),
-            ("extend", size, length, reader.capacity),
-        }
-        return [
-            Tokens(log_p[place, : len(row.ids) - 1, 0], best[place, : len(row.ids) - 1])
-            for place, row in enumerate(rows)
-        ]
+    def _placed(self, *arrays: np.ndarray) -> Any:
+        """Rows over the devices of the mesh."""
+        return jax.device_put(arrays, partitioning.batch_sharding(self._model.mesh))
 
-    def _log_p(self, logits: Array, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        self.programs.add(("log_p", *wanted.shape))
-        log_p_BTK, best_BT = _compiled()(logits, wanted)
-        check_finite(best_BT)
-        return np.asarray(log_p_BTK), np.asarray(best_BT)
-
-    def _reader(self, length: int) -> cached.Reader:
-        """The reader of prompts of a bucket."""
-        if length not in self._readers:
+    def _programs_of(self, length: int) -> _Programs:
+        """The programs for prompts of a bucket."""
+        if length not in self._programs:
             capacity = length + _room(length)
             if self._longest:
                 capacity = min(capacity, self._longest)
-            self._readers[length] = cached.reader(self._model, capacity=capacity)
-        return self._readers[length]
+            self._programs[length] = _Programs(cached.reader(self._model, capacity=capacity))
+        return self._programs[length]
 
     def _rows(self, tokens: int, length: int, *, there: int) -> int:
         shards = partitioning.row_shards(self._model.mesh)
@@ -213,15 +197,67 @@ def check_finite(best: Any) -> None:
         )
 
 
-@functools.cache
-def _compiled() -> Callable[[Array, np.ndarray], tuple[Array, Array]]:
-    """Log probabilities [B, T, K] of wanted_BTK from logits [B, T, V], and the highest [B, T]."""
+def _finite(values: tuple[Array, Array]) -> tuple[np.ndarray, np.ndarray]:
+    log_p_BTK, best_BT = values
+    check_finite(best_BT)
+    return np.asarray(log_p_BTK), np.asarray(best_BT)
 
-    def run(logits_BTV: Array, wanted_BTK: Array) -> tuple[Array, Array]:
-        log_p_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32))
-        return jnp.take_along_axis(log_p_BTV, wanted_BTK, axis=2), jnp.max(log_p_BTV, axis=2)
 
-    return jax.jit(run)
+class _Programs:
+    """What reads prompts of a bucket, and what follows them; compiled for each size of a batch."""
+
+    def __init__(self, reader: cached.Reader) -> None:
+        self.reader = reader
+        self.first = jax.jit(
+            functools.partial(_first, reader), donate_argnums=2, out_shardings=(None, reader.placed)
+        )
+        self.further = jax.jit(functools.partial(_further, reader))
+
+
+def _first(
+    reader: cached.Reader,
+    params: Any,
+    frozen: Any,
+    caches: dict[str, Any],
+    tokens_BT: Array,
+    counts_B: Array,
+    wanted_B1K: Array,
+) -> tuple[tuple[Array, Array], cached.State]:
+    """See `_log_p`, behind prompts read into empty caches; and what these leave behind."""
+    state = cached.State(caches, jnp.zeros_like(counts_B), jnp.zeros_like(counts_B))
+    logits, state = reader.step(params, frozen, state, tokens_BT, counts_B, logits="last")
+    return _log_p(logits, wanted_B1K), state
+
+
+def _further(
+    reader: cached.Reader,
+    params: Any,
+    frozen: Any,
+    state: cached.State,
+    row_B: Array,
+    tokens_BT: Array,
+    counts_B: Array,
+    wanted_BTK: Array,
+) -> tuple[Array, Array]:
+    """See `_log_p`, behind tokens that follow prompts `row_B` of the state."""
+    state = jax.tree.map(lambda x: jnp.take(x, row_B, axis=0, mode="clip"), state)
+    logits, _ = reader.step(params, frozen, state, tokens_BT, counts_B)
+    return _log_p(logits, wanted_BTK)
+
+
+def _log_p(logits_BTV: Array, wanted_BTK: Array) -> tuple[Array, Array]:
+    """Log probabilities [B, T, K] of wanted tokens, and the highest [B, T]."""
+    log_p_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32))
+    return jnp.take_along_axis(log_p_BTV, wanted_BTK, axis=2), jnp.max(log_p_BTV, axis=2)
+
+
+def _asked(rows: Sequence[_Longer], *, size: int, length: int) -> tuple[np.ndarray, ...]:
+    """Places of prompts, what is read behind them with its lengths, and what is wanted there."""
+    places = [row.prompt for row in rows]
+    places += places[-1:] * (size - len(places))
+    tokens, counts = _filled([row.ids[:-1] for row in rows], size=size, length=length)
+    wanted, _ = _filled([row.ids[1:] for row in rows], size=size, length=length)
+    return np.array(places, np.int32), tokens, counts, wanted[:, :, None]
 
 
 def _filled(rows: Sequence[np.ndarray], *, size: int, length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -27,6 +27,7 @@ from blindvalm_jax.trained import TrainedModel
 
 _SHORTEST = 16  # tokens of the smallest bucket
 _TOKENS_AT_ONCE = 4096
+_FEWEST_ASKED = 4  # positions of a row: they cost no more than one, and need fewer programs
 _LOGITS_AT_ONCE = 512  # positions: of 49,412 entries each they take 100 MB
 
 
@@ -105,7 +106,7 @@ class Scorer:
     @property
     def compiled(self) -> int:
         """Programs compiled so far."""
-        return len(self._shapes) + (0 if self._pieces is None else len(self._pieces.programs))
+        return len(self._shapes) + (0 if self._pieces is None else self._pieces.compiled)
 
     def log_probabilities(self, rows: Sequence[Row], *, title: str = "score") -> list[np.ndarray]:
         """float32 [M, K] of each row, in their order; see `scores`."""
@@ -213,7 +214,7 @@ class Scorer:
         asked, each = row.wanted.shape
         return (
             self._length(len(row.tokens)),
-            buckets.power_of_two(asked),
+            buckets.power_of_two(max(asked, _FEWEST_ASKED)),
             buckets.power_of_two(each),
         )
 
