@@ -38,6 +38,7 @@ from blindvalm_jax.tasks import compare, evaluation, report, results
 from blindvalm_jax.tasks.asked import Windows
 from blindvalm_jax.tasks.scoring import Scorer
 
+flags.adopt_module_key_flags(model_flags)
 _TASKS = flags.DEFINE_list("tasks", [], "names of tasks, or groups")
 _DATA = flags.DEFINE_string("data", "", "directory of the tasks' files, or one above it")
 _WINDOW = flags.DEFINE_integer(

@@ -31,6 +31,7 @@ from blindvalm_jax.decoding.sampling import Sampling
 from blindvalm_jax.errors import UserError, print_error, run_main
 from blindvalm_jax.trained import TrainedModel
 
+flags.adopt_module_key_flags(model_flags)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "text to go on with")
 _PROMPTS = flags.DEFINE_string("prompts", "", "instead: file with a prompt on each line")
 _INTERACTIVE = flags.DEFINE_bool("interactive", False, "instead: prompts from standard input")

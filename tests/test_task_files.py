@@ -76,6 +76,58 @@ def test_what_is_no_text_is_refused(
         read(tmp_path, task, name, content)
 
 
+@pytest.mark.parametrize(
+    ("task", "name", "content", "message"),
+    [
+        (
+            "memory_colors",
+            "memory_color_data.csv",
+            "Index,Descriptor,Item,Color\n1,,,red\n",
+            "csv:2 has nothing as Item",
+        ),
+        (
+            "color_terms",
+            "color-concrete-objects.csv",
+            "object,color\nsun,red\ncar, \n",
+            "csv:3 has nothing as color",
+        ),
+        (
+            "sst2",
+            "sst2_test.jsonl",
+            '{"text": "so", "label": ""}\n',
+            "example 1 has nothing as label",
+        ),
+        (
+            "vicomte_shape_single",
+            "test_shape.jsonl",
+            '{"sub": " ", "obj": "round"}\n',
+            "example 1 has nothing as sub",
+        ),
+    ],
+)
+def test_what_is_blank_is_refused(
+    tmp_path: Path, task: str, name: str, content: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, task, name, content)
+
+
+def test_what_may_be_blank(tmp_path: Path) -> None:
+    """A thing without a descriptor; a text, as MPQA has two."""
+    head = "Index,Descriptor,Item,Color\n1,,sun,red\n"
+    [item] = read(tmp_path, "memory_colors", "memory_color_data.csv", head)
+    assert item.words == {"descriptor": "", "item": "sun"}
+    content = '{"text": "", "label": "Positive"}\n'
+    assert read(tmp_path, "mpqa", "mpqa_test.json", content)[0].words == {"text": ""}
+
+
+def test_a_group_says_which_task_lacks_its_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^sst2: sst2_test.jsonl is not in .* to leave it out, na"):
+        evaluation.read(["nlu"], "corrected", tmp_path)
+    with pytest.raises(UserError, match=r"^mpqa: mpqa_test.json or test.json is not in .* below$"):
+        evaluation.read(["mpqa"], "corrected", tmp_path)
+
+
 def test_a_passage_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "lambada_test.jsonl"
     path.write_text('{"text": "one two"}\n{"text": null}\n')

@@ -19,6 +19,7 @@ from blindvalm_jax import files, model_flags
 from blindvalm_jax.errors import UserError, run_main
 from blindvalm_jax.explain import probing, report, words
 
+flags.adopt_module_key_flags(model_flags)
 _PROMPT = flags.DEFINE_string("prompt", "", "text before the candidates")
 _CANDIDATES = flags.DEFINE_list("candidates", [], "what may come behind it, with commas")
 _TOKEN = flags.DEFINE_integer(

@@ -91,13 +91,24 @@ def read(
             found.append(_prepared(task, protocol, tfds, cut))
         elif data is None:
             raise UserError("--data is missing (see --help)")
-        elif isinstance(task, ChoiceTask):
-            way = task.protocols[protocol]
-            items = way.items(data)
-            found.append(AskedChoice(task, way, items, way.questions(items), way.file(data)))
         else:
-            found.append(task.open(protocol, data, cut))
+            try:
+                found.append(_opened(task, protocol, data, cut))
+            except UserError as error:
+                out = "" if task.name in names else "; to leave it out, name the tasks you want"
+                raise UserError(f"{task.name}: {error}{out}") from error
     return found
+
+
+def _opened(
+    task: ChoiceTask | TextTask | LastWordTask, protocol: str, data: Path, cut: Windows
+) -> Asked:
+    """A task with its data from files."""
+    if not isinstance(task, ChoiceTask):
+        return task.open(protocol, data, cut)
+    way = task.protocols[protocol]
+    items = way.items(data)
+    return AskedChoice(task, way, items, way.questions(items), way.file(data))
 
 
 def _prepared(
@@ -113,7 +124,10 @@ def _prepared(
             dataclasses.replace(task, source=source), task.corrected, items, questions
         )
     if task.name not in ("lambada", "lambada_perplexity"):
-        raise UserError(f"{task.name} is not read from --tfds_dir: give files with --data")
+        raise UserError(
+            f"{task.name} is not read from --tfds_dir, since TFDS has no such dataset: give its "
+            "files with --data"
+        )
     source, passages = tfds_data.passages(tfds)
     if isinstance(task, LastWordTask):
         return AskedLastWords(task.name, source, protocol, passages)

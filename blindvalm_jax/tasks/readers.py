@@ -122,16 +122,24 @@ def lines_of(path: Path) -> list[str]:
     return _some(path, lines)
 
 
-def csv_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+def csv_rows(
+    path: Path, columns: Sequence[str], *, may_be_blank: Sequence[str] = ()
+) -> list[dict[str, str]]:
     """Rows of a comma-separated file whose first line is `columns`.
 
     Raises:
-      UserError: the first line is another, a row has more or fewer fields, or there is none.
+      UserError: the first line is another, a row has more or fewer fields or a blank one that may
+        not be, or there is none.
     """
     (_, head), *rows = _fields(path) or [(1, [])]
     if head != [*columns]:
         raise UserError(f"{path} begins with {head}, expected the columns {[*columns]}")
-    return _some(path, [_row(path, number, columns, row) for number, row in rows])
+    found = [_row(path, number, columns, row) for number, row in rows]
+    for (number, _), row in zip(rows, found, strict=True):
+        blank = [name for name in columns if not row[name].strip() and name not in may_be_blank]
+        if blank:
+            raise UserError(f"{path}:{number} has nothing as {blank[0]}: fill it, or drop the row")
+    return _some(path, found)
 
 
 def bare_csv_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
@@ -166,12 +174,18 @@ def split_rows(path: Path) -> list[list[str]]:
     return _some(path, [line.split(",") for line in lines_of(path)[1:]])
 
 
-def json_rows(path: Path, texts: Sequence[str], others: Sequence[str] = ()) -> list[dict[str, Any]]:
+def json_rows(
+    path: Path,
+    texts: Sequence[str],
+    others: Sequence[str] = (),
+    *,
+    may_be_blank: Sequence[str] = (),
+) -> list[dict[str, Any]]:
     """Objects of a JSON list, or of lines of JSON; texts, others: fields they must have.
 
     Raises:
-      UserError: it is neither, there is no object, or one lacks a field or has no text in one of
-        `texts`.
+      UserError: it is neither, there is no object, or one lacks a field or has no text, or a blank
+        one, in one of `texts`.
     """
     text = text_of(path)
     try:
@@ -191,6 +205,10 @@ def json_rows(path: Path, texts: Sequence[str], others: Sequence[str] = ()) -> l
                 raise UserError(
                     f"{path}: example {number} has {json.dumps(row[name])[:40]} as {name}, "
                     "expected a text"
+                )
+            if not row[name].strip() and name not in may_be_blank:
+                raise UserError(
+                    f"{path}: example {number} has nothing as {name}: fill it, or drop the example"
                 )
     return _some(path, rows)
 

@@ -25,7 +25,9 @@ def labelled(path: Path) -> list[Item]:
     """Objects with a text and a label, as a JSON list or lines."""
     return [
         Item(id=f"{number}", words={"text": row["text"]}, answer=row["label"])
-        for number, row in enumerate(readers.json_rows(path, ("text", "label")))
+        for number, row in enumerate(
+            readers.json_rows(path, ("text", "label"), may_be_blank=["text"])
+        )
     ]
 
 

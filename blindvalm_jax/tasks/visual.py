@@ -58,7 +58,8 @@ _SHAPES_OF = (
 
 def memory_colors(path: Path) -> list[Item]:
     """Memory Colors (Norlund et al. 2021)."""
-    rows = readers.csv_rows(path, ["Index", "Descriptor", "Item", "Color"])
+    columns = ["Index", "Descriptor", "Item", "Color"]
+    rows = readers.csv_rows(path, columns, may_be_blank=["Descriptor"])
     return [
         Item(
             id=row["Index"],
@@ -105,7 +106,7 @@ def vicomte_alt(path: Path) -> list[Item]:
 
 def shapeit(path: Path) -> list[Item]:
     """ShapeIt (Alper et al. 2023)."""
-    rows = readers.csv_rows(path, ["word", "gt", "options"])
+    rows = readers.csv_rows(path, ["word", "gt", "options"], may_be_blank=["options"])
     return [Item(id=row["word"], words={"item": row["word"]}, answer=row["gt"]) for row in rows]
 
 
