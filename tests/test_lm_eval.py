@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import logging
 import os
 import re
 import runpy
@@ -364,6 +365,8 @@ def test_tasks_that_a_config_file_includes_are_found(
     file = tmp_path / "run.json"  # which is YAML too
     file.write_text(json.dumps(settings))
     monkeypatch.setattr(sys, "argv", ["lm_eval", "run", "--config", str(file)])
+    # Put back afterwards: other tests read what is logged.
+    monkeypatch.setattr(logging.getLogger("blindvalm_jax.lm_eval"), "propagate", True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         command.run()
@@ -468,6 +471,8 @@ def test_a_tower_with_a_tokenizer_of_its_own_is_asked_texts(aligned: dict[str, A
     [total] = asked.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)))
     assert kept == {hash_args("loglikelihood_rolling", (text,)): total}
     assert asked.loglikelihood_rolling([]) == []
+    [nothing] = asked.loglikelihood_rolling(requests("loglikelihood_rolling", ("",)))
+    assert (nothing, type(nothing)) == (0.0, float)
     model = NamedModel(**aligned).load(mesh=partitioning.make_mesh(MeshConfig()))
     own = perplexity.AskedTexts("own", "here", "text", [text], None, Windows())
     outcome = own.run(Scorer(model), model.tokenizer)
@@ -683,10 +688,14 @@ def test_the_command_line_is_the_harness_s_own(gpt2: Path, data: Path, tmp_path:
     command = [sys.executable, "-m", "blindvalm_jax.lm_eval"]
     asked = ["--model_args", f"hf={gpt2}", "--tasks", "blindvalm_memory_colors"]
     given = [*asked, "--metadata", json.dumps({"data": str(data)}), "--output_path", str(tmp_path)]
+    given += ["--seed", "7"]
     done = subprocess.run(
         [*command, *given], cwd=ROOT, capture_output=True, text=True, env={**os.environ}
     )
     assert done.returncode == 0, done.stderr
+    drawn = np.random.RandomState(7).randint(1 << 31)
+    [line] = [line for line in done.stderr.splitlines() if f"draws of seed {drawn};" in line]
+    assert "INFO" in line, "as the harness shows its own"
     [file] = tmp_path.rglob("results_*.json")
     found = json.loads(file.read_text())
     assert found["config"]["model"] == "blindvalm"

@@ -149,7 +149,8 @@ class BlindValm(TemplateLM):
             windows += parts
             owner += [place] * len(parts)
         values = [value for value, _ in self._loglikelihood_tokens(windows)]
-        found = np.bincount(owner, weights=values, minlength=len(requests)).tolist()
+        sums = np.bincount(owner, weights=values, minlength=len(requests))
+        found = sums.astype(float).tolist()  # of no window at all they would be integers
         for request, value in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
         return found
