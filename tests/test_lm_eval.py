@@ -465,8 +465,9 @@ def test_a_tower_with_a_tokenizer_of_its_own_is_asked_texts(aligned: dict[str, A
 
     asked = adapter.BlindValm(**aligned)
     text = "the red ring, and then; the cat"
+    kept: dict[str, float] = {}
     hook = CacheHook(None)
-    hook.dbdict = kept = {}
+    hook.dbdict = kept
     asked.set_cache_hook(hook)
     [total] = asked.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)))
     assert kept == {hash_args("loglikelihood_rolling", (text,)): total}

@@ -106,11 +106,11 @@ class Generator:
     ) -> Generation:
         """`samples` texts behind each prompt, each up to a stop string or the end of text.
 
+        numbers: of the first sample of each prompt, for one that is asked again; None: 0.
         prompts: texts, or ids [T] of the language model. What a row draws depends on the seed, its
         prompt and the number of its sample alone, and not on the rows that are written with it.
         on_text: called for each text when those that are written at once are done, in order where
-        rows are not split over devices. numbers: that of each prompt's first sample, for a prompt
-        that is asked again; None: 0.
+        rows are not split over devices.
 
         Raises:
           UserError: see `check`; a prompt has no tokens, or is too long for the model's positions.
