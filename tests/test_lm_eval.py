@@ -539,15 +539,15 @@ def test_where_no_row_has_an_end_the_whole_context_is_continued(
     asked = adapter.BlindValm(**sinusoidal)
     assert len(asked.tok_encode(text)) > asked.max_length
     [written] = asked.generate_until(requests("generate_until", (text, {"max_gen_toks": 5})))
-    model = NamedModel(**sinusoidal).load()
-    assert written == Generator(model).generate([text], max_new_tokens=5).texts[0].text
     assert "lose their beginning" not in caplog.text
     short = adapter.BlindValm(**sinusoidal, max_length=20)
     [cut] = short.generate_until(requests("generate_until", (text, {"max_gen_toks": 5})))
-    ids = np.array(short.tok_encode(text)[-15:], np.int32)
-    behind = Generator(model, start=False).generate([ids], max_new_tokens=5).texts[0].text
-    assert cut == behind != written
     assert "1 of 1 contexts lose their beginning: rows have up to 20 tokens" in caplog.text
+    ids = np.array(asked.tok_encode(text), np.int32)
+    whole = Generator(NamedModel(**sinusoidal).load(), start=False)
+    expected = whole.generate([ids, ids[-15:]], max_new_tokens=5).texts
+    assert [written, cut] == [one.text for one in expected]
+    assert written != cut
     with pytest.raises(UserError, match="max_gen_toks=20 leaves no room .* max_length=20"):
         short.generate_until(requests("generate_until", (text, {"max_gen_toks": 20})))
 

@@ -37,8 +37,8 @@ _FIELDS = {field.name for field in dataclasses.fields(NamedModel)}
 class BlindValm(TemplateLM):
     """Scores and continues texts with a model of ours, over all devices.
 
-    Where a text is cut, how contexts and continuations become tokens and which windows a long text
-    is read in are the harness's own choices, as for its `hf`.
+    Where a row has an end, what is cut off in front is the harness's own choice, as for its `hf`;
+    so is how contexts and continuations become tokens, and which windows a long text is read in.
     """
 
     def __init__(
