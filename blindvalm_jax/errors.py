@@ -18,15 +18,20 @@ class UserError(ValueError):
     """Bad input. The message is one line: what is wrong, expected and got, what to do."""
 
 
-def run_main(main: Callable[[Sequence[str]], int | None], *, failure: int = 1) -> None:
+def run_main(
+    main: Callable[[Sequence[str]], int | None],
+    *,
+    failure: int = 1,
+    interrupted: str = "the same command goes on from what is on disk",
+) -> None:
     """Runs an absl entry point; a `UserError` becomes one line on stderr and exit code `failure`.
 
+    interrupted: what is said behind "interrupted; " on Ctrl-C: what becomes of the work done.
     `--verbosity=0` shows what libraries log.
     """
 
     def fail(message: str) -> NoReturn:
-        print_error(message)
-        sys.exit(failure)
+        _fail(message, failure)
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
@@ -47,30 +52,42 @@ def run_main(main: Callable[[Sequence[str]], int | None], *, failure: int = 1) -
     def guarded(argv: Sequence[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # libraries report every file they write
-        try:
-            code = main(argv) or 0
-            sys.stdout.flush()
-            sys.exit(code)
-        except UserError as error:
-            fail(str(error))
-        except BrokenPipeError:
-            if not _nobody_reads():
-                raise
-            sys.exit(_BROKEN_PIPE)
-        except KeyboardInterrupt:
-            fail("interrupted; the same command goes on from what is on disk")
-        except Exception as error:
-            # Known by its name: whoever needs no device need not wait for JAX to be imported.
-            if type(error).__name__ != "JaxRuntimeError" or "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            fail(
-                "out of device memory; training: more train.microbatches, for language models "
-                "train.remat=full or train.loss_chunk, or a larger mesh.fsdp need less, and "
-                "--dry_run tells how much; index: a smaller --batch_size; generation: fewer "
-                "samples or --max_new_tokens; evaluation too: --dtype=bfloat16"
-            )
+        exit_after(lambda: main(argv), failure=failure, interrupted=interrupted)
 
     app.run(guarded, flags_parser=parse)
+
+
+def exit_after(main: Callable[[], int | None], *, failure: int = 1, interrupted: str) -> NoReturn:
+    """Ends the process with what `main` returns, or with one line on stderr; see `run_main`."""
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+        sys.exit(code)
+    except UserError as error:
+        _fail(str(error), failure)
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        sys.exit(_BROKEN_PIPE)
+    except KeyboardInterrupt:
+        _fail(f"interrupted; {interrupted}", failure)
+    except Exception as error:
+        # Known by its name: whoever needs no device need not wait for JAX to be imported.
+        if type(error).__name__ != "JaxRuntimeError" or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _fail(
+            "out of device memory; training: more train.microbatches, for language models "
+            "train.remat=full or train.loss_chunk, or a larger mesh.fsdp need less, and "
+            "--dry_run tells how much; index: a smaller --batch_size; generation: fewer "
+            "samples or --max_new_tokens; evaluation too: --dtype=bfloat16; the harness: "
+            "--model_args with dtype=bfloat16 or a smaller tokens_at_once",
+            failure,
+        )
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print_error(message)
+    sys.exit(code)
 
 
 def _nobody_reads() -> bool:

@@ -157,6 +157,10 @@ def test_a_text_depends_on_seed_prompt_and_sample_alone() -> None:
     for other in (asked, whole):
         for text in other.generate(PROMPTS[1:2], max_new_tokens=NEW, samples=2, seed=5).texts:
             assert text.tokens == texts[text.prompt, text.sample]
+    twice = asked.generate(PROMPTS[:1] * 2, max_new_tokens=NEW, numbers=[2, 0], seed=5).texts
+    assert [text.sample for text in twice] == [2, 0]
+    for text in twice:
+        assert text.tokens == texts[text.prompt, text.sample]
     again = asked.generate(PROMPTS, max_new_tokens=NEW, samples=3, seed=6).texts
     assert [text.tokens for text in again] != [text.tokens for text in together]
 

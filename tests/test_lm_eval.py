@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
+import logging
 import os
+import re
+import runpy
 import subprocess
 import sys
 import warnings
@@ -13,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -20,11 +25,13 @@ from blindvalm_jax import partitioning
 from blindvalm_jax.config import MeshConfig
 from blindvalm_jax.decoding.generation import Generator
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.interop import weights
 from blindvalm_jax.named_model import NamedModel
 from blindvalm_jax.tasks import answers, catalog, perplexity
 from blindvalm_jax.tasks.asked import Windows
 from blindvalm_jax.tasks.scoring import Scorer
 from tests import (
+    foreign_models,
     small_aligned,
     small_models,
     small_tasks,
@@ -120,6 +127,30 @@ def own_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def aligned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Names a model with GPT-2's tokens whose tower has CLIP's."""
     return small_aligned.write(tmp_path_factory.mktemp("aligned"))
+
+
+@pytest.fixture(scope="module")
+def sinusoidal(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Names a model with CLIP's tokens and no limit of positions, whose training length is 512."""
+    root = tmp_path_factory.mktemp("sinusoidal")
+    tokenizer = small_text.small_clip()
+    tokenizer.save(root / "clip")
+    spec = dataclasses.replace(
+        foreign_models.GPT2,
+        decoder=dataclasses.replace(
+            foreign_models.GPT2.decoder, layers=2, vocab_size=0, positions="sinusoidal"
+        ),
+        vocab_size=tokenizer.vocab_size,
+    )
+    weights.save(
+        root / "decoder",
+        foreign_models.random_params(spec),
+        config=spec,
+        source="made for a test",
+        tokenizer={"kind": "clip", "fingerprint": tokenizer.fingerprint},
+        tokenizer_files=root / "clip",
+    )
+    return {"checkpoint": str(root / "decoder")}
 
 
 def harness_or_skip() -> None:
@@ -265,6 +296,11 @@ def test_what_is_asked_of_a_generation() -> None:
     assert asked({"until": [""]}) == Asked(Sampling(), 256, [])
     assert asked({"until": ["", "a"], "max_tokens": 3, "top_k": 5}) == Asked(Sampling(), 3, ["a"])
     assert asked({"max_completion_tokens": 5}).new == 5
+    nothing = {"until": None, "do_sample": None, "temperature": None, "top_k": None}
+    assert asked(nothing) == asked({})
+    assert asked({"do_sample": True, "temperature": None}).sampling == Sampling(temperature=1)
+    unused = {"do_sample": True, "temperature": 0, "top_p": 0.9}
+    assert asked(unused) == asked({}), "temperature 0 takes the likeliest"
     drawn = {"temperature": 0.5, "top_k": 5, "until": "a"}
     assert asked(drawn) == Asked(Sampling(temperature=0.5, top_k=5), 256, ["a"])
     for wrong, message in (
@@ -284,6 +320,8 @@ def test_what_is_asked_of_a_generation() -> None:
         ({"max_length": "many"}, "max_length=many: expected"),
         ({"tokens_at_once": 0}, "tokens_at_once=0: expected"),
         ({"tokens_at_once": None}, "tokens_at_once=None: expected"),
+        ({"seed": -1}, "seed=-1: expected a whole number from 0 to 2147483647"),
+        ({"seed": 0.5}, "seed=0.5: expected"),
         ({"add_bos_token": "no"}, "add_bos_token=no: expected true or false"),
         ({"dtype": "auto"}, "dtype must be one of float32, bfloat16, got 'auto'"),
         ({"hf": 5}, r"hf must be a text, got 5 \(int\)"),
@@ -327,6 +365,8 @@ def test_tasks_that_a_config_file_includes_are_found(
     file = tmp_path / "run.json"  # which is YAML too
     file.write_text(json.dumps(settings))
     monkeypatch.setattr(sys, "argv", ["lm_eval", "run", "--config", str(file)])
+    # Put back afterwards: other tests read what is logged.
+    monkeypatch.setattr(logging.getLogger("blindvalm_jax.lm_eval"), "propagate", True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         command.run()
@@ -419,11 +459,21 @@ def test_a_tower_with_a_tokenizer_of_its_own_is_asked_choices(
 def test_a_tower_with_a_tokenizer_of_its_own_is_asked_texts(aligned: dict[str, Any]) -> None:
     """A text that fits in a window is scored as `evaluate` does, 1e-4 of a sum, and written on."""
     harness_or_skip()
+    from lm_eval.api.model import CacheHook, hash_args
+
     from blindvalm_jax.lm_eval import adapter
 
     asked = adapter.BlindValm(**aligned)
     text = "the red ring, and then; the cat"
+    kept: dict[str, float] = {}
+    hook = CacheHook(None)
+    hook.dbdict = kept
+    asked.set_cache_hook(hook)
     [total] = asked.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)))
+    assert kept == {hash_args("loglikelihood_rolling", (text,)): total}
+    assert asked.loglikelihood_rolling([]) == []
+    [nothing] = asked.loglikelihood_rolling(requests("loglikelihood_rolling", ("",)))
+    assert (nothing, type(nothing)) == (0.0, float)
     model = NamedModel(**aligned).load(mesh=partitioning.make_mesh(MeshConfig()))
     own = perplexity.AskedTexts("own", "here", "text", [text], None, Windows())
     outcome = own.run(Scorer(model), model.tokenizer)
@@ -432,6 +482,176 @@ def test_a_tower_with_a_tokenizer_of_its_own_is_asked_texts(aligned: dict[str, A
     expected = Generator(model).generate([text], max_new_tokens=4).texts[0]
     assert written == expected.text
     assert len(expected.tokens) == 4
+
+
+@pytest.mark.parametrize("positions", [pytest.param("learned", marks=pytest.mark.torch), "any"])
+def test_a_long_prompt_is_scored_as_evaluate_scores_it(
+    positions: str,
+    data: Path,
+    request: pytest.FixtureRequest,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """1e-4, with the arguments that hold where none are given.
+
+    Where positions are learned it is cut: for each candidate by its own length, as `hf` does, and
+    by `evaluate` for all by that of the longest.
+    """
+    harness_or_skip()
+    from blindvalm_jax.lm_eval import adapter
+
+    learned = positions == "learned"
+    named: dict[str, Any]
+    if learned:
+        named = {"hf": str(request.getfixturevalue("gpt2"))}
+    else:
+        named = request.getfixturevalue("sinusoidal")
+    model = NamedModel(**named).load(mesh=partitioning.make_mesh(MeshConfig()))
+    protocol = catalog.TASKS["tnwit_height"].protocols["corrected"]
+    questions = [
+        dataclasses.replace(question, prompt=f"the {question.item} {LONG * 3}{question.prompt}")
+        for question in protocol.questions(protocol.items(data))[:3]
+    ]
+    expected = answers.answer(Scorer(model), model.tokenizer, protocol, questions)
+    asked = adapter.BlindValm(**named)
+    contexts = [len(asked.tok_encode(question.prompt)) for question in questions]
+    assert min(contexts) > asked.max_length
+    pairs = [
+        (question.prompt, f" {word}") for question in questions for word in question.candidates
+    ]
+    found = asked.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+    sizes = np.array([len(asked.tok_encode(word, add_special_tokens=False)) for _, word in pairs])
+    sizes = sizes.reshape(len(questions), -1)
+    same = (sizes == sizes.max(axis=1, keepdims=True)) | (not learned)
+    values = np.array([value for value, _ in found]).reshape(sizes.shape)
+    np.testing.assert_allclose(values[same], np.array(expected.scores)[same], atol=1e-4, rtol=0)
+    assert expected.cut == (len(questions) if learned else 0)
+    told = f"{len(pairs)} of {len(pairs)} contexts lose their beginning"
+    assert (told in caplog.text) == learned
+
+
+def test_where_no_row_has_an_end_the_whole_context_is_continued(
+    sinusoidal: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    harness_or_skip()
+    from blindvalm_jax.lm_eval import adapter
+
+    text = "the cat sat " + LONG * 3
+    asked = adapter.BlindValm(**sinusoidal)
+    assert len(asked.tok_encode(text)) > asked.max_length
+    [written] = asked.generate_until(requests("generate_until", (text, {"max_gen_toks": 5})))
+    assert "lose their beginning" not in caplog.text
+    short = adapter.BlindValm(**sinusoidal, max_length=20)
+    [cut] = short.generate_until(requests("generate_until", (text, {"max_gen_toks": 5})))
+    assert "1 of 1 contexts lose their beginning: rows have up to 20 tokens" in caplog.text
+    ids = np.array(asked.tok_encode(text), np.int32)
+    whole = Generator(NamedModel(**sinusoidal).load(), start=False)
+    expected = whole.generate([ids, ids[-15:]], max_new_tokens=5).texts
+    assert [written, cut] == [one.text for one in expected]
+    assert written != cut
+    with pytest.raises(UserError, match="max_gen_toks=20 leaves no room .* max_length=20"):
+        short.generate_until(requests("generate_until", (text, {"max_gen_toks": 20})))
+
+
+def test_what_is_asked_again_is_drawn_again(
+    sinusoidal: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the harness asks for `repeats`; a seed gives the same again, in parts of any size."""
+    harness_or_skip()
+    from blindvalm_jax.lm_eval import adapter
+
+    drawn = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8}
+    repeated = requests("generate_until", *[(text, drawn) for text in ("the", "a cat", "") * 3])
+    first = adapter.BlindValm(**sinusoidal, seed=3)
+    texts = first.generate_until(repeated)
+    for number in range(3):
+        assert len(set(texts[number::3])) == 3
+    sizes = []
+    generate = Generator.generate
+
+    def counted(self: Generator, prompts: Any, **how: Any) -> Any:
+        sizes.append(len(prompts))
+        return generate(self, prompts, **how)
+
+    monkeypatch.setattr(Generator, "generate", counted)
+    monkeypatch.setattr(adapter, "_TOGETHER", 1)
+    assert adapter.BlindValm(**sinusoidal, seed=3).generate_until(repeated) == texts
+    assert sizes == [8, 8], "the last part is filled up: one program for all"
+    [later] = first.generate_until(repeated[:1])
+    assert later not in texts[::3]
+    [other] = adapter.BlindValm(**sinusoidal, seed=4).generate_until(repeated[:1])
+    assert other not in texts[::3]
+
+
+def test_the_seed_is_what_the_harness_s_seed_makes_it(
+    sinusoidal: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The harness seeds numpy's generator before it reads a model; tasks find it as it was."""
+    harness_or_skip()
+    from blindvalm_jax.lm_eval import adapter
+
+    found = []
+    for seed in (1234, 1234, 7):
+        np.random.seed(seed)
+        found.append(adapter.seed_of_numpy())
+        assert found[-1] == np.random.RandomState(seed).randint(1 << 31)
+    assert np.random.randint(1 << 31) == found[2] != found[0] == found[1]
+    np.random.seed(7)
+    with caplog.at_level("INFO"):
+        adapter.BlindValm(**sinusoidal)
+        adapter.BlindValm(**sinusoidal, seed=5)
+    assert f"draws of seed {found[2]};" in caplog.text
+    assert "draws of seed 5;" in caplog.text
+
+
+def test_with_clip_s_tokens_too_the_literal_separates_documents(
+    sinusoidal: dict[str, Any],
+) -> None:
+    harness_or_skip()
+    from blindvalm_jax.lm_eval import adapter
+
+    asked = adapter.BlindValm(**sinusoidal)
+    [end], cat, ring = (asked.tok_encode(text, False) for text in (END, "the cat", "ring"))
+    assert end == asked.eot_token_id
+    for special, front in ((None, []), (False, []), (True, [end])):
+        assert asked.tok_encode(f"{END}the cat", special) == [*front, end, *cat]
+    assert asked.tok_encode(f"the cat{END}ring") == [end, *cat, end, *ring]
+
+
+def test_a_chat_template_is_refused_in_one_line(sinusoidal: dict[str, Any]) -> None:
+    harness_or_skip()
+    from blindvalm_jax.lm_eval import adapter
+
+    asked = adapter.BlindValm(**sinusoidal)
+    for ask in (lambda: asked.tokenizer_name, lambda: asked.apply_chat_template([])):
+        with pytest.raises(UserError, match="no chat template: leave out --apply_chat_template"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (KeyboardInterrupt(), "interrupted; nothing was written; --use_cache keeps answers"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: x"), "out of device memory; .*harness"),
+    ],
+    ids=["interrupted", "memory"],
+)
+def test_the_command_ends_with_one_line(
+    error: BaseException,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    harness_or_skip()
+    from blindvalm_jax.lm_eval import command
+
+    def run() -> None:
+        raise error
+
+    monkeypatch.setattr(command, "run", run)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("blindvalm_jax.lm_eval", run_name="__main__")
+    assert end.value.code == 1
+    assert re.fullmatch(f"error: {told}.*\n", capsys.readouterr().err)
 
 
 def test_every_task_of_choices_is_there_for_the_harness() -> None:
@@ -469,10 +689,14 @@ def test_the_command_line_is_the_harness_s_own(gpt2: Path, data: Path, tmp_path:
     command = [sys.executable, "-m", "blindvalm_jax.lm_eval"]
     asked = ["--model_args", f"hf={gpt2}", "--tasks", "blindvalm_memory_colors"]
     given = [*asked, "--metadata", json.dumps({"data": str(data)}), "--output_path", str(tmp_path)]
+    given += ["--seed", "7"]
     done = subprocess.run(
         [*command, *given], cwd=ROOT, capture_output=True, text=True, env={**os.environ}
     )
     assert done.returncode == 0, done.stderr
+    drawn = np.random.RandomState(7).randint(1 << 31)
+    [line] = [line for line in done.stderr.splitlines() if f"draws of seed {drawn};" in line]
+    assert "INFO" in line, "as the harness shows its own"
     [file] = tmp_path.rglob("results_*.json")
     found = json.loads(file.read_text())
     assert found["config"]["model"] == "blindvalm"

@@ -98,6 +98,7 @@ class Generator:
         *,
         max_new_tokens: int,
         samples: int = 1,
+        numbers: Sequence[int] | None = None,
         stop: Sequence[str] = (),
         seed: int = 0,
         on_token: OnToken | None = None,
@@ -105,6 +106,7 @@ class Generator:
     ) -> Generation:
         """`samples` texts behind each prompt, each up to a stop string or the end of text.
 
+        numbers: of the first sample of each prompt, for one that is asked again; None: 0.
         prompts: texts, or ids [T] of the language model. What a row draws depends on the seed, its
         prompt and the number of its sample alone, and not on the rows that are written with it.
         on_text: called for each text when those that are written at once are done, in order where
@@ -122,7 +124,11 @@ class Generator:
         ]
         if not encoded:
             raise UserError("there is no prompt: give one or more")
-        keys_PS = _keys(encoded, samples, seed).reshape(len(encoded), samples)
+        sample_PS = np.add.outer(
+            np.zeros(len(encoded), np.uint32) if numbers is None else np.array(numbers, np.uint32),
+            np.arange(samples, dtype=np.uint32),
+        )
+        keys_PS = _keys(encoded, sample_PS, seed)
         done: dict[int, Written] = {}
         prompt_seconds = seconds = 0.0
         split = partitioning.row_shards(self._trained.mesh)
@@ -131,7 +137,7 @@ class Generator:
                 _Text(
                     self._grown(encoded[place], stop=stop, most=max_new_tokens),
                     self._text(prompts[place]),
-                    sample,
+                    int(sample_PS[place, sample]),
                     place * samples + sample,
                     [],
                 )
@@ -333,13 +339,13 @@ def _parts(prompts: int, samples: int, *, split: int) -> Iterator[tuple[range, r
             )
 
 
-def _keys(prompts: Sequence[np.ndarray], samples: int, seed: int) -> Array:
-    """A key for each row: of the seed, what its prompt says, and the number of its sample."""
+def _keys(prompts: Sequence[np.ndarray], sample_PS: np.ndarray, seed: int) -> Array:
+    """A key [P, S] for each row: of the seed, what its prompt says, and its sample's number."""
     content = np.array([zlib.crc32(ids.astype("<i4").tobytes()) for ids in prompts], np.uint32)
-    content_B = np.repeat(content, samples)
-    sample_B = np.tile(np.arange(samples, dtype=np.uint32), len(prompts))
+    content_B = np.repeat(content, sample_PS.shape[1])
     key = jax.random.key(seed)
-    return _folded(_folded(jax.numpy.broadcast_to(key, content_B.shape), content_B), sample_B)
+    keys_B = _folded(jax.numpy.broadcast_to(key, content_B.shape), content_B)
+    return _folded(keys_B, sample_PS.reshape(-1)).reshape(sample_PS.shape)
 
 
 _folded = jax.jit(jax.vmap(jax.random.fold_in))

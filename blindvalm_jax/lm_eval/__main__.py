@@ -11,9 +11,8 @@ harness and of --include_path.
 from __future__ import annotations
 
 import importlib.util
-import sys
 
-from blindvalm_jax.errors import UserError, print_error
+from blindvalm_jax.errors import UserError, exit_after
 
 
 def main() -> int:
@@ -29,8 +28,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print_error(str(error))
-        sys.exit(1)
+    exit_after(main, interrupted="nothing was written; --use_cache keeps answers for the next time")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
 import lm_eval.models  # noqa: F401  the harness looks for its own only while none is known
@@ -18,6 +19,7 @@ TASKS = Path(__file__).parent / "tasks"
 def run() -> None:
     """Carries out what `sys.argv` says."""
     utils.setup_logging()
+    _show_our_lines()
     harness = HarnessCLI()
     arguments = harness.parse_args()
     if hasattr(arguments, "include_path"):
@@ -35,3 +37,12 @@ def included(arguments: argparse.Namespace) -> list[str]:
         return []
     named = EvaluatorConfig.load_yaml_config(arguments.config).get("include_path")
     return list(named) if isinstance(named, list) else [named] if named else []
+
+
+def _show_our_lines() -> None:
+    """What the adapter logs stands among the lines of the harness, which shows its own alone."""
+    theirs, ours = logging.getLogger("lm_eval"), logging.getLogger("blindvalm_jax.lm_eval")
+    ours.setLevel(theirs.level)
+    ours.propagate = theirs.propagate
+    for handler in theirs.handlers:
+        ours.addHandler(handler)

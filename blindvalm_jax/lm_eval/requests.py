@@ -36,7 +36,7 @@ class Asked(NamedTuple):
 
 
 def asked(arguments: Mapping[str, Any], tokenizer: Tokenizer) -> Asked:
-    """The harness's arguments of a generation, which are those of transformers.
+    """The harness's arguments of a generation, which are those of transformers; None: not said.
 
     CLIP's tokenizer writes no line breaks: with it stop strings of white space alone are left out.
 
@@ -44,7 +44,8 @@ def asked(arguments: Mapping[str, Any], tokenizer: Tokenizer) -> Asked:
       UserError: an argument is unknown, or asks for what we do not do.
     """
     # Its max_gen_toks has three other names, and what is sampled follows from the temperature.
-    given = utils.normalize_gen_kwargs(dict(arguments), _GENERATION["max_gen_toks"])
+    said = {name: value for name, value in arguments.items() if value is not None}
+    given = utils.normalize_gen_kwargs(said, _GENERATION["max_gen_toks"])
     unknown = sorted(given.keys() - _GENERATION.keys())
     if unknown:
         raise UserError(
@@ -61,7 +62,7 @@ def asked(arguments: Mapping[str, Any], tokenizer: Tokenizer) -> Asked:
     # Every text holds the empty string; the harness cuts nothing off at it either.
     blank = tokenizer.kind == "clip"
     stop = [text for text in values["until"] if (text.strip() if blank else text)]
-    if values["do_sample"]:
+    if values["do_sample"] and values["temperature"]:
         rules = {name: values[name] for name in ("temperature", *_RULES)}
         return Asked(Sampling(**rules), values["max_gen_toks"], stop)
     # As transformers does, which leaves out what only matters to draws.
@@ -77,11 +78,11 @@ class Prompt(NamedTuple):
     places: list[int]
 
 
-def prompts(requests: Sequence[Tokens], *, longest: int) -> list[Prompt]:
+def prompts(requests: Sequence[Tokens], *, longest: int | None) -> list[Prompt]:
     """Requests with the same context together.
 
-    longest: tokens of a row, the last of a continuation not counted. What is too long loses its
-    beginning.
+    longest: tokens of a row, the last of a continuation not counted; None: any number. What is too
+    long loses its beginning.
 
     Raises:
       UserError: a continuation is empty or too long.
@@ -89,9 +90,11 @@ def prompts(requests: Sequence[Tokens], *, longest: int) -> list[Prompt]:
     alike: dict[tuple[int, ...], Prompt] = {}
     for place, (_texts, context, continuation) in enumerate(requests):
         count = len(continuation)
-        if not 0 < count <= longest:
-            raise UserError(f"a continuation of {count} tokens: expected 1 to {longest}")
-        ids = context[-(longest + 1 - count) :]
+        if not 0 < count <= (longest or count):
+            raise UserError(
+                f"a continuation of {count} tokens: expected 1 to {longest or 'any number'}"
+            )
+        ids = context if longest is None else context[-(longest + 1 - count) :]
         found = alike.setdefault(tuple(ids), Prompt(np.array(ids, np.int32), [], []))
         found.continuations.append(np.array(continuation, np.int32))
         found.places.append(place)
