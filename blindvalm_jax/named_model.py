@@ -121,10 +121,10 @@ class NamedModel:
         names += ["neighbours"] if model.images is not None else []
         assumed = [name for name in names if not getattr(self, name)]
         if assumed:
-            told = " and ".join(f"{name}={getattr(used, name)}" for name in assumed)
+            told = ", ".join(f"{name}={getattr(used, name)}" for name in assumed)
             print(
-                f"note: {self.path} does not record how it was grounded: {told} assumed; "
-                f"{' and '.join(f'--{name}' for name in assumed)} say otherwise",
+                f"note: {self.path} does not record how it was grounded, nor was it said; assumed: "
+                f"{told} (--{', --'.join(assumed)})",
                 file=sys.stderr,
                 flush=True,
             )

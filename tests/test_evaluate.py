@@ -186,7 +186,7 @@ for arguments in json.load(sys.stdin):
 """
 
 
-def test_the_command_writes_what_checks_rely_on(runs: Path, tmp_path: Path) -> None:
+def test_the_command_writes_what_checks_rely_on(runs: Path) -> None:
     tasks = f"--data={runs / 'data'}", "--tasks=tnwit_height,memory_colors"
     done = command(runs, *tasks)
     assert done.returncode == 0, done.stderr
@@ -208,9 +208,12 @@ def test_the_command_writes_what_checks_rely_on(runs: Path, tmp_path: Path) -> N
     assert np.mean([row["right"] for row in rows]) == pytest.approx(colors["score"])
     assert all(np.argmax(row["scores"]) == row["chosen"] for row in rows)
     assert sum(chosen for chosen, _ in colors["answers"].values()) == 36
-    again = command(runs, *tasks, "--protocol=published", f"--out={tmp_path}")
+    other = runs / "eos" / "eval" / "published"
+    again = command(runs, *tasks, "--protocol=published")
     assert again.returncode == 0, again.stderr
-    heights = json.loads((tmp_path / "results.json").read_text())["tasks"]["tnwit_height"]
+    assert f"results of the published protocol are written to {other}\n" in again.stdout
+    assert json.loads((runs / "eos" / "eval" / "results.json").read_text())["tasks"] == found
+    heights = json.loads((other / "results.json").read_text())["tasks"]["tnwit_height"]
     assert heights["score"] <= 0.5
     assert "counted twice" in heights["faults"][0]
     assert heights["beside"].keys() == {"sum"}

@@ -491,8 +491,8 @@ def test_weights_say_how_they_are_taken_to_be_grounded(
     names = small_aligned.write(tmp_path)
     taken = NamedModel(**names).load()
     assert capsys.readouterr().err == (
-        f"note: {tmp_path}/decoder does not record how it was grounded: readout=token and "
-        "segments=causal assumed; --readout and --segments say otherwise\n"
+        f"note: {tmp_path}/decoder does not record how it was grounded, nor was it said; assumed: "
+        "readout=token, segments=causal (--readout, --segments)\n"
     )
     said = NamedModel(**names, readout="eos", segments="reference").load()
     assert not capsys.readouterr().err
