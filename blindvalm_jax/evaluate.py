@@ -101,6 +101,7 @@ def _report(arguments: Sequence[str]) -> int:
     if len(arguments) != 1:
         raise UserError(f"report takes one directory, got {len(arguments)}")
     found, place = results.read(Path(arguments[0]).expanduser())
+    _make(place)
     print(report.write(found, place))
     return 0
 

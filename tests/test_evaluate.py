@@ -347,11 +347,19 @@ def test_what_is_damaged_is_put_aside_before_tasks_are_asked(
 ) -> None:
     model = trained.load(runs / "gpt2")
     asked = evaluation.read(["memory_colors"], "published", runs / "data")
-    about = {"model": "gpt2", "step": 2}
+    scorer = Scorer(model)
 
-    def run() -> dict[str, Any]:
-        out = {"out": tmp_path, "about": about, "protocol": "published"}
-        return evaluation.run(asked, Scorer(model), model.tokenizer, **out)  # type: ignore[arg-type]
+    def run(*, step: int = 2, quiet: bool = False) -> dict[str, Any]:
+        about = {"model": "gpt2", "step": step}
+        return evaluation.run(
+            asked,
+            scorer,
+            model.tokenizer,
+            protocol="published",
+            out=tmp_path,
+            about=about,
+            quiet=quiet,
+        )
 
     path = tmp_path / "results.json"
     for damaged in ('{"tasks": {"sst2"', "[5]", '{"tasks": 5}'):
@@ -368,6 +376,11 @@ def test_what_is_damaged_is_put_aside_before_tasks_are_asked(
     assert len(notes) == 2
     assert "has null as sst2.interval, expected two numbers or nulls: the entry is" in notes[0]
     assert "has 5 as agnews, expected a table" in notes[1]
+    capsys.readouterr()
+    assert [*run(step=3, quiet=True)["tasks"]] == ["memory_colors"]  # as in training
+    assert capsys.readouterr().out.endswith("it was of step 2, now 3; gone with it: mpqa\n")
+    run(step=4, quiet=True)
+    assert not capsys.readouterr().out
 
 
 def test_scores_that_are_no_numbers_are_refused(runs: Path) -> None:

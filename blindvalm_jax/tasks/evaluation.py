@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -163,7 +163,9 @@ def run(
     head = {**about, "tokenizer": tokenizer.kind}
     tell = _silent if quiet else functools.partial(print, flush=True)
     code = {"commit": runs.commit(), "code_sha256": runs.CODE_SHA256}
-    whole = {"tasks": _kept(out, head, tell), **head, **code, "versions": runs.versions()}
+    # In training the answers of a step take the place of those before.
+    kept = _kept(out, head, expected=[one.name for one in asked] if quiet else ())
+    whole = {"tasks": kept, **head, **code, "versions": runs.versions()}
     tell(HEAD)
     for one in asked:
         before = whole["tasks"].get(one.name)
@@ -185,19 +187,21 @@ def run(
     return whole
 
 
-def _kept(out: Path, head: Mapping[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
-    """Entries of results.json in `out` that are of the same model."""
+def _kept(out: Path, head: Mapping[str, Any], *, expected: Collection[str]) -> dict[str, Any]:
+    """Entries of results.json in `out` that are of the same model; those of another are said.
+
+    expected: names of tasks of which that goes without saying.
+    """
     before = results.standing(out)
     entries = before.get("tasks", {})
-    if not entries:
-        return {}
-    other = identity.differences(before, head)
+    other = identity.differences(before, head) if entries else ""
     if not other:
         return dict(entries)
-    tell(
-        f"note: {out / 'results.json'} is replaced: it was of {other}; gone with it: "
-        f"{', '.join(entries)}"
-    )
+    lost = [name for name in entries if name not in expected]
+    if lost:
+        path = out / "results.json"
+        gone = f"gone with it: {', '.join(lost)}"
+        print(f"note: {path} is replaced: it was of {other}; {gone}", flush=True)
     return {}
 
 

@@ -53,8 +53,8 @@ def grounded(grounding: Mapping[str, Any] | None) -> str:
         return "It reads no tower."
     names = ("source", "readout", "segments", "control", "tower")
     known = [f"{name} {grounding[name]}" for name in names if name in grounding]
-    images = grounding.get("images")
-    known += [f"the {images['neighbours']} nearest in {images['index']}"] if images else []
+    images = grounding.get("images") or {}
+    known += [f"{name} {images[name]}" for name in ("index", "neighbours") if name in images]
     return f"Grounding: {', '.join(known)}."
 
 

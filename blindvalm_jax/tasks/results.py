@@ -109,6 +109,9 @@ def read(directory: Path) -> tuple[dict[str, Any], Path]:
         raise UserError(f"{path} lacks {', '.join(lacking)}: {_AGAIN}")
     if not isinstance(found["tasks"], dict):
         raise UserError(f"{path}: tasks must be a table, got {found['tasks']!r}")
+    grounding = found.get("grounding")
+    if grounding is not None and not isinstance(grounding, dict):
+        raise UserError(f"{path}: grounding must be a table or null, got {grounding!r}")
     for task, entry in found["tasks"].items():
         if wrong := entries.problem(task, entry):
             raise UserError(f"{path} {wrong}: {_AGAIN}")
