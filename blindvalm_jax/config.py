@@ -248,7 +248,7 @@ class EvalConfig:
     windows: int = field(256, "held-out windows or pairs used; 0: all", low=0)
     tasks: str = field("", "tasks or groups, comma-separated (docs/evaluation.md); empty: none")
     tasks_every_steps: int = field(1000, "updates between tasks; the last one always asks", low=1)
-    tasks_data: str = field("", "directory of the tasks' files, or one above it")
+    tasks_data: str = field("", "directory of the tasks' files, or above; text:, file: need none")
     tasks_protocol: str = field(
         "corrected", "how tasks are asked", choices=("corrected", "published")
     )

@@ -191,5 +191,7 @@ def _check_tasks(config: Config) -> None:
             "eval.tasks need grounding.search=exact or faiss: prepared neighbours are those of "
             "the training text alone"
         )
-    if not config.eval.tasks_data:
+    names = [name.strip() for name in config.eval.tasks.split(",")]
+    own = all(name.startswith(("text:", "file:")) for name in names)  # they say where they lie
+    if not own and not config.eval.tasks_data:
         raise UserError("eval.tasks needs eval.tasks_data, the directory of the tasks' files")

@@ -13,8 +13,9 @@ token is scored once.
 corrected (default): candidates are scored token by token behind the prompt. published: as the
 reference's scripts do it, faults included; results.json names them.
 
-<workdir>/eval or --out holds results.json, report.md with figures, and a line for every question in
-TASK.jsonl.
+<workdir>/eval (of published <workdir>/eval/published) or --out holds results.json, report.md with
+figures, and a line for every question in TASK.jsonl. Tasks that are there already, asked of the
+same model in the same way by the same code, are not asked again unless --again says so.
 
     python -m blindvalm_jax.evaluate report DIR
     python -m blindvalm_jax.evaluate compare A B [--tasks=...] [--out=DIR]
@@ -28,13 +29,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
-from blindvalm_jax import model_flags
+from blindvalm_jax import files, model_flags
 from blindvalm_jax.errors import UserError, run_main
 from blindvalm_jax.named_model import NamedModel
-from blindvalm_jax.tasks import compare, evaluation, report, results
+from blindvalm_jax.tasks import compare, evaluation, identity, report, results
 from blindvalm_jax.tasks.asked import Windows
 from blindvalm_jax.tasks.scoring import Scorer
 
@@ -53,6 +55,10 @@ _TFDS = flags.DEFINE_string(
 _PROTOCOL = flags.DEFINE_enum("protocol", "corrected", evaluation.PROTOCOLS, "how tasks are asked")
 _OUT = flags.DEFINE_string(
     "out", "", "where results are written; empty: eval in the run's directory"
+)
+_AGAIN = flags.DEFINE_bool("again", False, "also tasks whose answers are there already")
+_FLAGS: tuple[flags.FlagHolder[Any], ...] = (
+    *(_TASKS, _DATA, _WINDOW, _STRIDE, _TFDS, _PROTOCOL, _OUT, _AGAIN),
 )
 
 
@@ -73,11 +79,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--data and --tfds_dir both say where the data are: give one of them")
     asked = evaluation.read(_TASKS.value, _PROTOCOL.value, data, cut=cut, tfds=prepared)
     model = model_flags.load()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"results cannot be written to {out}: {error}") from error
-    evaluation.rehearse(asked, model)
+    _make(out)
+    known = evaluation.rehearse(asked, model)
     scorer = Scorer(model)
     found = evaluation.run(
         asked,
@@ -85,7 +88,8 @@ def main(argv: Sequence[str]) -> int:
         model.tokenizer,
         protocol=_PROTOCOL.value,
         out=out,
-        about=evaluation.about(named.path, step=model.step, dtype=model.settings.train.dtype),
+        about=identity.about(named.path, model),
+        there=None if _AGAIN.value else known,
     )
     page = report.write(found, out)
     print(f"{page}, {out}/results.json; {scorer.compiled} programs were compiled")
@@ -94,33 +98,73 @@ def main(argv: Sequence[str]) -> int:
 
 def _report(arguments: Sequence[str]) -> int:
     """Makes report.md anew of a results.json."""
+    _refuse_flags("report")
     if len(arguments) != 1:
         raise UserError(f"report takes one directory, got {len(arguments)}")
     found, place = results.read(Path(arguments[0]).expanduser())
+    _make(place)
     print(report.write(found, place))
     return 0
+
+
+def _refuse_flags(command: str, *but: str) -> None:
+    """Refuses flags that a command would not read."""
+    own = [flag.name for flag in _FLAGS if flag.present and flag.name not in but]
+    given = [*model_flags.given(), *own]
+    if given:
+        takes = f"it takes {' and '.join(f'--{name}' for name in but) or 'none'}"
+        raise UserError(f"{command} does not read --{', --'.join(given)}: {takes}")
 
 
 def _out(named: NamedModel) -> Path:
     if not _OUT.value and (named.run is None or named.step is not None):
         raise UserError(f"--out is missing: say where the results of {named.path} are written")
-    out = Path(_OUT.value or f"{named.run}/eval").expanduser()
-    if out.exists() and not out.is_dir():
-        raise UserError(f"results cannot be written to {out}: it is no directory")
+    if _OUT.value or named.run is None:
+        return _possible(Path(_OUT.value).expanduser())
+    out = results.place(named.run, _PROTOCOL.value)
+    if _PROTOCOL.value != "corrected":
+        print(f"results of the {_PROTOCOL.value} protocol are written to {out}")
+    return _possible(out)
+
+
+def _possible(out: Path) -> Path:
+    """The directory, which need not be there yet.
+
+    Raises:
+      UserError: something else is there, or above it.
+    """
+    try:
+        there = next(place for place in (out, *out.parents) if place.exists())
+    except OSError as error:
+        raise UserError(f"results cannot be written to {out}: {error.strerror}") from error
+    if not there.is_dir():
+        raise UserError(f"results cannot be written to {out}: {there} is no directory")
     return out
+
+
+def _make(out: Path) -> None:
+    """Makes the directory, or says in one line why it cannot be written to."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"results cannot be written to {out}: {error.strerror}") from error
+    files.check_writable(out, what=f"results in {out}")
 
 
 def _compare(arguments: Sequence[str]) -> int:
     """Prints what one evaluation has right that another has not."""
+    _refuse_flags("compare", "tasks", "out")
     if len(arguments) != 2:
         raise UserError(f"compare takes two directories, got {len(arguments)}")
     first, second = (Path(name).expanduser() for name in arguments)
+    out = _possible(Path(_OUT.value).expanduser()) if _OUT.value else None
     found = compare.compare(first, second, names=_TASKS.value)
     print(compare.HEAD)
     for name, entry in found["tasks"].items():
         print(compare.line_of(name, entry))
-    if _OUT.value:
-        print(compare.write(found, Path(_OUT.value).expanduser()))
+    if out is not None:
+        _make(out)
+        print(compare.write(found, out))
     return 0
 
 

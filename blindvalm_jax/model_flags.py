@@ -40,6 +40,11 @@ def named() -> NamedModel:
     return found
 
 
+def given() -> list[str]:
+    """Which of these flags the command line has."""
+    return [flag.name for flag in _FLAGS if flag.present]
+
+
 def load(*, rows_over_devices: bool = True) -> TrainedModel:
     """The model that the command line names.
 

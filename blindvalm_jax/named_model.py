@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -101,7 +102,7 @@ class NamedModel:
             "neighbours": self.neighbours,
             "source": "images" if self.index else "",
         }
-        return trained.from_weights(
+        model = trained.from_weights(
             self.path,
             tower=self.tower,
             tower_tokenizer=self.tower_tokenizer,
@@ -110,3 +111,20 @@ class NamedModel:
             dtype=self.dtype,
             mesh=mesh,
         )
+        self._say_assumed(model)
+        return model
+
+    def _say_assumed(self, model: TrainedModel) -> None:
+        """Says on stderr how weights that do not say it are taken to be grounded."""
+        used = model.settings.grounding
+        names = ["readout", "segments"] if model.model.tower is not None else []
+        names += ["neighbours"] if model.images is not None else []
+        assumed = [name for name in names if not getattr(self, name)]
+        if assumed:
+            told = ", ".join(f"{name}={getattr(used, name)}" for name in assumed)
+            print(
+                f"note: {self.path} does not record how it was grounded, nor was it said; assumed: "
+                f"{told} (--{', --'.join(assumed)})",
+                file=sys.stderr,
+                flush=True,
+            )

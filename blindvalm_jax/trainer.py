@@ -28,7 +28,7 @@ from blindvalm_jax.objectives.contrastive import Contrastive
 from blindvalm_jax.objectives.language import Language
 from blindvalm_jax.objectives.objective import Objective
 from blindvalm_jax.reporter import Reporter
-from blindvalm_jax.tasks.training import TrainingTasks
+from blindvalm_jax.tasks.training import TrainingTasks, unanswered
 
 DIVERGED = 43
 _OBJECTIVES: dict[str, type[Language | Contrastive]] = {
@@ -71,6 +71,8 @@ def train(settings: config.Config, workdir: Path, *, dry_run: bool = False) -> i
         if not dry_run and jax.process_index() == 0:
             runs.keep_places(workdir, about, resolved=objective.resolved())
         say(f"nothing to do: {workdir} has {saved} of {settings.train.steps} steps")
+        if settings.eval.tasks and (command := unanswered(settings, workdir, step=saved)):
+            say(f"its tasks were not asked at step {saved}: {command}")
         return 0
     if resuming:
         runs.say_other_code(workdir)
@@ -175,7 +177,7 @@ def loop(
             if saving:  # before tasks are asked: nothing they meet costs an update
                 checkpoints.save(state, step=done, config=settings)
             if tasks is not None and asking:
-                reporter.answered(done, tasks.ask(done, state.params, frozen))
+                tasks.ask(done, state.params, frozen, report=reporter.answered)
             reporter.timer.pause(time.perf_counter() - begin)
         checkpoints.wait()
         say(f"done: {last} steps, {workdir}")

@@ -70,6 +70,8 @@ def read_texts(directory: Path, nats: np.ndarray, tokens: np.ndarray, *, window:
         "score": float(np.exp(nats.sum() / tokens.sum())),
         **{"stderr": None, "interval": [None, None], "majority": None, "random": 320.0},
         **{"n": len(nats), "window": window, "stride": 16, "per_prompt": [], "faults": []},
+        **{"tokens": int(tokens.sum()), "skipped": 0, "bits_per_byte": None},
+        **{"nats_per_token": float(nats.sum() / tokens.sum()), "word_perplexity": 55.5},
         "source": "a text",
     }
     lines = [
@@ -187,6 +189,43 @@ def test_other_windows_and_tokens_are_refused(tmp_path: Path) -> None:
         compare(a, c)
     with pytest.raises(UserError, match="sst2 was not asked in A and B: both have wikitext103"):
         compare(a, c, names=["sst2"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("5", "line 2 is 5, expected an object"),
+        ("[1]", r"line 2 is \[1\], expected an object"),
+        ('{"item": "a"}', "line 2 lacks right"),
+        ('{"item": "a", "right": 1}', "line 2 has 1 as right, expected true or false"),
+        ("{", "memory_colors.jsonl cannot be read"),
+        ("\udcff", "memory_colors.jsonl cannot be read"),
+    ],
+)
+def test_lines_that_are_none_are_refused(
+    data: Path, tmp_path: Path, line: str, message: str
+) -> None:
+    a = answered(tmp_path / "a", data, seed=1)
+    path = a / "memory_colors.jsonl"
+    first = path.read_text().split("\n")[0]
+    path.write_bytes(f"{first}\n{line}\n".encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=message) as caught:
+        compare(a, a)
+    assert "\n" not in str(caught.value)
+
+
+def test_lines_of_another_evaluation_are_refused(data: Path, tmp_path: Path) -> None:
+    a = answered(tmp_path / "a", data, seed=1)
+    b = answered(tmp_path / "b", data, seed=2)
+    whole = json.loads((a / "results.json").read_text())
+    lines = results.read_lines(a, "memory_colors", whole["tasks"]["memory_colors"])
+    whole["tasks"]["memory_colors"]["lines"] = results.write_lines(a, "memory_colors", lines)
+    files.write_json(a / "results.json", whole)
+    assert whole["tasks"]["memory_colors"]["lines"]["count"] == 36
+    compare(a, b)
+    (a / "memory_colors.jsonl").write_bytes((b / "memory_colors.jsonl").read_bytes())
+    with pytest.raises(UserError, match=r"memory_colors.jsonl holds other lines than .*/a/results"):
+        compare(a, b)
 
 
 def test_the_command_writes_a_page(data: Path, tmp_path: Path) -> None:

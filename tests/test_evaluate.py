@@ -18,8 +18,9 @@ import pytest
 
 from blindvalm_jax import partitioning, trained
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.interop import run_directory, weights
 from blindvalm_jax.objectives.language_model import Batch, Model
-from blindvalm_jax.tasks import answers, catalog, evaluation
+from blindvalm_jax.tasks import answers, catalog, evaluation, identity
 from blindvalm_jax.tasks.questions import Question
 from blindvalm_jax.tasks.scoring import Row, Scorer
 from blindvalm_jax.tasks.task import Protocol
@@ -166,7 +167,26 @@ def command(runs: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*line, *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_the_command_writes_what_checks_rely_on(runs: Path, tmp_path: Path) -> None:
+# Several command lines in one process, as the imports take longer than all else.
+COMMANDS = """
+import contextlib, io, json, sys
+from absl import flags
+from blindvalm_jax import errors, evaluate
+for arguments in json.load(sys.stdin):
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+    sys.argv = ["evaluate", *arguments]
+    err, code = io.StringIO(), None
+    with contextlib.redirect_stderr(err):
+        try:
+            errors.run_main(evaluate.main)
+        except SystemExit as end:
+            code = end.code
+    print(json.dumps([code, err.getvalue()]), flush=True)
+"""
+
+
+def test_the_command_writes_what_checks_rely_on(runs: Path) -> None:
     tasks = f"--data={runs / 'data'}", "--tasks=tnwit_height,memory_colors"
     done = command(runs, *tasks)
     assert done.returncode == 0, done.stderr
@@ -188,67 +208,179 @@ def test_the_command_writes_what_checks_rely_on(runs: Path, tmp_path: Path) -> N
     assert np.mean([row["right"] for row in rows]) == pytest.approx(colors["score"])
     assert all(np.argmax(row["scores"]) == row["chosen"] for row in rows)
     assert sum(chosen for chosen, _ in colors["answers"].values()) == 36
-    again = command(runs, *tasks, "--protocol=published", f"--out={tmp_path}")
+    other = runs / "eos" / "eval" / "published"
+    again = command(runs, *tasks, "--protocol=published")
     assert again.returncode == 0, again.stderr
-    heights = json.loads((tmp_path / "results.json").read_text())["tasks"]["tnwit_height"]
+    assert f"results of the published protocol are written to {other}\n" in again.stdout
+    assert json.loads((runs / "eos" / "eval" / "results.json").read_text())["tasks"] == found
+    heights = json.loads((other / "results.json").read_text())["tasks"]["tnwit_height"]
     assert heights["score"] <= 0.5
     assert "counted twice" in heights["faults"][0]
     assert heights["beside"].keys() == {"sum"}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--tasks=colours", "--data=."], "--tasks must be names or groups (vlu, nlu, lm), got"),
-        (["--tasks=sst2", "--data=DATA"], "sst2_test.jsonl is not in"),
-        (["--tasks=sst2"], "--data is missing"),
-        (
-            ["--tasks=memory_colors", "--data=DATA", "--out=DATA/vlu/shape_association.csv"],
-            "no dir",
-        ),
-        (
-            [
-                "--tasks=memory_colors,text:DATA/vlu/story.txt",
-                "--data=DATA",
-                "--window=8",
-                "--stride=9",
-            ],
-            "--stride=9 exceeds --window=8",
-        ),
-        (
-            ["--tasks=lm", "--data=DATA", "--protocol=published", "--window=8"],
-            "--window and --stride are of the corrected protocol",
-        ),
-    ],
-)
-def test_wrong_commands_are_one_line(runs: Path, arguments: list[str], message: str) -> None:
-    given = [argument.replace("DATA", str(runs / "data")) for argument in arguments]
-    done = command(runs, *given)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+WRONG = [
+    (
+        "--workdir=RUN --tasks=colours --data=.",
+        "--tasks must be names or groups (vlu, nlu, lm), got",
+    ),
+    ("--workdir=RUN --tasks=sst2 --data=DATA", "sst2_test.jsonl is not in"),
+    ("--workdir=RUN --tasks=sst2", "--data is missing"),
+    (
+        "--workdir=RUN --tasks=memory_colors --data=DATA --out=FILE",
+        "shape_association.csv is no directory",
+    ),
+    (
+        "--workdir=RUN --tasks=memory_colors --data=DATA --out=FILE/x",
+        "shape_association.csv is no directory",
+    ),
+    (
+        "--workdir=RUN --tasks=memory_colors,text:DATA/vlu/story.txt --data=DATA "
+        "--window=8 --stride=9",
+        "--stride=9 exceeds --window=8",
+    ),
+    (
+        "--workdir=RUN --tasks=lm --data=DATA --protocol=published --window=8",
+        "--window and --stride are of the corrected protocol",
+    ),
+    ("report DATA --workdir=RUN --out=o", "report does not read --workdir, --out: it takes none"),
+    (
+        "compare DATA DATA --workdir=RUN",
+        "compare does not read --workdir: it takes --tasks and --out",
+    ),
+    ("compare DATA DATA --data=DATA", "compare does not read --data: it takes"),
+    ("compare DATA DATA --out=FILE", "shape_association.csv is no directory"),
+    ("compare DATA DATA --out=FILE/x", "shape_association.csv is no directory"),
+]
+
+
+def test_wrong_commands_are_one_line(runs: Path) -> None:
+    places = {"FILE": "DATA/vlu/shape_association.csv", "RUN": f"{runs / 'eos'}"}
+    places["DATA"] = f"{runs / 'data'}"
+    lines = []
+    for arguments, _ in WRONG:
+        for name, place in places.items():
+            arguments = arguments.replace(name, place)
+        lines.append(arguments.split())
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS],
+        input=json.dumps(lines),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    for (arguments, message), (code, told) in zip(WRONG, answers, strict=True):
+        assert code == 1, arguments
+        assert message in told, arguments
+        assert told.count("\n") == 1, arguments
     assert not list(runs.glob("eos/eval/text*")), "asked before all was checked"
 
 
 def test_another_evaluation_of_the_same_model_adds_to_what_is_there(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = trained.load(runs / "gpt2")
-    about = evaluation.about(str(runs / "gpt2"), step=model.step, dtype="float32")
+    model = trained.load(runs / "eos")
+    about = identity.about(str(runs / "eos"), model)
+    scorer = Scorer(model)
 
-    def run(name: str, about: dict[str, Any]) -> list[str]:
-        found = evaluation.read([name], "published", runs / "data")
+    def run(
+        names: list[str], about: dict[str, Any], protocol: str = "published", again: bool = False
+    ) -> list[str]:
+        found = evaluation.read(names, protocol, runs / "data")
         whole = evaluation.run(
-            found, Scorer(model), model.tokenizer, protocol="published", out=tmp_path, about=about
+            found,
+            scorer,
+            model.tokenizer,
+            protocol=protocol,
+            out=tmp_path,
+            about=about,
+            there=None if again else evaluation.rehearse(found, model),
         )
-        assert json.loads((tmp_path / "results.json").read_text()) == whole
+        assert not whole["tasks"] or json.loads((tmp_path / "results.json").read_text()) == whole
         return [*whole["tasks"]]
 
-    assert run("memory_colors", about) == ["memory_colors"]
-    assert run("tnwit_height", about) == ["memory_colors", "tnwit_height"]
-    assert "note" not in capsys.readouterr().out
-    assert run("tnwit_height", {**about, "step": 3}) == ["tnwit_height"]
-    assert "results.json is replaced: it was of step 2" in capsys.readouterr().out
+    def told() -> list[str]:
+        lines = capsys.readouterr().out.splitlines()
+        return [line for line in lines if line.startswith(("note", "already"))]
+
+    assert run(["memory_colors"], about) == ["memory_colors"]
+    assert run(["tnwit_height"], about) == ["memory_colors", "tnwit_height"]
+    assert not told()
+    both = ["memory_colors", "tnwit_height"]
+    (tmp_path / "tnwit_height.jsonl").write_text("")  # others than the entry's
+    assert run(both, {**about, "model": "moved"}) == both
+    assert told() == ["already there: memory_colors (--again asks anew)"]
+    assert run(both, about, again=True) == both
+    assert not told()
+    assert run(["memory_colors"], about, protocol="corrected") == both
+    assert told() == ["note: in the place of what was asked with protocol published"]
+    other = {**about, "grounding": {**about["grounding"], "readout": "token"}}
+    assert run(["tnwit_height"], other) == ["tnwit_height"]
+    [line] = told()
+    assert line.endswith(
+        "is replaced: it was of grounding/readout 'eos', now 'token'; gone with it: "
+        "memory_colors, tnwit_height"
+    )
+    assert run(["tnwit_height"], {**other, "weights_sha256": "0" * 64}) == ["tnwit_height"]
+    assert f"it was of weights_sha256 {about['weights_sha256'][:12]}…, now 0" in told()[0]
+
+
+def test_a_model_is_known_by_its_weights_and_its_grounding(runs: Path) -> None:
+    """The decoder's hash is that of the parameters on disk, the tower's what its files say."""
+    models = {kind: trained.load(runs / kind) for kind in KINDS}
+    said = {kind: identity.about(str(runs / kind), model) for kind, model in models.items()}
+    for kind, model in models.items():
+        on_disk = run_directory.load(runs / kind).params
+        assert said[kind]["weights_sha256"] == weights.params_sha256(on_disk)
+        assert said[kind]["tokenizer_fingerprint"] == model.tokenizer.fingerprint
+    assert said["gpt2"]["grounding"] is None
+    kept = json.loads((runs / "eos" / "tower" / "config.json").read_text())
+    found = said["eos"]["grounding"]
+    assert found["tower_sha256"] == kept["sha256"]  # the run computes in float32
+    assert (found["source"], found["readout"], found["segments"]) == ("text", "eos", "causal")
+
+
+def test_what_is_damaged_is_put_aside_before_tasks_are_asked(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = trained.load(runs / "gpt2")
+    asked = evaluation.read(["memory_colors"], "published", runs / "data")
+    scorer = Scorer(model)
+
+    def run(*, step: int = 2, quiet: bool = False) -> dict[str, Any]:
+        about = {"model": "gpt2", "step": step}
+        return evaluation.run(
+            asked,
+            scorer,
+            model.tokenizer,
+            protocol="published",
+            out=tmp_path,
+            about=about,
+            quiet=quiet,
+        )
+
+    path = tmp_path / "results.json"
+    for damaged in ('{"tasks": {"sst2"', "[5]", '{"tasks": 5}'):
+        path.write_text(damaged)
+        assert [*run()["tasks"]] == ["memory_colors"]
+        assert (tmp_path / "results.json.damaged").read_text() == damaged
+        assert f"it is moved to {path}.damaged" in capsys.readouterr().err
+    found = json.loads(path.read_text())
+    entry = found["tasks"]["memory_colors"]
+    found["tasks"] |= {"sst2": {**entry, "interval": None}, "mpqa": entry, "agnews": 5}
+    path.write_text(json.dumps(found))
+    assert [*run()["tasks"]] == ["memory_colors", "mpqa"]
+    notes = [x for x in capsys.readouterr().err.splitlines() if x.startswith("note")]
+    assert len(notes) == 2
+    assert "has null as sst2.interval, expected two numbers or nulls: the entry is" in notes[0]
+    assert "has 5 as agnews, expected a table" in notes[1]
+    capsys.readouterr()
+    assert [*run(step=3, quiet=True)["tasks"]] == ["memory_colors"]  # as in training
+    assert capsys.readouterr().out.endswith("it was of step 2, now 3; gone with it: mpqa\n")
+    run(step=4, quiet=True)
+    assert not capsys.readouterr().out
 
 
 def test_scores_that_are_no_numbers_are_refused(runs: Path) -> None:

@@ -111,10 +111,12 @@ def test_perplexities_have_a_panel_and_a_line(tmp_path: Path) -> None:
     out = test_compare.read_texts(tmp_path / "a", 3.0 * tokens, tokens)
     found, place = results.read(out)
     more = {"tokens": 50, "nats_per_token": 3.0, "bits_per_byte": None, "word_perplexity": 55.5}
-    found["tasks"]["wikitext103"] |= {**more, "skipped": 0}
+    found["tasks"]["wikitext103"] |= more
+    found["grounding"] = {"source": "text", "readout": "eos", "images": None}
     page = report.write(found, place).read_text()
     assert "50 tokens of 2 documents, in windows of 32 tokens, 16 apart; 0 left out." in page
     assert "nats per token 3, perplexity by word 55.5." in page
+    assert "Grounding: source text, readout eos." in page
     assert "| 43.44 / 43.46 / 48.63 |" in page
 
 
@@ -131,6 +133,50 @@ def test_what_lacks_something_is_refused(data: Path, tmp_path: Path) -> None:
     line = [sys.executable, "-m", "blindvalm_jax.evaluate", "report", str(out)]
     done = subprocess.run(line, cwd=test_compare.ROOT, capture_output=True, text=True)
     assert done.stderr == f"error: {path} lacks memory_colors.random: evaluate again to have it\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("", 5, "has 5 as wikitext103, expected a table"),
+        ("interval", None, "has null as wikitext103.interval, expected two numbers or nulls"),
+        ("interval", [1.0], "expected two numbers or nulls"),
+        ("metric", "f1", 'has "f1" as wikitext103.metric, expected accuracy or perplexity'),
+        ("metric", [], "expected accuracy or perplexity"),
+        ("score", True, "has true as wikitext103.score, expected a number"),
+        ("n", 2.5, "has 2.5 as wikitext103.n, expected a whole number"),
+        ("nats_per_token", "absent", "lacks wikitext103.nats_per_token: evaluate again"),
+        ("prompts", ["a"], "has other numbers of wikitext103.prompts and wikitext103.per_prompt"),
+        ("answers", {"red": [1]}, "expected a table of pairs of whole numbers"),
+        ("beside", {"sum": 0.5}, "lacks wikitext103.scored_by"),
+        ("lines", 5, "expected a table with sha256"),
+    ],
+)
+def test_entries_that_are_none_are_refused(
+    tmp_path: Path, name: str, value: Any, message: str
+) -> None:
+    tokens = np.array([20, 30])
+    path = test_compare.read_texts(tmp_path / "a", 3.0 * tokens, tokens) / "results.json"
+    found = json.loads(path.read_text())
+    entry = found["tasks"]["wikitext103"]
+    found["tasks"]["wikitext103"] = {**entry, name: value} if name else value
+    if value == "absent":
+        del found["tasks"]["wikitext103"][name]
+    path.write_text(json.dumps(found))
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        results.read(path.parent)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_with_published_results_alone_says_where_they_are(tmp_path: Path) -> None:
+    tokens = np.array([20, 30])
+    out = results.place(tmp_path, "published")
+    out.parent.mkdir()
+    test_compare.read_texts(out, 3.0 * tokens, tokens)
+    assert out == tmp_path / "eval" / "published"
+    assert results.read(out)[1] == out
+    with pytest.raises(UserError, match=r"but under the published protocol: name .*/eval/publish"):
+        results.read(tmp_path)
 
 
 def test_printed_figures_are_those_of_the_logs(shared: Path) -> None:

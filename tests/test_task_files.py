@@ -155,8 +155,9 @@ def test_only_line_feeds_end_a_line(tmp_path: Path, mark: str) -> None:
     path = tmp_path / "agnews_test.csv"
     path.write_text(f"a,b,c\nworld,Title,so{mark}it is\n", encoding="utf-8")
     assert readers.split_rows(path) == [["world", "Title", f"so{mark}it is"]]
+    row = json.dumps({"item": f"so{mark}it is", "right": True}, ensure_ascii=False)
     (tmp_path / "own.jsonl").write_text(f"{row}\n{row}\n", encoding="utf-8")
-    assert len(results.read_lines(tmp_path, "own")) == 2
+    assert len(results.read_lines(tmp_path, "own", {"metric": "accuracy"})) == 2
 
 
 def marked(content: str) -> bytes:

@@ -26,8 +26,16 @@ from blindvalm_jax.interop import clip_model, weights
 from blindvalm_jax.named_model import NamedModel
 from blindvalm_jax.objectives import language
 from blindvalm_jax.objectives.language_model import Batch, Model
+from blindvalm_jax.tasks import identity
 from blindvalm_jax.trained import TrainedModel
-from tests import small_models, small_text, small_valm, test_train, tiny_tokenizers
+from tests import (
+    small_aligned,
+    small_models,
+    small_text,
+    small_valm,
+    test_train,
+    tiny_tokenizers,
+)
 from tests.foreign_models import BLIND, GPT2, random_params
 
 LENGTH = 64
@@ -477,6 +485,23 @@ def test_a_name_with_values_that_are_none(values: dict[str, Any], message: str) 
     assert "\n" not in str(caught.value)
 
 
+def test_weights_say_how_they_are_taken_to_be_grounded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = small_aligned.write(tmp_path)
+    taken = NamedModel(**names).load()
+    assert capsys.readouterr().err == (
+        f"note: {tmp_path}/decoder does not record how it was grounded, nor was it said; assumed: "
+        "readout=token, segments=causal (--readout, --segments)\n"
+    )
+    said = NamedModel(**names, readout="eos", segments="reference").load()
+    assert not capsys.readouterr().err
+    before, now = (identity.about(names["checkpoint"], model) for model in (taken, said))
+    assert identity.differences(before, now) == (
+        "grounding/readout 'token', now 'eos'; grounding/segments 'causal', now 'reference'"
+    )
+
+
 def test_a_valm_of_weights_finds_its_images(tmp_path: Path) -> None:
     """The vectors with the largest products with what its tower says, which reads CLIP's tokens."""
     clip = small_valm.write_clip(tmp_path / "clip")
@@ -494,6 +519,9 @@ def test_a_valm_of_weights_finds_its_images(tmp_path: Path) -> None:
         tokenizer_kind="clip",
         grounding={"source": "images", "index": str(tmp_path / "index"), "neighbours": 3},
     )
+    about = identity.about("", model)["grounding"]["images"]
+    manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
+    assert (about["key"], about["neighbours"]) == (manifest["key"], 3)
     batch = model.batch([SENTENCE])
     found, _ = answers(model, batch)
     assert found.shape[2] == 3

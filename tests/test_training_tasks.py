@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blindvalm_jax import config, train, trained
+from blindvalm_jax import config, runs, train, trained
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.tasks import evaluation, results
+from blindvalm_jax.tasks import evaluation, identity, results
 from blindvalm_jax.tasks.scoring import Scorer
 from tests import small_models, small_tasks, small_text, test_train
 
@@ -54,19 +55,62 @@ def test_asking_changes_no_update_and_is_what_the_run_says_afterwards(files: Pat
     assert test_train.computed(asked) == test_train.computed(plain), "another training"
     assert not (files / "plain" / "eval").exists()
 
-    kept, place = results.read(files / "asked")
+    assert not (files / "asked" / "eval" / "results.json").exists(), "of the corrected protocol"
+    kept, place = results.read(files / "asked" / "eval" / "published")
     assert (kept["step"], kept["tasks"]["memory_colors"]["score"]) == (3, scores[3])
     model = trained.load(files / "asked")  # on one device
     questions = evaluation.read(["memory_colors"], "published", files / "tasks")
-    about = {"model": "asked", "step": model.step}
+    about = identity.about(str(files / "asked"), model)
+    assert not identity.differences(kept, about)  # though it was spread over other devices
     again = files / "again"
-    evaluation.run(
+    whole = evaluation.run(
         questions, Scorer(model), model.tokenizer, protocol="published", out=again, about=about
     )
-    pairs = zip(*(results.read_lines(of, "memory_colors") for of in (place, again)), strict=True)
+    pairs = zip(
+        *(
+            results.read_lines(place, "memory_colors", of["tasks"]["memory_colors"])
+            for place, of in ((place, kept), (again, whole))
+        ),
+        strict=True,
+    )
     for a, b in pairs:
         # Sums of a few log probabilities in fp32, added up over devices in another order.
         np.testing.assert_allclose(a["scores"], b["scores"], atol=1e-4, rtol=0)
+
+
+def test_what_goes_wrong_with_tasks_ends_no_training(
+    files: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And a run that was never asked says how to: here its last answers could not be written."""
+    given = asking(files, eval__tasks_protocol="corrected", eval__tasks_every_steps=9)
+    given.eval.tasks = f"text:{files}/short.txt"  # lies where it says, so no tasks_data
+    given.eval.tasks_data = ""
+    (files / "short.txt").write_text("the boat is on the sea")
+    place = tmp_path / "run" / "eval"
+    settings = config.parse(given)
+    runs.claim(place.parent)
+    place.mkdir()
+    (place / "results.json").write_text('{"tasks": {')
+    (place / "text_short.txt.jsonl").mkdir()  # in the way of the lines
+    found = test_train.run(given, place.parent)
+    told = capfd.readouterr().err
+    assert "results.json cannot be read as JSON" in told
+    assert (place / "results.json.damaged").read_text() == '{"tasks": {'
+    assert "error: tasks of step 3 are not answered: " in told
+    assert "training goes on" in told
+    assert sorted(found["train/loss"]) == [1, 2, 3]
+    assert not [name for name in found if name.startswith("eval/tasks")]
+
+    assert train.train(settings, place.parent) == 0
+    [line] = [x for x in capfd.readouterr().out.splitlines() if "its tasks were not asked" in x]
+    command = shlex.split(line.partition(": ")[2])
+    assert command[:3] == ["python", "-m", "blindvalm_jax.evaluate"]
+    assert command[3:] == [
+        *(f"--workdir={place.parent}", f"--tasks=text:{files}/short.txt"),
+        *("--protocol=corrected", "--dtype=float32"),
+    ]
+    assert train.train(config.parse(asking(files)), files / "asked") == 0
+    assert "tasks were not asked" not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

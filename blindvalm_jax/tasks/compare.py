@@ -45,8 +45,8 @@ def compare(first: Path, second: Path, *, names: Sequence[str] = ()) -> dict[str
             **_compared(
                 name,
                 mine["tasks"][name]["metric"],
-                results.read_lines(here, name),
-                results.read_lines(there, name),
+                results.read_lines(here, name, mine["tasks"][name]),
+                results.read_lines(there, name, base["tasks"][name]),
             ),
         }
         for name in tasks

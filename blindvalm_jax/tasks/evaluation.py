@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from blindvalm_jax import files, runs
 from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.tasks import answers, catalog, readers, results, tfds_data
+from blindvalm_jax.tasks import answers, catalog, identity, readers, results, tfds_data
 from blindvalm_jax.tasks.asked import Asked, Outcome, Windows
 from blindvalm_jax.tasks.last_word import AskedLastWords, LastWordTask
 from blindvalm_jax.tasks.perplexity import AskedTexts, TextTask
@@ -24,6 +23,8 @@ from blindvalm_jax.trained import TrainedModel
 
 PROTOCOLS = ("corrected", "published")
 WINDOWS = Windows()
+# What an entry says of what was asked, beside its protocol.
+_ASKED = ("file", "majority_file", "window", "stride")
 HEAD = (
     f"{'task':22} {'score':>8} {'stderr':>7} {'95 % interval':>17} {'majority':>9} {'random':>9} "
     f"{'n':>6}"
@@ -134,25 +135,22 @@ def _prepared(
     return AskedTexts(task.name, source, "passage", passages, None, cut)
 
 
-def about(model: str, *, step: int, dtype: str) -> dict[str, Any]:
-    """What results.json says of a model: its directory or hub id, and how it is asked."""
-    path = Path(model)
-    where = str(path.resolve()) if path.exists() else model
-    return {"model": where, "step": step, "dtype": dtype}
-
-
-def rehearse(asked: Sequence[Asked], model: TrainedModel) -> None:
+def rehearse(asked: Sequence[Asked], model: TrainedModel) -> dict[str, dict[str, Any]]:
     """Puts tasks to a model without computing anything, so that none is refused half way.
+
+    Returns what each entry will say of what was asked (`_ASKED`), by task.
 
     Raises:
       UserError: the model cannot be asked one of them.
     """
-    scorer = Rehearsal(model)
+    scorer, found = Rehearsal(model), {}
     for one in asked:
         try:
-            one.run(scorer, model.tokenizer)
+            entry = one.run(scorer, model.tokenizer).entry
         except UserError as error:
             raise UserError(f"{one.name}: {error}") from error
+        found[one.name] = {name: entry[name] for name in _ASKED if name in entry}
+    return found
 
 
 def run(
@@ -163,57 +161,81 @@ def run(
     protocol: str,
     out: Path,
     about: Mapping[str, Any],
+    there: Mapping[str, Mapping[str, Any]] | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Runs tasks and prints a line for each, unless quiet; `out` gets results.json and TASK.jsonl.
 
-    about: what else results.json says of the model. Both are written after every task. Tasks that
-    results.json has of the same model stay in it; of another they go, which is said.
+    about: what else results.json says of the model (`identity.about`). Both are written after every
+    task. Entries that results.json has of the same model stay in it; of another they go, which is
+    said, and so is another protocol or other windows of a task that is asked. there: of
+    `rehearse`: tasks that were asked just so by this code before are not asked again; None: all
+    are.
 
     Returns what results.json holds.
     """
     head = {**about, "tokenizer": tokenizer.kind}
     tell = _silent if quiet else functools.partial(print, flush=True)
-    commit = runs.commit()
-    whole = {
-        "tasks": _kept(out, head, tell),
-        **head,
-        "commit": commit,
-        "versions": runs.versions(),
-    }
+    code = {"commit": runs.commit(), "code_sha256": runs.CODE_SHA256}
+    # In training the answers of a step take the place of those before.
+    kept = _kept(out, head, expected=[one.name for one in asked] if quiet else ())
+    whole = {"tasks": kept, **head, **code, "versions": runs.versions()}
     tell(HEAD)
     for one in asked:
+        before = whole["tasks"].get(one.name)
+        wanted = {"protocol": protocol, "code_sha256": runs.CODE_SHA256}
+        if there is not None and _is_there(out, one.name, before, {**wanted, **there[one.name]}):
+            tell(line_of(one.name, before))
+            tell(f"already there: {one.name} (--again asks anew)")
+            continue
         outcome = one.run(scorer, tokenizer)
         # Entries that stay may be of other code: each says its own.
-        entry = {"protocol": protocol, "commit": commit, **outcome.entry}
-        whole["tasks"][one.name] = entry
-        text = "".join(f"{_json(line)}\n" for line in outcome.lines)
+        entry = {"protocol": protocol, **code, **outcome.entry}
         out.mkdir(parents=True, exist_ok=True)
-        files.write_bytes(out / f"{one.name}.jsonl", text.encode())
+        entry["lines"] = results.write_lines(out, one.name, outcome.lines)
+        whole["tasks"][one.name] = entry
         files.write_json(out / "results.json", whole)
         tell(line_of(one.name, entry))
-        for note in outcome.notes:
+        for note in (*outcome.notes, *_replaced(before, entry)):
             tell(f"note: {note}")
     return whole
 
 
-def _kept(out: Path, head: Mapping[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
-    """Entries of results.json in `out` that are of the same model."""
-    path = out / "results.json"
-    if not path.exists():
-        return {}
-    before = files.read_object(path)
-    other = [name for name, value in head.items() if before.get(name) != value]
-    there = before.get("tasks")
-    if not other and isinstance(there, dict):
-        return there
-    was = ", ".join(f"{name} {before.get(name)!r}" for name in other) or "no tasks"
-    tell(f"note: {path} is replaced: it was of {was}")
+def _kept(out: Path, head: Mapping[str, Any], *, expected: Collection[str]) -> dict[str, Any]:
+    """Entries of results.json in `out` that are of the same model; those of another are said.
+
+    expected: names of tasks of which that goes without saying.
+    """
+    before = results.standing(out)
+    entries = before.get("tasks", {})
+    other = identity.differences(before, head) if entries else ""
+    if not other:
+        return dict(entries)
+    lost = [name for name in entries if name not in expected]
+    if lost:
+        path = out / "results.json"
+        gone = f"gone with it: {', '.join(lost)}"
+        print(f"note: {path} is replaced: it was of {other}; {gone}", flush=True)
     return {}
 
 
-def _json(line: Mapping[str, Any]) -> str:
-    return json.dumps(line, ensure_ascii=False, allow_nan=False)
+def _is_there(
+    out: Path, task: str, before: Mapping[str, Any] | None, wanted: Mapping[str, Any]
+) -> TypeGuard[Mapping[str, Any]]:
+    """Whether an entry says that it was asked as wanted, of the same file, and has its lines."""
+    if before is None or wanted.get("file") is None:  # a TFDS data set has no file to know it by
+        return False
+    same = all(before.get(name) == value for name, value in wanted.items())
+    return same and results.holds_lines(out, task, before)
+
+
+def _replaced(before: Mapping[str, Any] | None, entry: Mapping[str, Any]) -> list[str]:
+    """A note on an entry of another protocol, or other windows, in the place of which one is."""
+    if before is None:
+        return []
+    names = [x for x in ("protocol", "window", "stride") if before.get(x) != entry.get(x)]
+    was = ", ".join(f"{name} {before.get(name)}" for name in names)
+    return [f"in the place of what was asked with {was}"] if names else []
 
 
 def _silent(line: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from blindvalm_jax import files
 from blindvalm_jax.markdown import table
-from blindvalm_jax.tasks import catalog, figures, published
+from blindvalm_jax.tasks import catalog, figures, identity, published
 
 _ALMOST_ALWAYS = 0.9  # share of answers from which one is named
 _LONGEST_PROMPT = 90  # letters
@@ -33,7 +33,9 @@ def _head(results: Mapping[str, Any]) -> list[str]:
     of = f"# Evaluation of {results['model']}"
     about = [f"step {results['step']}"] if results["step"] else []
     about += [f"{name} {results[name]}" for name in ("tokenizer", "commit") if results[name]]
-    return [of, "", "; ".join(about), ""]
+    # Results of an older version do not say it.
+    how = identity.grounded(results["grounding"]) if "grounding" in results else ""
+    return [of, "", "; ".join(about), "", how, ""]
 
 
 def _scores(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
+import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from blindvalm_jax import files
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.tasks import catalog, readers, statistics
+from blindvalm_jax.tasks import catalog, entries, readers, statistics
 from blindvalm_jax.tasks.answers import Answers
 from blindvalm_jax.tasks.questions import Item, Question
 from blindvalm_jax.tasks.task import ChoiceTask, Protocol
 
-# What results.json has to say, of the whole and of every task.
+# What results.json has to say of the whole.
 _HEAD = ("tasks", "model", "step", "tokenizer", "commit")
-_ENTRY = (
-    *("protocol", "metric", "score", "stderr", "interval", "n", "majority", "random"),
-    *("per_prompt", "faults", "source"),
-)
+_AGAIN = "evaluate again to have it"
 
 
 def summary(
@@ -88,38 +87,117 @@ def lines(
         }
 
 
+def place(run: Path, protocol: str) -> Path:
+    """Where the results of a run are, if nothing else is said: each protocol's by themselves."""
+    return run / "eval" / ("" if protocol == "corrected" else protocol)
+
+
 def read(directory: Path) -> tuple[dict[str, Any], Path]:
     """What results.json holds that lies in a directory, or in eval of a run; and where it lies.
 
     Raises:
-      UserError: there is none, or something is missing in it.
+      UserError: there is none, or something is missing in it or not what it should be.
     """
-    place = directory / "eval" if not (directory / "results.json").exists() else directory
-    path = place / "results.json"
-    found = files.read_object(path, hint=f"{directory} has not been evaluated")
+    there = directory / "eval" if not (directory / "results.json").exists() else directory
+    path, other = there / "results.json", there / "published"
+    hint = f"{directory} has not been evaluated"
+    if (other / "results.json").exists():
+        hint += f" but under the published protocol: name {other}"
+    found = files.read_object(path, hint=hint)
     lacking = [name for name in _HEAD if name not in found]
-    if not lacking and not isinstance(found["tasks"], dict):
-        raise UserError(f"{path}: tasks must be a table, got {found['tasks']!r}")
-    if not lacking:
-        for task, entry in found["tasks"].items():
-            lacking += [f"{task}.{name}" for name in _ENTRY if name not in entry]
     if lacking:
-        raise UserError(f"{path} lacks {', '.join(lacking[:5])}: evaluate again to have it")
-    return found, place
+        raise UserError(f"{path} lacks {', '.join(lacking)}: {_AGAIN}")
+    if not isinstance(found["tasks"], dict):
+        raise UserError(f"{path}: tasks must be a table, got {found['tasks']!r}")
+    grounding = found.get("grounding")
+    if grounding is not None and not isinstance(grounding, dict):
+        raise UserError(f"{path}: grounding must be a table or null, got {grounding!r}")
+    for task, entry in found["tasks"].items():
+        if wrong := entries.problem(task, entry):
+            raise UserError(f"{path} {wrong}: {_AGAIN}")
+    return found, there
 
 
-def read_lines(directory: Path, task: str) -> list[dict[str, Any]]:
-    """A line for every question about a task, or document of it, as `read` found the directory.
+def standing(directory: Path) -> dict[str, Any]:
+    """What results.json in a directory holds that can be used; its "tasks" are sound; {} if none.
+
+    A file that is no such JSON is moved aside to results.json.damaged, and entries that lack
+    something are left out; both are said on stderr.
 
     Raises:
-      UserError: they are not there, or are no lines of JSON.
+      UserError: it cannot be moved.
+    """
+    path = directory / "results.json"
+    try:
+        found = files.read_object(path) if path.exists() else {"tasks": {}}
+        if not isinstance(found.get("tasks"), dict):
+            raise UserError(f"{path} has no table of tasks")
+    except UserError as error:
+        aside = path.with_name(f"{path.name}.damaged")
+        try:
+            path.replace(aside)
+        except OSError as other:
+            raise UserError(f"{error}, nor can it be moved: {other.strerror}") from other
+        _note(f"{error}: it is moved to {aside}")
+        return {}
+    sound = {}
+    for task, entry in found["tasks"].items():
+        if wrong := entries.problem(task, entry):
+            _note(f"{path} {wrong}: the entry is left out")
+        else:
+            sound[task] = entry
+    return {**found, "tasks": sound}
+
+
+def _note(text: str) -> None:
+    print(f"note: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
+def write_lines(directory: Path, task: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Writes TASK.jsonl; gives what the entry says of it: how many lines, and their hash."""
+    text = "".join(f"{json.dumps(line, ensure_ascii=False, allow_nan=False)}\n" for line in lines)
+    content = text.encode()
+    files.write_bytes(directory / f"{task}.jsonl", content)
+    return {"count": len(lines), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def holds_lines(directory: Path, task: str, entry: Mapping[str, Any]) -> bool:
+    """Whether TASK.jsonl is the one that an entry was written with."""
+    try:
+        content = (directory / f"{task}.jsonl").read_bytes()
+    except OSError:
+        return False
+    return "lines" in entry and _is_of(content, entry)
+
+
+def _is_of(content: bytes, entry: Mapping[str, Any]) -> bool:
+    return bool(entry["lines"]["sha256"] == hashlib.sha256(content).hexdigest())
+
+
+def read_lines(directory: Path, task: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A line for every question about a task, or document of it, as `read` found the directory.
+
+    entry: the task's; one of an older version says nothing of its lines.
+
+    Raises:
+      UserError: they are not there, are others than the entry was written with, or one is no JSON
+        object or lacks what the metric needs.
     """
     path = directory / f"{task}.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}; evaluate again to have it") from error
+        content = path.read_bytes()
+        lines = [json.loads(line) for line in content.decode().split("\n") if line.strip()]
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}; {_AGAIN}") from error
+    if "lines" in entry and not _is_of(content, entry):
+        raise UserError(
+            f"{path} holds other lines than {directory / 'results.json'} was written with: "
+            "evaluate again to have both"
+        )
+    for number, line in enumerate(lines, 1):
+        if wrong := entries.line_problem(line, entry["metric"]):
+            raise UserError(f"{path}: line {number} {wrong}; {_AGAIN}")
+    return lines
 
 
 def _prompts(questions: Sequence[Question]) -> list[str]:

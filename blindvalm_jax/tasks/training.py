@@ -1,23 +1,27 @@
 """Tasks that a run is asked while it trains, with the parameters where they are.
 
-`eval/results.json` of the run has the newest answers, as the command would write them;
-metrics.jsonl has the score of each task under eval/tasks/NAME.
+`eval/results.json` of the run (of the published protocol `eval/published/results.json`) has the
+newest answers, as the command would write them; metrics.jsonl has the score of each task under
+eval/tasks/NAME.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import shlex
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from blindvalm_jax import trained
-from blindvalm_jax.config import EvalConfig
-from blindvalm_jax.errors import UserError
+from blindvalm_jax.config import Config, EvalConfig
+from blindvalm_jax.errors import UserError, print_error
 from blindvalm_jax.objectives.language import Language
-from blindvalm_jax.tasks import evaluation
+from blindvalm_jax.tasks import catalog, evaluation, identity, results
 from blindvalm_jax.tasks.scoring import Scorer
+from blindvalm_jax.tasks.task import ChoiceTask
 
 
 class TrainingTasks:
@@ -31,32 +35,90 @@ class TrainingTasks:
             be asked.
         """
         self._workdir, self._protocol = workdir, settings.tasks_protocol
+        self._out = results.place(workdir, self._protocol)
         self._model = trained.in_training(objective)
-        names = [name.strip() for name in settings.tasks.split(",")]
         try:
             if jax.process_count() > 1:
                 raise UserError("tasks are asked by runs of one process: leave them out")
             self._scorer = Scorer(self._model)
-            data = Path(settings.tasks_data).expanduser()
-            self._asked = evaluation.read(names, self._protocol, data)
+            data = Path(settings.tasks_data).expanduser() if settings.tasks_data else None
+            self._asked = evaluation.read(_names(settings), self._protocol, data)
             evaluation.rehearse(self._asked, self._model)
         except UserError as error:
-            told = str(error).replace("--tasks", "eval.tasks").replace("--data", "eval.tasks_data")
-            told = told.replace("--protocol", "eval.tasks_protocol")
-            raise UserError(f"eval.tasks={settings.tasks}: {told}") from error
+            raise _of_settings(error, settings) from error
+        results.standing(self._out)  # what is damaged is said, and moved, before training
 
-    def ask(self, step: int, params: Any, frozen: Mapping[str, Any]) -> dict[str, float]:
-        """The score of each task at a step: an accuracy as a share, or a perplexity."""
+    def ask(
+        self,
+        step: int,
+        params: Any,
+        frozen: Mapping[str, Any],
+        *,
+        report: Callable[[int, Mapping[str, float]], None],
+    ) -> None:
+        """Asks at a step, and reports each task's score: an accuracy as a share, or a perplexity.
+
+        If they cannot be asked or written, that is said on stderr and ends no training.
+        """
+        model = dataclasses.replace(self._model, params=params, frozen=frozen, step=step)
         self._scorer.ask(params, frozen)
-        found = evaluation.run(
-            self._asked,
-            self._scorer,
-            self._model.tokenizer,
-            protocol=self._protocol,
-            out=self._workdir / "eval",
-            about=evaluation.about(
-                str(self._workdir), step=step, dtype=self._model.settings.train.dtype
-            ),
-            quiet=True,
-        )
-        return {f"eval/tasks/{one.name}": found["tasks"][one.name]["score"] for one in self._asked}
+        try:
+            found = evaluation.run(
+                self._asked,
+                self._scorer,
+                model.tokenizer,
+                protocol=self._protocol,
+                out=self._out,
+                about=identity.about(str(self._workdir), model),
+                quiet=True,
+            )
+        except (UserError, OSError) as error:
+            print_error(f"tasks of step {step} are not answered: {error}; training goes on")
+            return
+        entries = {one.name: found["tasks"][one.name] for one in self._asked}
+        report(step, {f"eval/tasks/{name}": entry["score"] for name, entry in entries.items()})
+
+
+def unanswered(settings: Config, workdir: Path, *, step: int) -> str:
+    """The command that asks a run what it was not asked at its last step; "" if nothing is left.
+
+    Raises:
+      UserError: there is no such task.
+    """
+    tasks, protocol = settings.eval, settings.eval.tasks_protocol
+    there: Mapping[str, Any] = {}
+    try:
+        found, _ = results.read(results.place(workdir, protocol))
+        there = found["tasks"] if found["step"] == step else {}
+    except UserError:  # they are damaged, or were never written
+        pass
+    try:
+        chosen = catalog.chosen(_names(tasks))
+    except UserError as error:
+        raise _of_settings(error, tasks) from error
+    wanted = [
+        task.name
+        for task in chosen
+        if not isinstance(task, ChoiceTask) or protocol in task.protocols
+    ]
+    if all(name in there and there[name]["protocol"] == protocol for name in wanted):
+        return ""
+    given = {
+        **{"workdir": workdir, "tasks": ",".join(_names(tasks)), "data": tasks.tasks_data},
+        **{"protocol": protocol, "dtype": settings.train.dtype},
+    }
+    flags = " ".join(
+        f"--{name}={shlex.quote(str(value))}" for name, value in given.items() if value
+    )
+    return f"python -m blindvalm_jax.evaluate {flags}"
+
+
+def _names(settings: EvalConfig) -> list[str]:
+    return [name.strip() for name in settings.tasks.split(",")]
+
+
+def _of_settings(error: UserError, settings: EvalConfig) -> UserError:
+    """What the command would say, of the settings."""
+    told = str(error).replace("--tasks", "eval.tasks").replace("--data", "eval.tasks_data")
+    told = told.replace("--protocol", "eval.tasks_protocol")
+    return UserError(f"eval.tasks={settings.tasks}: {told}")

@@ -1,0 +1,116 @@
+"""What an entry of results.json holds, checked before anything is made of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_LONGEST = 40  # letters of a value in an error
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_known(value: object) -> bool:
+    return value is None or _is_number(value)
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_known, value))
+
+
+def _are(one: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and all(map(one, value))
+
+
+def _table(one: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(map(one, value.values()))
+
+
+def _are_counts(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
+
+
+# A field, what it must be, and what an error calls that.
+_Check = tuple[Callable[[object], bool], str]
+_NUMBER, _KNOWN = (_is_number, "a number"), (_is_known, "a number or null")
+_COUNT, _TEXT = (_is_count, "a whole number"), (_is_text, "a text")
+_EVERY: dict[str, _Check] = {
+    "protocol": _TEXT,
+    "metric": (lambda value: value in ("accuracy", "perplexity"), "accuracy or perplexity"),
+    "score": _NUMBER,
+    "stderr": _KNOWN,
+    "interval": (_is_pair, "two numbers or nulls"),
+    "n": _COUNT,
+    "majority": _KNOWN,
+    "random": _KNOWN,
+    "per_prompt": (_are(_is_number), "a list of numbers"),
+    "faults": (_are(_is_text), "a list of texts"),
+    "source": _TEXT,
+}
+_PERPLEXITY: dict[str, _Check] = {
+    **dict.fromkeys(("tokens", "window", "stride", "skipped"), _COUNT),
+    "nats_per_token": _NUMBER,
+    **dict.fromkeys(("bits_per_byte", "word_perplexity"), _KNOWN),
+}
+_IF_THERE: dict[str, _Check] = {
+    "prompts": (_are(_is_text), "a list of texts"),
+    "answers": (_table(_are_counts), "a table of pairs of whole numbers"),
+    "beside": (_table(_is_number), "a table of numbers"),
+    "scored_by": _TEXT,
+    "prompts_cut": _COUNT,
+    "lines": (lambda value: isinstance(value, dict) and "sha256" in value, "a table with sha256"),
+}
+# Of a line of TASK.jsonl, by the metric of its entry.
+_LINES: dict[str, dict[str, _Check]] = {
+    "accuracy": {"item": _TEXT, "right": (lambda value: isinstance(value, bool), "true or false")},
+    "perplexity": {"item": _TEXT, "nats": _NUMBER, "tokens": _COUNT},
+}
+
+
+def problem(task: str, entry: object) -> str:
+    """What is wrong with an entry, such as "lacks sst2.random"; "" if nothing is."""
+    if not isinstance(entry, dict):
+        return f"has {_short(entry)} as {task}, expected a table"
+    wanted = {**_EVERY, **(_PERPLEXITY if entry.get("metric") == "perplexity" else {})}
+    there = {name: check for name, check in _IF_THERE.items() if name in entry}
+    found = _first(task, entry, {**wanted, **there})
+    if not found and "prompts" in entry and len(entry["prompts"]) != len(entry["per_prompt"]):
+        return f"has other numbers of {task}.prompts and {task}.per_prompt"
+    if not found and entry.get("beside") and "scored_by" not in entry:
+        return f"lacks {task}.scored_by"
+    return found
+
+
+def line_problem(line: object, metric: str) -> str:
+    """What is wrong with a line of a task's answers; "" if nothing is."""
+    if not isinstance(line, dict):
+        return f"is {_short(line)}, expected an object"
+    return _first("", line, _LINES[metric])
+
+
+def _first(of: str, values: Mapping[str, Any], wanted: Mapping[str, _Check]) -> str:
+    """What is missing, else the first value that is not what it must be."""
+    named = {name: f"{of}.{name}" if of else name for name in wanted}
+    lacking = [named[name] for name in wanted if name not in values]
+    if lacking:
+        return f"lacks {', '.join(lacking[:5])}"
+    for name, (holds, what) in wanted.items():
+        if not holds(values[name]):
+            return f"has {_short(values[name])} as {named[name]}, expected {what}"
+    return ""
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
