@@ -36,7 +36,7 @@ from absl import flags
 from blindvalm_jax import files, model_flags
 from blindvalm_jax.errors import UserError, run_main
 from blindvalm_jax.named_model import NamedModel
-from blindvalm_jax.tasks import compare, evaluation, identity, report, results
+from blindvalm_jax.tasks import compare, evaluation, identity, report, results, standing
 from blindvalm_jax.tasks.asked import Windows
 from blindvalm_jax.tasks.scoring import Scorer
 
@@ -80,6 +80,7 @@ def main(argv: Sequence[str]) -> int:
     asked = evaluation.read(_TASKS.value, _PROTOCOL.value, data, cut=cut, tfds=prepared)
     model = model_flags.load()
     _make(out)
+    standing.make_room(out, _PROTOCOL.value)
     known = evaluation.rehearse(asked, model)
     scorer = Scorer(model)
     found = evaluation.run(
@@ -121,10 +122,7 @@ def _out(named: NamedModel) -> Path:
         raise UserError(f"--out is missing: say where the results of {named.path} are written")
     if _OUT.value or named.run is None:
         return _possible(Path(_OUT.value).expanduser())
-    out = results.place(named.run, _PROTOCOL.value)
-    if _PROTOCOL.value != "corrected":
-        print(f"results of the {_PROTOCOL.value} protocol are written to {out}")
-    return _possible(out)
+    return _possible(named.run / "eval")
 
 
 def _possible(out: Path) -> Path:

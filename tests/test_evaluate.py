@@ -20,7 +20,7 @@ from blindvalm_jax import partitioning, trained
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import run_directory, weights
 from blindvalm_jax.objectives.language_model import Batch, Model
-from blindvalm_jax.tasks import answers, catalog, evaluation, identity
+from blindvalm_jax.tasks import answers, catalog, evaluation, identity, results
 from blindvalm_jax.tasks.questions import Question
 from blindvalm_jax.tasks.scoring import Row, Scorer
 from blindvalm_jax.tasks.task import Protocol
@@ -208,12 +208,12 @@ def test_the_command_writes_what_checks_rely_on(runs: Path) -> None:
     assert np.mean([row["right"] for row in rows]) == pytest.approx(colors["score"])
     assert all(np.argmax(row["scores"]) == row["chosen"] for row in rows)
     assert sum(chosen for chosen, _ in colors["answers"].values()) == 36
-    other = runs / "eos" / "eval" / "published"
+    here, other = runs / "eos" / "eval", runs / "eos" / "eval" / "corrected"
     again = command(runs, *tasks, "--protocol=published")
     assert again.returncode == 0, again.stderr
-    assert f"results of the published protocol are written to {other}\n" in again.stdout
-    assert json.loads((runs / "eos" / "eval" / "results.json").read_text())["tasks"] == found
-    heights = json.loads((other / "results.json").read_text())["tasks"]["tnwit_height"]
+    assert f"what was asked in {here} under corrected is in {other} now" in again.stderr
+    assert json.loads((other / "results.json").read_text())["tasks"] == found
+    heights = json.loads((here / "results.json").read_text())["tasks"]["tnwit_height"]
     assert heights["score"] <= 0.5
     assert "counted twice" in heights["faults"][0]
     assert heights["beside"].keys() == {"sum"}
@@ -302,7 +302,8 @@ def test_another_evaluation_of_the_same_model_adds_to_what_is_there(
         return [*whole["tasks"]]
 
     def told() -> list[str]:
-        lines = capsys.readouterr().out.splitlines()
+        found = capsys.readouterr()
+        lines = [*found.out.splitlines(), *found.err.splitlines()]
         return [line for line in lines if line.startswith(("note", "already"))]
 
     assert run(["memory_colors"], about) == ["memory_colors"]
@@ -319,12 +320,16 @@ def test_another_evaluation_of_the_same_model_adds_to_what_is_there(
     other = {**about, "grounding": {**about["grounding"], "readout": "token"}}
     assert run(["tnwit_height"], other) == ["tnwit_height"]
     [line] = told()
-    assert line.endswith(
-        "is replaced: it was of grounding/readout 'eos', now 'token'; gone with it: "
-        "memory_colors, tnwit_height"
+    assert line == (
+        f"note: {tmp_path} held memory_colors, tnwit_height of grounding/readout 'eos', now "
+        f"'token': they are in {tmp_path}/before now"
     )
+    kept, place = results.read(tmp_path / "before")
+    assert kept["grounding"]["readout"] == "eos"
+    assert len(results.read_lines(place, "memory_colors", kept["tasks"]["memory_colors"])) == 36
+    assert not (tmp_path / "memory_colors.jsonl").exists()
     assert run(["tnwit_height"], {**other, "weights_sha256": "0" * 64}) == ["tnwit_height"]
-    assert f"it was of weights_sha256 {about['weights_sha256'][:12]}…, now 0" in told()[0]
+    assert f"of weights_sha256 {about['weights_sha256'][:12]}…, now 0" in told()[0]
 
 
 def test_a_model_is_known_by_its_weights_and_its_grounding(runs: Path) -> None:
@@ -378,9 +383,10 @@ def test_what_is_damaged_is_put_aside_before_tasks_are_asked(
     assert "has 5 as agnews, expected a table" in notes[1]
     capsys.readouterr()
     assert [*run(step=3, quiet=True)["tasks"]] == ["memory_colors"]  # as in training
-    assert capsys.readouterr().out.endswith("it was of step 2, now 3; gone with it: mpqa\n")
+    assert "held memory_colors, mpqa of step 2, now 3: they" in capsys.readouterr().err
     run(step=4, quiet=True)
     assert not capsys.readouterr().out
+    assert json.loads((tmp_path / "before" / "results.json").read_text())["step"] == 2
 
 
 def test_scores_that_are_no_numbers_are_refused(runs: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.tasks import catalog, evaluation, published, report, results
+from blindvalm_jax.tasks import catalog, evaluation, published, report, results, standing
 from blindvalm_jax.tasks.answers import Answers
 from tests import small_tasks, test_compare
 
@@ -168,15 +168,33 @@ def test_entries_that_are_none_are_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_with_published_results_alone_says_where_they_are(tmp_path: Path) -> None:
-    tokens = np.array([20, 30])
-    out = results.place(tmp_path, "published")
-    out.parent.mkdir()
-    test_compare.read_texts(out, 3.0 * tokens, tokens)
-    assert out == tmp_path / "eval" / "published"
-    assert results.read(out)[1] == out
-    with pytest.raises(UserError, match=r"but under the published protocol: name .*/eval/publish"):
-        results.read(tmp_path)
+def test_results_of_two_protocols_make_room_for_each_other(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is lost, nor anything else in the directory touched."""
+    out = constant(tmp_path / "eval", data, "tnwit_height", "published")
+    report.write(*results.read(out))
+    mine = out / "notes.jsonl"
+    mine.write_text("{}")
+    standing.make_room(out, "published")
+    assert not capsys.readouterr().err
+    kept = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    standing.make_room(out, "corrected")
+    assert f"under published is in {out}/published now" in capsys.readouterr().err
+    assert {path.name for path in out.iterdir()} == {"published", "notes.jsonl"}
+    constant(out, data, "memory_colors", "corrected")
+    standing.make_room(out, "published")
+    assert f"before is in {out} again" in capsys.readouterr().err
+    found = {
+        path.relative_to(out): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and path.parent.name != "corrected"
+    }
+    assert found == kept
+    assert [*results.read(out / "corrected")[0]["tasks"]] == ["memory_colors"]
+    standing.make_room(out, "corrected")
+    assert [*results.read(tmp_path)[0]["tasks"]] == ["memory_colors"]
+    assert results.read(out / "published")[1] == out / "published"
 
 
 def test_printed_figures_are_those_of_the_logs(shared: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 from blindvalm_jax import files, runs
 from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.tasks import answers, catalog, identity, readers, results, tfds_data
+from blindvalm_jax.tasks import answers, catalog, identity, readers, results, standing, tfds_data
 from blindvalm_jax.tasks.asked import Asked, Outcome, Windows
 from blindvalm_jax.tasks.last_word import AskedLastWords, LastWordTask
 from blindvalm_jax.tasks.perplexity import AskedTexts, TextTask
@@ -167,10 +167,10 @@ def run(
     """Runs tasks and prints a line for each, unless quiet; `out` gets results.json and TASK.jsonl.
 
     about: what else results.json says of the model (`identity.about`). Both are written after every
-    task. Entries that results.json has of the same model stay in it; of another they go, which is
-    said, and so is another protocol or other windows of a task that is asked. there: of
-    `rehearse`: tasks that were asked just so by this code before are not asked again; None: all
-    are.
+    task. Entries that results.json has of the same model stay in it; those of another are put aside,
+    which is said, and so is it if a task was asked under another protocol or in other windows.
+    there: of `rehearse`: tasks that were asked just so by this code before are not asked again;
+    None: all are.
 
     Returns what results.json holds.
     """
@@ -202,20 +202,18 @@ def run(
 
 
 def _kept(out: Path, head: Mapping[str, Any], *, expected: Collection[str]) -> dict[str, Any]:
-    """Entries of results.json in `out` that are of the same model; those of another are said.
+    """Entries of results.json in `out` that are of the same model; those of another are put aside.
 
-    expected: names of tasks of which that goes without saying.
+    expected: names of tasks whose entries may go.
     """
-    before = results.standing(out)
+    before = standing.read(out)
     entries = before.get("tasks", {})
     other = identity.differences(before, head) if entries else ""
     if not other:
         return dict(entries)
-    lost = [name for name in entries if name not in expected]
-    if lost:
-        path = out / "results.json"
-        gone = f"gone with it: {', '.join(lost)}"
-        print(f"note: {path} is replaced: it was of {other}; {gone}", flush=True)
+    if not set(entries) <= {*expected}:
+        aside = standing.put_aside(out, "before")
+        standing.tell(f"{out} held {', '.join(entries)} of {other}: they are in {aside} now")
     return {}
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -87,11 +86,6 @@ def lines(
         }
 
 
-def place(run: Path, protocol: str) -> Path:
-    """Where the results of a run are, if nothing else is said: each protocol's by themselves."""
-    return run / "eval" / ("" if protocol == "corrected" else protocol)
-
-
 def read(directory: Path) -> tuple[dict[str, Any], Path]:
     """What results.json holds that lies in a directory, or in eval of a run; and where it lies.
 
@@ -99,11 +93,8 @@ def read(directory: Path) -> tuple[dict[str, Any], Path]:
       UserError: there is none, or something is missing in it or not what it should be.
     """
     there = directory / "eval" if not (directory / "results.json").exists() else directory
-    path, other = there / "results.json", there / "published"
-    hint = f"{directory} has not been evaluated"
-    if (other / "results.json").exists():
-        hint += f" but under the published protocol: name {other}"
-    found = files.read_object(path, hint=hint)
+    path = there / "results.json"
+    found = files.read_object(path, hint=f"{directory} has not been evaluated")
     lacking = [name for name in _HEAD if name not in found]
     if lacking:
         raise UserError(f"{path} lacks {', '.join(lacking)}: {_AGAIN}")
@@ -116,41 +107,6 @@ def read(directory: Path) -> tuple[dict[str, Any], Path]:
         if wrong := entries.problem(task, entry):
             raise UserError(f"{path} {wrong}: {_AGAIN}")
     return found, there
-
-
-def standing(directory: Path) -> dict[str, Any]:
-    """What results.json in a directory holds that can be used; its "tasks" are sound; {} if none.
-
-    A file that is no such JSON is moved aside to results.json.damaged, and entries that lack
-    something are left out; both are said on stderr.
-
-    Raises:
-      UserError: it cannot be moved.
-    """
-    path = directory / "results.json"
-    try:
-        found = files.read_object(path) if path.exists() else {"tasks": {}}
-        if not isinstance(found.get("tasks"), dict):
-            raise UserError(f"{path} has no table of tasks")
-    except UserError as error:
-        aside = path.with_name(f"{path.name}.damaged")
-        try:
-            path.replace(aside)
-        except OSError as other:
-            raise UserError(f"{error}, nor can it be moved: {other.strerror}") from other
-        _note(f"{error}: it is moved to {aside}")
-        return {}
-    sound = {}
-    for task, entry in found["tasks"].items():
-        if wrong := entries.problem(task, entry):
-            _note(f"{path} {wrong}: the entry is left out")
-        else:
-            sound[task] = entry
-    return {**found, "tasks": sound}
-
-
-def _note(text: str) -> None:
-    print(f"note: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
 def write_lines(directory: Path, task: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

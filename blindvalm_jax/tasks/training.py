@@ -1,8 +1,7 @@
 """Tasks that a run is asked while it trains, with the parameters where they are.
 
-`eval/results.json` of the run (of the published protocol `eval/published/results.json`) has the
-newest answers, as the command would write them; metrics.jsonl has the score of each task under
-eval/tasks/NAME.
+`eval/results.json` of the run has the newest answers, as the command would write them;
+metrics.jsonl has the score of each task under eval/tasks/NAME.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from blindvalm_jax import trained
 from blindvalm_jax.config import Config, EvalConfig
 from blindvalm_jax.errors import UserError, print_error
 from blindvalm_jax.objectives.language import Language
-from blindvalm_jax.tasks import catalog, evaluation, identity, results
+from blindvalm_jax.tasks import catalog, evaluation, identity, results, standing
 from blindvalm_jax.tasks.scoring import Scorer
 from blindvalm_jax.tasks.task import ChoiceTask
 
@@ -35,7 +34,7 @@ class TrainingTasks:
             be asked.
         """
         self._workdir, self._protocol = workdir, settings.tasks_protocol
-        self._out = results.place(workdir, self._protocol)
+        self._out = workdir / "eval"
         self._model = trained.in_training(objective)
         try:
             if jax.process_count() > 1:
@@ -46,7 +45,7 @@ class TrainingTasks:
             evaluation.rehearse(self._asked, self._model)
         except UserError as error:
             raise _of_settings(error, settings) from error
-        results.standing(self._out)  # what is damaged is said, and moved, before training
+        standing.make_room(self._out, self._protocol)
 
     def ask(
         self,
@@ -88,7 +87,7 @@ def unanswered(settings: Config, workdir: Path, *, step: int) -> str:
     tasks, protocol = settings.eval, settings.eval.tasks_protocol
     there: Mapping[str, Any] = {}
     try:
-        found, _ = results.read(results.place(workdir, protocol))
+        found, _ = results.read(workdir)
         there = found["tasks"] if found["step"] == step else {}
     except UserError:  # they are damaged, or were never written
         pass
