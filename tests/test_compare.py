@@ -15,7 +15,7 @@ from scipy import stats
 
 from blindvalm_jax import files
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.tasks import catalog, results
+from blindvalm_jax.tasks import catalog, results, statistics
 from blindvalm_jax.tasks.answers import Answers
 from blindvalm_jax.tasks.compare import compare, holm, write
 from tests import small_tasks
@@ -93,13 +93,46 @@ def test_accuracies_are_compared_question_by_question(data: Path, tmp_path: Path
     mine, base = np.array(rows)
     assert found["difference"] == pytest.approx(mine.mean() - base.mean())
     assert (found["only_A"], found["only_B"]) == (sum(mine & ~base), sum(base & ~mine))
-    assert (found["A"], found["questions"], found["items"]) == (mine.mean(), 36, 4)
+    assert (found["A"], found["questions"], found["clusters"]) == (mine.mean(), 36, 4)
     turned = compare(b, a)["tasks"]["memory_colors"]
     assert turned["difference"] == -found["difference"]
     assert turned["p"] == found["p"]
     assert turned["interval"] == pytest.approx([-x for x in found["interval"][::-1]])
     same = compare(a, a)["tasks"]["memory_colors"]
     assert (same["difference"], same["p"], same["only_A"]) == (0.0, 1.0, 0)
+
+
+def test_pairs_are_compared_by_their_objects(data: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        answered(tmp_path / name, data, seed=seed, name="tnwit_height")
+    entry = results.read(tmp_path / "a")[0]["tasks"]["tnwit_height"]
+    # A tree, an ant, a house and a mouse, in three pairs.
+    assert (entry["n"], entry["clusters"], entry["clustered_by"]) == (3, 4, "objects of pairs")
+    found = compare(tmp_path / "a", tmp_path / "b")["tasks"]["tnwit_height"]
+    assert (found["clusters"], found["clustered_by"]) == (4, "objects of pairs")
+    lines = [results.read_lines(tmp_path / name, "tnwit_height") for name in "ab"]
+    items = [line["item"] for line in lines[0]]
+    objects = [(*line["objects"],) for line in lines[0]]
+    assert {*objects} == {("a tree", "an ant"), ("a house", "an ant"), ("a mouse", "a tree")}
+    mine, base = (np.array([line["right"] for line in of]) for of in lines)
+    expected = statistics.paired(mine, base, items, objects=objects)
+    assert found["stderr"] == expected.stderr > statistics.paired(mine, base, items).stderr
+    assert found["p"] == expected.p
+    assert found["interval"] == [expected.low, expected.high]
+
+
+def test_evaluations_that_know_no_clusters_are_refused(data: Path, tmp_path: Path) -> None:
+    """What was written before questions about pairs said their objects."""
+    for name in "ab":
+        answered(tmp_path / name, data, seed=1)
+    place = tmp_path / "b" / "results.json"
+    whole = files.read_object(place)
+    del whole["tasks"]["memory_colors"]["clustered_by"]
+    files.write_json(place, whole)
+    with pytest.raises(UserError, match="with clustered_by item in A and None in B"):
+        compare(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(UserError, match="does not say what it is clustered by, in A nor in B"):
+        compare(tmp_path / "b", tmp_path / "b")
 
 
 def test_one_question_an_item_is_mcnemars_test(data: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def compare(first: Path, second: Path, *, names: Sequence[str] = ()) -> dict[str
             **_settings(name, mine["tasks"][name], base["tasks"][name]),
             **_compared(
                 name,
-                mine["tasks"][name]["metric"],
+                mine["tasks"][name],
                 results.read_lines(here, name),
                 results.read_lines(there, name),
             ),
@@ -85,26 +85,36 @@ def _shared(mine: Mapping[str, Any], base: Mapping[str, Any], names: Sequence[st
 
 
 def _settings(name: str, mine: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Metric and protocol of a task, which must be the same, and so must windows."""
-    for key in ("metric", "protocol", *_WINDOWS):
+    """Metric and protocol of a task, which must be the same, and so must windows and clusters."""
+    for key in ("metric", "protocol", *_WINDOWS, "clustered_by"):
         a, b = mine.get(key), base.get(key)
         if a != b:
             raise UserError(
                 f"{name} was asked with {key} {a} in A and {b} in B: evaluate both alike"
             )
+    if mine["metric"] == "accuracy" and "clustered_by" not in mine:
+        raise UserError(
+            f"{name} does not say what it is clustered by, in A nor in B: evaluate again to have it"
+        )
     return {"metric": mine["metric"], "protocol": mine["protocol"]}
 
 
 def _compared(
-    name: str, metric: str, mine: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]
+    name: str,
+    entry: Mapping[str, Any],
+    mine: Sequence[dict[str, Any]],
+    base: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    _check_same(name, metric, mine, base)
+    _check_same(name, entry["metric"], mine, base)
     items = [line["item"] for line in mine]
-    if metric == "perplexity":
+    if entry["metric"] == "perplexity":
         return _perplexities(mine, base, items)
     right, other = (np.array([line["right"] for line in lines], bool) for lines in (mine, base))
-    found = statistics.paired(right, other, items)
+    of_pairs = entry["clustered_by"] == statistics.BY_OBJECT
+    objects = [line["objects"] for line in mine] if of_pairs else None
+    found = statistics.paired(right, other, items, objects=objects)
     return {
+        "clustered_by": entry["clustered_by"],
         "A": float(right.mean()),
         "B": float(other.mean()),
         **_difference(found, found),
@@ -127,6 +137,7 @@ def _perplexities(
     sure = statistics.paired(scale * nats, expected, items)
     a, b = float(nats.sum() / tokens.sum()), float(other.sum() / tokens.sum())
     return {
+        "clustered_by": "document",
         "A": math.exp(a),
         "B": math.exp(b),
         **_difference(tested, sure),
@@ -145,7 +156,7 @@ def _difference(tested: statistics.Paired, sure: statistics.Paired) -> dict[str,
         "stderr": None if unknown else sure.stderr,
         "interval": [None, None] if unknown else [sure.low, sure.high],
         "p": tested.p,
-        "items": tested.items,
+        "clusters": tested.clusters,
     }
 
 
@@ -219,9 +230,10 @@ def write(found: Mapping[str, Any], out: Path) -> Path:
         "Accuracies are shares of questions that are right, in percent, and their differences "
         "points: under `published` the sizes of results.json are half of them. Of perplexities the "
         "difference is in nats per token, with the ratio of perplexities in brackets; less is "
-        "better. Errors and tests are clustered by item or document. p is that of a permutation "
-        f"test; p (Holm) is corrected for these {len(tasks)} tasks. Only A: questions that A alone "
-        "has right, or documents that it predicts better; of: questions or documents.",
+        "better. Errors and tests are clustered by item or document, those of pairs by their "
+        "objects. p is that of a permutation test, of pairs that of t; p (Holm) is corrected for "
+        f"these {len(tasks)} tasks. Only A: questions that A alone has right, or documents that it "
+        "predicts better; of: questions or documents.",
         "",
     ]
     path = out / "compare.md"

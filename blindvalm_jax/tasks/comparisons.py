@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from blindvalm_jax.errors import UserError
@@ -76,14 +76,14 @@ def pairs(
                 f"{path}: example {number} has {value!r} as {relation}, expected {more!r} or "
                 f"{less!r}"
             )
-        words = {"a": row[first], "b": row[second]}
-        found.append(Item(id=_id(words), words=words, answer=said[type(value), value]))
+        found.append(_pair(row[first], row[second], said[type(value), value]))
     return _agreeing(path, found)
 
 
-def _id(words: Mapping[str, str]) -> str:
-    """Of a pair in both orders."""
-    return " | ".join(sorted(words.values()))
+def _pair(a: str, b: str, answer: str) -> Item:
+    """An item whose id and objects are those of the pair in both orders."""
+    objects = (min(a, b), max(a, b))
+    return Item(id=" | ".join(objects), words={"a": a, "b": b}, answer=answer, objects=objects)
 
 
 def _agreeing(path: Path, items: list[Item]) -> list[Item]:
@@ -110,8 +110,7 @@ def _larger_first(path: Path) -> list[Item]:
         words = line.split()
         if len(words) != 2:
             raise UserError(f"{path}:{number} has {len(words)} words, expected LARGER SMALLER")
-        a, b = words
-        found.append(Item(id=_id({"a": a, "b": b}), words={"a": a, "b": b}, answer="yes"))
+        found.append(_pair(words[0], words[1], "yes"))
     _agreeing(path, [dataclasses.replace(item, answer=_MORE) for item in found])
     return found
 
@@ -125,8 +124,8 @@ def _larger_first_and_last(path: Path) -> list[Item]:
 def both_orders(items: Sequence[Item]) -> list[Item]:
     """Every pair in both orders, each asked once: those of the items, and those turned round.
 
-    Items that say the same of a pair, in one order or both, are one pair here and one cluster,
-    however many rows they are of the file (`n` of an entry counts rows).
+    Items that say the same of a pair, in one order or both, are one pair here, however many rows
+    they are of the file (`n` of an entry counts rows).
 
     Raises:
       UserError: two items contradict each other, or a thing is compared with itself.
@@ -147,8 +146,8 @@ def both_orders(items: Sequence[Item]) -> list[Item]:
 
 def turned(item: Item) -> Item:
     """A pair the other way round."""
-    return Item(
-        id=item.id,
+    return dataclasses.replace(
+        item,
         words={"a": item.words["b"], "b": item.words["a"]},
         answer=_LESS if item.answer == _MORE else _MORE,
     )
@@ -167,6 +166,7 @@ def which(templates: Sequence[str]) -> Ask:
                     prompt=fill(template, item.words),
                     candidates=(item.words["a"], item.words["b"]),
                     answer=0 if a_is_right else 1,
+                    objects=item.objects,
                 )
 
     return ask
@@ -186,6 +186,7 @@ def than(
                     prompt=fill(template, item.words),
                     candidates=(more, less),
                     answer=0 if right(number, item) else 1,
+                    objects=item.objects,
                 )
 
     return ask
