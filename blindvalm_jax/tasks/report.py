@@ -56,9 +56,10 @@ def _scores(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "![scores](figures/scores.png)",
         *table(head, rows),
         "Accuracies are in percent, perplexities as they are. Standard errors are clustered by "
-        "item. Majority: the one answer that is right most often (perplexity: of a unigram); "
-        "random: drawing among the candidates (perplexity: of equal chances). n counts items, each "
-        "asked with all templates.",
+        "item, those of pairs by the objects they share. Majority: the one answer that is right "
+        "most often (perplexity: of a unigram); random: drawing among the candidates (perplexity: "
+        "of equal chances). n counts rows of the file or documents; items are asked with all "
+        "templates.",
         "",
         "Better than the majority with their whole interval: "
         f"{', '.join(above) if above else 'none'}.",
