@@ -128,6 +128,24 @@ def test_published_news_ends_at_commas(tmp_path: Path) -> None:
     ]
 
 
+def test_rows_of_one_text_are_one_item(tmp_path: Path) -> None:
+    """Whatever their labels: they are asked the same."""
+    texts = [("1", "It is."), ("2", "It was."), ("3", "It is."), ("1", "It was.")]
+    lines = [json.dumps({"label": topics.AGNEWS[int(n) - 1], "text": text}) for n, text in texts]
+    for name, content in (
+        ("agnews_test.csv", "\n".join(f"{n},t,{text}" for n, text in texts)),
+        ("agnews_test.jsonl", "\n".join(lines)),
+    ):
+        path = tmp_path / name
+        path.write_text(content)
+        found = topics.topics(topics.AGNEWS)(path)
+        assert [item.id for item in found] == ["0", "1", "0", "1"]
+        assert [item.answer for item in found] == ["world", "sports", "business", "world"]
+    # The first row is left out.
+    cut = topics.cut_at_commas(tmp_path / "agnews_test.csv")
+    assert [item.id for item in cut] == ["1", "2", "1"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -204,6 +222,9 @@ def test_counts_and_baselines_of_the_real_files(name: str, shared: Path) -> None
     of = catalog.baselines(found)
     assert (len(items), len(found[0].candidates)) == TABLE[name][:2]
     assert (round(100 * of.majority, 2), round(100 * of.random, 2)) == TABLE[name][2:]
+    texts = {"mpqa": 1808, "mpqa_all": 8241, "agnews": 7594}
+    if items[0].words.keys() == {"text"}:
+        assert len({item.id for item in items}) == texts.get(name, len(items))
 
 
 @pytest.mark.parametrize(

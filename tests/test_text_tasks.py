@@ -476,18 +476,16 @@ def prepare(directory: Path, dataset: str, rows: dict[str, list[dict[str, Any]]]
 
 
 def test_prepared_tfds_datasets_are_read(tmp_path: Path) -> None:
-    prepare(
-        tmp_path,
-        "ag_news_subset",
-        {"test": [{"title": "t", "description": "It flies.", "label": 3}]},
-    )
+    twice = [{"title": title, "description": "It flies.", "label": 3} for title in "tu"]
+    prepare(tmp_path, "ag_news_subset", {"test": twice})
     prepare(tmp_path, "lambada", {"test": [{"passage": "one two\n"}, {"passage": "two three"}]})
     prepare(tmp_path / "one", "lambada", {"test": [{"passage": "one two"}, {"passage": "alone"}]})
     prepare(tmp_path, "glue/sst2", {"validation": [{"sentence": "fun ", "label": 1, "idx": 0}]})
     names = ["agnews", "sst2", "lambada", "lambada_perplexity"]
     sst2, news, perplexities, words = evaluation.read(names, "corrected", None, tfds=tmp_path)
     assert isinstance(news, evaluation.AskedChoice)
-    assert (news.items[0].words["text"], news.items[0].answer) == ("It flies.", "technology")
+    told = [(item.id, item.words["text"], item.answer) for item in news.items]
+    assert told == 2 * [("0", "It flies.", "technology")]
     assert news.task.source == "TFDS ag_news_subset/1.0.0, test"
     assert isinstance(sst2, evaluation.AskedChoice)
     assert (sst2.items[0].answer, sst2.task.source) == (
