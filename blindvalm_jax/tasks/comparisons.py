@@ -33,17 +33,24 @@ _WHICH_HEIGHT = (
     "Which is the tallest? [A] or [B]",
     "Which is the shortest? [A] or [B]",
 )
+# A first alone: as pairs are asked in both orders, B first would ask the same again.
 _THAN_SIZE = (
+    "[A] is larger or smaller than [B]?",
+    "The size of [A] is larger or smaller than [B]?",
+    "[A] has a larger or smaller size than [B]?",
+    "[A] has a larger or a smaller size than [B]?",
+)
+_THAN_HEIGHT = ("[A] is taller or shorter than [B]?",)
+# Templates take turns in which thing they name first. The fourth was two: a comma is missing in
+# the script.
+_THAN_SIZE_PUBLISHED = (
     "[A] is larger or smaller than [B]?",
     "[B] is larger or smaller than [A]?",
     "The size of [A] is larger or smaller than [B]?",
-    "The size of [B] is larger or smaller than [A]?",
-    "[A] has a larger or smaller size than [B]?",
+    "The size of [B] is larger or smaller than [A]?[A] has a larger or smaller size than [B]?",
     "[B] has a larger or a smaller size than [A]?",
 )
-# The fourth and fifth are one: a comma is missing in the script.
-_THAN_SIZE_PUBLISHED = (*_THAN_SIZE[:3], _THAN_SIZE[3] + _THAN_SIZE[4], _THAN_SIZE[5])
-_THAN_HEIGHT = ("[A] is taller or shorter than [B]?", "[B] is taller or shorter than [A]?")
+_THAN_HEIGHT_PUBLISHED = (*_THAN_HEIGHT, "[B] is taller or shorter than [A]?")
 _YES_NO = (
     "Is [A] bigger than [B]?",
     "Is [A] larger than [B]?",
@@ -192,6 +199,11 @@ def than(
     return ask
 
 
+def _of_a(number: int, item: Item) -> bool:
+    """All templates name A first."""
+    return item.answer == _MORE
+
+
 def _of_first(number: int, item: Item) -> bool:
     """Templates take turns in which thing they name first."""
     return (item.answer == _MORE) == (number % 2 == 0)
@@ -204,6 +216,11 @@ def _by_place(number: int, item: Item) -> bool:
 
 def _turned(ask: Ask) -> Ask:
     return lambda items: ask(both_orders(items))
+
+
+def _once(ask: Ask) -> Ask:
+    """Rows that are alike are asked as one."""
+    return lambda items: ask(list({(*item.words.values(),): item for item in items}.values()))
 
 
 def _task(
@@ -238,7 +255,7 @@ def _task(
 def _both(
     name: str, source: str, files: tuple[str, ...], read: readers.Read
 ) -> tuple[ChoiceTask, ChoiceTask]:
-    size = functools.partial(than, more="larger", less="smaller", right=_of_first)
+    size = functools.partial(than, more="larger", less="smaller")
     return (
         _task(name, source, files, read, ask=which(_WHICH_SIZE), published=which(_WHICH_SIZE)),
         _task(
@@ -246,8 +263,8 @@ def _both(
             source,
             files,
             read,
-            ask=size(_THAN_SIZE),
-            published=size(_THAN_SIZE_PUBLISHED),
+            ask=size(_THAN_SIZE, right=_of_a),
+            published=size(_THAN_SIZE_PUBLISHED, right=_of_first),
             faults=("two templates are one, and the last is scored as if it named A first",),
         ),
     )
@@ -255,7 +272,9 @@ def _both(
 
 def _size_pairs() -> ChoiceTask:
     protocol = Protocol(
-        files=("sizePairsFull.txt",), read=_larger_first_and_last, ask=asking(_YES_NO, _ANSWERS)
+        files=("sizePairsFull.txt",),
+        read=_larger_first_and_last,
+        ask=_once(asking(_YES_NO, _ANSWERS)),
     )
     return ChoiceTask(
         name="size_pairs_legacy",
@@ -299,8 +318,8 @@ TASKS = (
         _TNWT,
         ("tnwit_height.json",),
         _labelled,
-        ask=than(_THAN_HEIGHT, "taller", "shorter", right=_of_first),
-        published=than(_THAN_HEIGHT, "taller", "shorter", right=_by_place),
+        ask=than(_THAN_HEIGHT, "taller", "shorter", right=_of_a),
+        published=than(_THAN_HEIGHT_PUBLISHED, "taller", "shorter", right=_by_place),
         faults=("what counts as right depends on the template alone, not on the pair",),
     ),
     _size_pairs(),
