@@ -57,6 +57,24 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     assert held / 1000 > 0.95 - 4 * math.sqrt(0.95 * 0.05 / 1000)
 
 
+def test_one_answer_more_moves_an_interval_little() -> None:
+    """From an answer that is always the same, right in every second question, to drawn ones."""
+    items = [str(n // 8) for n in range(800)]
+    right = np.arange(800) % 2 == 0
+    ends = []
+    for place in (None, *np.random.default_rng(10).permutation(800)[:400]):
+        if place is not None:
+            right[place] ^= True
+        found = statistics.accuracy(right, items)
+        ends.append((found.low, found.high))
+    # As many as there are items, whose answers cancel; then more and more of the questions.
+    assert ends[0] == pytest.approx(statistics.exact_interval(50, 100))
+    assert ends[1] == pytest.approx(ends[0], abs=1 / 800)
+    assert np.max(np.abs(np.diff(ends, axis=0))) < 0.01
+    widths = np.diff(ends, axis=1)
+    assert np.max(widths) == widths[0] > 1.8 * widths[-1]
+
+
 def test_one_item_says_nothing_of_its_error() -> None:
     found = statistics.accuracy(np.array([True, False, True]), ["a"] * 3)
     assert math.isnan(found.stderr)
@@ -130,7 +148,7 @@ def test_the_error_of_pairs_is_of_objects_left_out_one_by_one() -> None:
 
 def test_pairs_without_a_common_object_are_items() -> None:
     """One of them says nothing; of several the objects are no more evidence than the pairs."""
-    right = np.random.default_rng(7).random(80) < 0.4
+    right = np.repeat(np.random.default_rng(7).random(40) < 0.4, 2)
     pairs = [(f"{n // 2}", f"other {n // 2}") for n in range(80)]
     items = [" ".join(pair) for pair in pairs]
     found = statistics.accuracy(right, items, objects=pairs)

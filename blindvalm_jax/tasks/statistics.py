@@ -42,21 +42,31 @@ Objects = Sequence[tuple[str, str]] | None
 def accuracy(right: np.ndarray, items: Sequence[str], *, objects: Objects = None) -> Estimate:
     """Share of questions that are right, bool [n], each about the item of its place.
 
-    The interval is Clopper's and Pearson's exact one for as many independent questions as have
-    the same error (Korn & Graubard 1998): for one question an item it is that of n questions.
+    The interval is Clopper's and Pearson's exact one for as many questions as `_as_many` says.
     objects: as `spread` has them.
     """
     values = np.asarray(right, float)
     mean, found = float(values.mean()), spread(values, items, objects=objects)
-    size, count = float(len(values)), found.independent
-    if 0 < mean < 1 and count > 1 and found.error > 0:
-        wider = stats.t.ppf(0.975, len(values) - 1) / stats.t.ppf(0.975, count - 1)
-        alike = mean * (1 - mean) / (found.error**2 * (count - 1) / count)
-        size = min(size, alike * wider**2)
-    elif count < len(values):  # all right, or all wrong: as many as there are items
-        size = float(count)
+    size = _as_many(mean, found, len(values))
     low, high = exact_interval(mean * size, size)
     return Estimate(mean, found.error, low, high, found.clusters, len(values))
+
+
+def _as_many(mean: float, found: Spread, questions: int) -> float:
+    """How many independent questions a share is worth.
+
+    As many as have the same error (Korn & Graubard 1998): for one question an item all of them. An
+    error below that of independent questions is no more evidence: right and wrong answers cancel
+    within items, as where one that is always the same is right in every second question. The
+    number then falls with the error again, to that of clusters, which it is of all right or wrong.
+    """
+    count = found.independent
+    if not 0 < mean < 1 or count < 2:
+        return float(count)
+    wider = stats.t.ppf(0.975, questions - 1) / stats.t.ppf(0.975, count - 1)
+    most = questions * wider**2
+    effect = found.error**2 * (count - 1) / count * questions / (mean * (1 - mean))
+    return float(most / effect if effect >= 1 else max(most * effect, min(most, count)))
 
 
 def exact_interval(right: float, count: float) -> tuple[float, float]:
