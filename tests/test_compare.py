@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from blindvalm_jax import files
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.tasks import catalog, results, statistics
 from blindvalm_jax.tasks.answers import Answers
-from blindvalm_jax.tasks.compare import compare, holm, write
+from blindvalm_jax.tasks.compare import compare, holm, line_of, write
 from tests import small_tasks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +68,7 @@ def read_texts(directory: Path, nats: np.ndarray, tokens: np.ndarray, *, window:
     entry = {
         "metric": "perplexity",
         "protocol": "corrected",
-        "score": float(np.exp(nats.sum() / tokens.sum())),
+        "score": statistics.power(nats.sum() / tokens.sum()),
         **{"stderr": None, "interval": [None, None], "majority": None, "random": 320.0},
         **{"n": len(nats), "window": window, "stride": 16, "per_prompt": [], "faults": []},
         "source": "a text",
@@ -173,6 +174,19 @@ def test_perplexities_are_compared_by_document(tmp_path: Path) -> None:
     assert found["stderr"] == pytest.approx(jackknife, rel=0.1)
     low, high = found["interval"]
     assert low < found["difference"] < high
+
+
+def test_perplexities_that_are_no_floats_are_compared(tmp_path: Path) -> None:
+    tokens = np.array([20, 30, 40])
+    a = read_texts(tmp_path / "a", np.array([800.0, 801, 799]) * tokens, tokens)
+    b = read_texts(tmp_path / "b", 3.0 * tokens, tokens)
+    found = compare(a, b)
+    entry = found["tasks"]["wikitext103"]
+    assert entry["difference"] == pytest.approx((16_000 + 24_030 + 31_960) / 90 - 3)
+    assert (entry["A"], entry["B"]) == (None, pytest.approx(math.exp(3)))
+    assert entry["ratio"] is None
+    assert line_of("wikitext103", entry).split()[1:3] == ["–", "20.09"]
+    assert "| wikitext103 | corrected | – | 20.09 |" in write(found, tmp_path / "c").read_text()
 
 
 def test_holms_correction() -> None:

@@ -418,11 +418,31 @@ def test_the_error_of_a_perplexity_is_that_of_documents() -> None:
     tokens = rng.integers(5, 50, 400)
     nats = tokens * rng.normal(3.0, 0.3, 400)
     found = statistics.perplexity(nats, tokens)
+    assert found.low is not None
+    assert found.mean is not None
+    assert found.high is not None
     assert found.mean == pytest.approx(math.exp(nats.sum() / tokens.sum()))
     without = np.exp((nats.sum() - nats) / (tokens.sum() - tokens))
     jackknife = math.sqrt(399 / 400 * np.sum((without - without.mean()) ** 2))
     assert found.stderr == pytest.approx(jackknife, rel=0.01)
     assert found.low < found.mean < found.high
+
+
+@pytest.mark.parametrize(
+    ("by_token", "known"),
+    [((150, 20), (True, True, True, False)), ((1500, 1500), (False, False, False, False))],
+)
+def test_a_perplexity_that_is_no_float_is_unknown(
+    by_token: tuple[int, int], known: tuple[bool, ...]
+) -> None:
+    """Of two documents the interval is 25 errors wide."""
+    tokens = np.array([10, 10])
+    found = statistics.perplexity(tokens * by_token, tokens)
+    values = (found.mean, found.stderr, found.low, found.high)
+    assert tuple(value is not None for value in values) == known
+    assert all(math.isfinite(value) for value in values if value is not None)
+    one = statistics.perplexity(tokens[:1], tokens[:1])
+    assert one == statistics.Perplexity(math.e, None, None, None)
 
 
 def test_entries_and_lines_land_in_files(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from blindvalm_jax import config, train, trained
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.tasks import evaluation, results
+from blindvalm_jax.tasks import evaluation, results, training
 from blindvalm_jax.tasks.scoring import Scorer
 from tests import small_models, small_tasks, small_text, test_train
 
@@ -96,3 +97,8 @@ def test_what_cannot_be_asked_is_refused_before_training(
     with pytest.raises(UserError, match=message):
         train.train(config.parse(given), tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_score_that_is_no_float_is_said() -> None:
+    told = training.scores({"sst2": {"score": 0.5}, "ptb": {"score": None}})
+    assert told == {"eval/tasks/sst2": 0.5, "eval/tasks/ptb": math.inf}

@@ -138,10 +138,10 @@ def _perplexities(
     a, b = float(nats.sum() / tokens.sum()), float(other.sum() / tokens.sum())
     return {
         "clustered_by": "document",
-        "A": math.exp(a),
-        "B": math.exp(b),
+        "A": statistics.power(a),
+        "B": statistics.power(b),
         **_difference(tested, sure),
-        "ratio": math.exp(tested.difference),
+        "ratio": statistics.power(tested.difference),
         "only_A": int(np.sum(nats < other)),
         "only_B": int(np.sum(other < nats)),
         "questions": len(items),
@@ -197,10 +197,17 @@ def line_of(name: str, entry: Mapping[str, Any]) -> str:
 
     interval = "[{}, {}]".format(*(shown(value, 0) for value in entry["interval"]))
     return (
-        f"{name:22} {unit * entry['A']:8.2f} {unit * entry['B']:8.2f} "
+        f"{name:22} {_score(entry, 'A'):>8} {_score(entry, 'B'):>8} "
         f"{shown(entry['difference'], 8)} {shown(entry['stderr'], 7)} {interval:>19} "
         f"{_p(entry['p']):>7} {_p(entry['p_holm']):>7} {entry['only_A']:6} {entry['only_B']:6}"
     )
+
+
+def _score(entry: Mapping[str, Any], which: str) -> str:
+    """An accuracy in percent, or a perplexity where it is a float."""
+    value = entry[which]
+    unit = 100 if entry["metric"] == "accuracy" else 1
+    return "–" if value is None else f"{unit * value:.2f}"
 
 
 def _p(value: float) -> str:
@@ -249,10 +256,10 @@ def _row(name: str, entry: Mapping[str, Any]) -> list[str]:
             return "–"
         return f"{100 * value:+.2f}" if percent else f"{value:+.4f}"
 
-    unit = 100 if percent else 1
-    ratio = "" if percent else f" ({entry['ratio']:.4f})"
+    known = not percent and entry["ratio"] is not None
+    ratio = f" ({entry['ratio']:.4f})" if known else ""
     return [
-        *(name, entry["protocol"], f"{unit * entry['A']:.2f}", f"{unit * entry['B']:.2f}"),
+        *(name, entry["protocol"], _score(entry, "A"), _score(entry, "B")),
         f"{shown(entry['difference'])}{ratio}",
         shown(entry["stderr"]).removeprefix("+"),
         "[{}, {}]".format(*(shown(value) for value in entry["interval"])),

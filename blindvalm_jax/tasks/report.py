@@ -69,9 +69,10 @@ def _scores(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _beats_majority(entry: Mapping[str, Any]) -> bool:
     (low, high), majority = entry["interval"], entry["majority"]
-    if low is None or majority is None:
+    worst = low if entry["metric"] == "accuracy" else high
+    if worst is None or majority is None:
         return False
-    return bool(low > majority if entry["metric"] == "accuracy" else high < majority)
+    return bool(worst > majority if entry["metric"] == "accuracy" else worst < majority)
 
 
 def _constant(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -175,7 +176,7 @@ def _own(name: str, entry: Mapping[str, Any], way: str) -> str:
             return ""
         value = entry["beside"][way]
     times = _times(name) if entry["protocol"] == "published" else 1.0
-    return _shown(entry, times * value)
+    return _shown(entry, None if value is None else times * value)
 
 
 def _task(name: str, entry: Mapping[str, Any], out: Path) -> list[str]:

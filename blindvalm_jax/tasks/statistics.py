@@ -8,6 +8,7 @@ and takes the templates as given.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,7 @@ from scipy import stats
 
 # What clusters are of, as results.json says it.
 BY_ITEM, BY_OBJECT = "item", "objects of pairs"
+_LARGEST_POWER = 700.0  # e to it is a float
 _DRAWS = 20_000
 _EXACT_ITEMS = 14  # up to this many all signs are tried: 16,384 of them
 
@@ -147,20 +149,32 @@ def ratio_error(sums: np.ndarray, counts: np.ndarray) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean nats of tokens; stderr (delta method), low, high: nan of one document."""
+    """exp of the mean nats of tokens; stderr: delta method; low, high: of the 95 % interval.
 
-    mean: float
-    stderr: float
-    low: float
-    high: float
+    None where it is no float, and all but the mean of one document.
+    """
+
+    mean: float | None
+    stderr: float | None
+    low: float | None
+    high: float | None
 
 
 def perplexity(nats: np.ndarray, tokens: np.ndarray) -> Perplexity:
     """Of sums of nats and counts of tokens by document [n]; 95 % interval of t on the log scale."""
-    mean, error = float(np.sum(nats) / np.sum(tokens)), ratio_error(nats, tokens)
-    half = float(stats.t.ppf(0.975, max(len(nats) - 1, 1)) * error)
-    low, middle, high = np.exp([mean - half, mean, mean + half]).tolist()
-    return Perplexity(middle, middle * error, low, high)
+    mean = float(np.sum(nats) / np.sum(tokens))
+    middle = power(mean)
+    if len(nats) < 2:
+        return Perplexity(middle, None, None, None)
+    error = ratio_error(nats, tokens)
+    half = float(stats.t.ppf(0.975, len(nats) - 1) * error)
+    stderr = None if middle is None else middle * error
+    return Perplexity(middle, stderr, power(mean - half), power(mean + half))
+
+
+def power(nats: float) -> float | None:
+    """e to it, None where that is no float."""
+    return math.exp(nats) if nats < _LARGEST_POWER else None
 
 
 @dataclasses.dataclass(frozen=True)

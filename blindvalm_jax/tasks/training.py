@@ -6,6 +6,7 @@ metrics.jsonl has the score of each task under eval/tasks/NAME.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class TrainingTasks:
             raise UserError(f"eval.tasks={settings.tasks}: {told}") from error
 
     def ask(self, step: int, params: Any, frozen: Mapping[str, Any]) -> dict[str, float]:
-        """The score of each task at a step: an accuracy as a share, or a perplexity."""
+        """What metrics.jsonl says of each task at a step, see `scores`."""
         self._scorer.ask(params, frozen)
         found = evaluation.run(
             self._asked,
@@ -59,4 +60,12 @@ class TrainingTasks:
             ),
             quiet=True,
         )
-        return {f"eval/tasks/{one.name}": found["tasks"][one.name]["score"] for one in self._asked}
+        return scores({one.name: found["tasks"][one.name] for one in self._asked})
+
+
+def scores(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """By task an accuracy as a share, or a perplexity, inf where it is no float."""
+    return {
+        f"eval/tasks/{name}": math.inf if entry["score"] is None else entry["score"]
+        for name, entry in tasks.items()
+    }
