@@ -230,6 +230,13 @@ def test_tasks_are_chosen_by_name_and_group() -> None:
         catalog.chosen(["sst2", "colours"])
 
 
+def test_what_was_not_published_has_no_published_faults() -> None:
+    for name in ("wikitext2", "ptb", "dbpedia_dev", "text_own"):
+        assert catalog.published_faults(name) == (), name
+    for name in ("wikitext103", "lambada_perplexity", "lambada", "relative_size"):
+        assert catalog.published_faults(name), name
+
+
 # protocols: items, candidates, share of the most frequent answer, of guessing.
 TABLE = {
     "memory_colors": (109, 11, 22.94, 9.09),
