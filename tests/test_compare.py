@@ -223,6 +223,24 @@ def test_other_questions_are_refused(
         compare(a, make(tmp_path, data))
 
 
+def test_another_file_is_refused_though_its_questions_are_the_same(
+    data: Path, tmp_path: Path
+) -> None:
+    hashes = {"a": "0a" * 32, "b": "0b" * 32, "as_a": "0a" * 32}
+    for name, sha256 in hashes.items():
+        answered(tmp_path / name, data, seed=1)
+        whole = files.read_object(tmp_path / name / "results.json")
+        file = {"name": f"{name}.csv", "sha256": sha256}
+        whole["tasks"]["memory_colors"]["file"] = file
+        files.write_json(tmp_path / name / "results.json", whole)
+    told = r"memory_colors was asked of a.csv \(0a0a0a0a0a0a\) in A and b.csv \(0b0b0b0b0b0b\) in B"
+    with pytest.raises(UserError, match=told):
+        compare(tmp_path / "a", tmp_path / "b")
+    assert compare(tmp_path / "a", tmp_path / "as_a")["tasks"]["memory_colors"]["p"] == 1.0
+    unknown = answered(tmp_path / "unknown", data, seed=1)
+    assert compare(tmp_path / "a", unknown)["tasks"]["memory_colors"]["p"] == 1.0
+
+
 def test_other_windows_and_tokens_are_refused(tmp_path: Path) -> None:
     tokens = np.array([20, 30])
     a = read_texts(tmp_path / "a", 3.0 * tokens, tokens)

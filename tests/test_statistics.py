@@ -107,6 +107,22 @@ def test_the_paired_test_takes_an_item_as_one() -> None:
     assert statistics.paired(mine, mine, items).p == 1.0
 
 
+def test_items_of_many_values_weigh_more() -> None:
+    """Of as many values each they are those of the paired comparison of their means."""
+    rng = np.random.default_rng(11)
+    mine, base = rng.random((2, 20)) * 1e6
+    counts = np.full(20, 50.0)
+    found = statistics.paired_ratio(mine, base, counts)
+    means = statistics.paired(mine / 50, base / 50, [f"{n:02}" for n in range(20)])
+    assert found.p == means.p
+    told = [(of.difference, of.stderr, of.low, of.high) for of in (found, means)]
+    assert told[0] == pytest.approx(told[1])
+    counts[:10] = 150
+    found = statistics.paired_ratio(mine, base, counts)
+    assert found.difference == pytest.approx(np.sum(mine - base) / 2000)
+    assert found.stderr == pytest.approx(statistics.ratio_error(mine - base, counts))
+
+
 def test_without_a_difference_small_p_values_are_rare() -> None:
     """400 pairs of models that differ by luck: 5 % below 0.05, within 4 standard errors."""
     rng = np.random.default_rng(4)

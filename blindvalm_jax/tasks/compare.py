@@ -85,13 +85,22 @@ def _shared(mine: Mapping[str, Any], base: Mapping[str, Any], names: Sequence[st
 
 
 def _settings(name: str, mine: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Metric and protocol of a task, which must be the same, and so must windows and clusters."""
+    """Metric and protocol of a task, which must be the same, and so must windows and clusters.
+
+    So must the file, where both say which they have read.
+    """
     for key in ("metric", "protocol", *_WINDOWS, "clustered_by"):
         a, b = mine.get(key), base.get(key)
         if a != b:
             raise UserError(
                 f"{name} was asked with {key} {a} in A and {b} in B: evaluate both alike"
             )
+    files_read = [of["file"] for of in (mine, base) if of.get("file") is not None]
+    if len({file["sha256"] for file in files_read}) > 1:
+        a, b = (f"{file['name']} ({file['sha256'][:12]})" for file in files_read)
+        raise UserError(
+            f"{name} was asked of {a} in A and {b} in B: other data, evaluate both alike"
+        )
     if mine["metric"] == "accuracy" and "clustered_by" not in mine:
         raise UserError(
             f"{name} does not say what it is clustered by, in A nor in B: evaluate again to have it"
@@ -108,7 +117,7 @@ def _compared(
     _check_same(name, entry["metric"], mine, base)
     items = [line["item"] for line in mine]
     if entry["metric"] == "perplexity":
-        return _perplexities(mine, base, items)
+        return _perplexities(mine, base)
     right, other = (np.array([line["right"] for line in lines], bool) for lines in (mine, base))
     of_pairs = entry["clustered_by"] == statistics.BY_OBJECT
     objects = [line["objects"] for line in mine] if of_pairs else None
@@ -117,46 +126,39 @@ def _compared(
         "clustered_by": entry["clustered_by"],
         "A": float(right.mean()),
         "B": float(other.mean()),
-        **_difference(found, found),
+        **_difference(found),
         "only_A": int(np.sum(right & ~other)),
         "only_B": int(np.sum(other & ~right)),
         "questions": len(items),
     }
 
 
-def _perplexities(
-    mine: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]], items: Sequence[str]
-) -> dict[str, Any]:
+def _perplexities(mine: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Difference of nats per token, and ratio of perplexities, by document."""
     nats, other = (np.array([line["nats"] for line in lines]) for lines in (mine, base))
     tokens = np.array([line["tokens"] for line in mine], float)
-    scale = 1 / tokens.mean()  # so that means over documents are those over tokens
-    tested = statistics.paired(scale * nats, scale * other, items)
-    # Long documents weigh more: the error is that of a ratio of two sums.
-    expected = scale * (other + tested.difference * (tokens - tokens.mean()))
-    sure = statistics.paired(scale * nats, expected, items)
+    found = statistics.paired_ratio(nats, other, tokens)
     a, b = float(nats.sum() / tokens.sum()), float(other.sum() / tokens.sum())
     return {
         "clustered_by": "document",
         "A": statistics.power(a),
         "B": statistics.power(b),
-        **_difference(tested, sure),
-        "ratio": statistics.power(tested.difference),
+        **_difference(found),
+        "ratio": statistics.power(found.difference),
         "only_A": int(np.sum(nats < other)),
         "only_B": int(np.sum(other < nats)),
-        "questions": len(items),
+        "questions": len(nats),
     }
 
 
-def _difference(tested: statistics.Paired, sure: statistics.Paired) -> dict[str, Any]:
-    """tested: whose p-value is taken; sure: whose error is."""
-    unknown = math.isnan(sure.stderr)
+def _difference(found: statistics.Paired) -> dict[str, Any]:
+    unknown = math.isnan(found.stderr)
     return {
-        "difference": tested.difference,
-        "stderr": None if unknown else sure.stderr,
-        "interval": [None, None] if unknown else [sure.low, sure.high],
-        "p": tested.p,
-        "clusters": tested.clusters,
+        "difference": found.difference,
+        "stderr": None if unknown else found.stderr,
+        "interval": [None, None] if unknown else [found.low, found.high],
+        "p": found.p,
+        "clusters": found.clusters,
     }
 
 

@@ -211,6 +211,24 @@ def paired(
         p = _sign_flips(np.bincount(place, weights=gaps), seed)
     else:
         p = _t_test(mean, found)
+    return _within(mean, found, p)
+
+
+def paired_ratio(
+    mine: np.ndarray, base: np.ndarray, counts: np.ndarray, *, seed: int = 0
+) -> Paired:
+    """Compares the means over all values of two models, given sums by item [n] and their counts.
+
+    Items with more values weigh more: the error is that of a ratio of two sums. p: as of `paired`.
+    """
+    gaps = np.asarray(mine, float) - np.asarray(base, float)
+    mean, items = float(np.sum(gaps) / np.sum(counts)), len(gaps)
+    found = Spread(ratio_error(gaps, counts), items, items)
+    return _within(mean, found, _sign_flips(gaps, seed))
+
+
+def _within(mean: float, found: Spread, p: float) -> Paired:
+    """A difference with its 95 % interval of t."""
     half = float(stats.t.ppf(0.975, max(found.independent - 1, 1)) * found.error)
     return Paired(mean, found.error, mean - half, mean + half, p, found.clusters)
 
@@ -230,7 +248,8 @@ def _sign_flips(sums: np.ndarray, seed: int) -> float:
     sums = sums[sums != 0]
     if not len(sums):
         return 1.0
-    seen = abs(sums.sum()) - 1e-9  # sums of the same numbers in another order are as far
+    # Sums of the same numbers in another order are as far.
+    seen = abs(sums.sum()) - 1e-12 * np.abs(sums).sum()
     if len(sums) <= _EXACT_ITEMS:
         places = np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums)) & 1
         return float(np.mean(np.abs((1 - 2 * places) @ sums) >= seen))
