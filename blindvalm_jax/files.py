@@ -49,9 +49,13 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any, *, compact: bool = False) -> None:
-    """Writes a JSON file, see `replacing`; compact: on one line, in half the time and memory."""
+    """Writes a JSON file, see `replacing`; compact: on one line, in half the time and memory.
+
+    Raises:
+      ValueError: a number is not finite, which JSON has no word for.
+    """
     layout: dict[str, Any] = {"separators": (",", ":")} if compact else {"indent": 1}
-    write_bytes(path, (json.dumps(value, **layout) + "\n").encode())
+    write_bytes(path, (json.dumps(value, allow_nan=False, **layout) + "\n").encode())
 
 
 def read_json(path: Path, *, hint: str = "") -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,9 +16,9 @@ from scipy import stats
 
 from blindvalm_jax import files
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.tasks import catalog, results
+from blindvalm_jax.tasks import catalog, results, statistics
 from blindvalm_jax.tasks.answers import Answers
-from blindvalm_jax.tasks.compare import compare, holm, write
+from blindvalm_jax.tasks.compare import compare, holm, line_of, write
 from tests import small_tasks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +68,7 @@ def read_texts(directory: Path, nats: np.ndarray, tokens: np.ndarray, *, window:
     entry = {
         "metric": "perplexity",
         "protocol": "corrected",
-        "score": float(np.exp(nats.sum() / tokens.sum())),
+        "score": statistics.power(nats.sum() / tokens.sum()),
         **{"stderr": None, "interval": [None, None], "majority": None, "random": 320.0},
         **{"n": len(nats), "window": window, "stride": 16, "per_prompt": [], "faults": []},
         **{"tokens": int(tokens.sum()), "skipped": 0, "bits_per_byte": None},
@@ -95,13 +96,50 @@ def test_accuracies_are_compared_question_by_question(data: Path, tmp_path: Path
     mine, base = np.array(rows)
     assert found["difference"] == pytest.approx(mine.mean() - base.mean())
     assert (found["only_A"], found["only_B"]) == (sum(mine & ~base), sum(base & ~mine))
-    assert (found["A"], found["questions"], found["items"]) == (mine.mean(), 36, 4)
+    assert (found["A"], found["questions"], found["clusters"]) == (mine.mean(), 36, 4)
     turned = compare(b, a)["tasks"]["memory_colors"]
     assert turned["difference"] == -found["difference"]
     assert turned["p"] == found["p"]
     assert turned["interval"] == pytest.approx([-x for x in found["interval"][::-1]])
     same = compare(a, a)["tasks"]["memory_colors"]
     assert (same["difference"], same["p"], same["only_A"]) == (0.0, 1.0, 0)
+
+
+def test_pairs_are_compared_by_their_objects(data: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        answered(tmp_path / name, data, seed=seed, name="tnwit_height")
+    entry = results.read(tmp_path / "a")[0]["tasks"]["tnwit_height"]
+    # A tree, an ant, a house and a mouse, in three pairs.
+    assert (entry["n"], entry["clusters"], entry["clustered_by"]) == (3, 4, "objects of pairs")
+    found = compare(tmp_path / "a", tmp_path / "b")["tasks"]["tnwit_height"]
+    assert (found["clusters"], found["clustered_by"]) == (4, "objects of pairs")
+    entries = [results.read(tmp_path / name)[0]["tasks"]["tnwit_height"] for name in "ab"]
+    lines = [
+        results.read_lines(tmp_path / name, "tnwit_height", of)
+        for name, of in zip("ab", entries, strict=True)
+    ]
+    items = [line["item"] for line in lines[0]]
+    objects = [(*line["objects"],) for line in lines[0]]
+    assert {*objects} == {("a tree", "an ant"), ("a house", "an ant"), ("a mouse", "a tree")}
+    mine, base = (np.array([line["right"] for line in of]) for of in lines)
+    expected = statistics.paired(mine, base, items, objects=objects)
+    assert found["stderr"] == expected.stderr > statistics.paired(mine, base, items).stderr
+    assert found["p"] == expected.p
+    assert found["interval"] == [expected.low, expected.high]
+
+
+def test_evaluations_that_know_no_clusters_are_refused(data: Path, tmp_path: Path) -> None:
+    """What was written before questions about pairs said their objects."""
+    for name in "ab":
+        answered(tmp_path / name, data, seed=1)
+    place = tmp_path / "b" / "results.json"
+    whole = files.read_object(place)
+    del whole["tasks"]["memory_colors"]["clustered_by"]
+    files.write_json(place, whole)
+    with pytest.raises(UserError, match="with clustered_by item in A and None in B"):
+        compare(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(UserError, match="does not say what it is clustered by, in A nor in B"):
+        compare(tmp_path / "b", tmp_path / "b")
 
 
 def test_one_question_an_item_is_mcnemars_test(data: Path, tmp_path: Path) -> None:
@@ -144,6 +182,19 @@ def test_perplexities_are_compared_by_document(tmp_path: Path) -> None:
     assert low < found["difference"] < high
 
 
+def test_perplexities_that_are_no_floats_are_compared(tmp_path: Path) -> None:
+    tokens = np.array([20, 30, 40])
+    a = read_texts(tmp_path / "a", np.array([800.0, 801, 799]) * tokens, tokens)
+    b = read_texts(tmp_path / "b", 3.0 * tokens, tokens)
+    found = compare(a, b)
+    entry = found["tasks"]["wikitext103"]
+    assert entry["difference"] == pytest.approx((16_000 + 24_030 + 31_960) / 90 - 3)
+    assert (entry["A"], entry["B"]) == (None, pytest.approx(math.exp(3)))
+    assert entry["ratio"] is None
+    assert line_of("wikitext103", entry).split()[1:3] == ["–", "20.09"]
+    assert "| wikitext103 | corrected | – | 20.09 |" in write(found, tmp_path / "c").read_text()
+
+
 def test_holms_correction() -> None:
     """An example of Holm's procedure, worked by hand."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
@@ -176,6 +227,24 @@ def test_other_questions_are_refused(
     a = answered(tmp_path / "a", data, seed=1)
     with pytest.raises(UserError, match=message):
         compare(a, make(tmp_path, data))
+
+
+def test_another_file_is_refused_though_its_questions_are_the_same(
+    data: Path, tmp_path: Path
+) -> None:
+    hashes = {"a": "0a" * 32, "b": "0b" * 32, "as_a": "0a" * 32}
+    for name, sha256 in hashes.items():
+        answered(tmp_path / name, data, seed=1)
+        whole = files.read_object(tmp_path / name / "results.json")
+        file = {"name": f"{name}.csv", "sha256": sha256}
+        whole["tasks"]["memory_colors"]["file"] = file
+        files.write_json(tmp_path / name / "results.json", whole)
+    told = r"memory_colors was asked of a.csv \(0a0a0a0a0a0a\) in A and b.csv \(0b0b0b0b0b0b\) in B"
+    with pytest.raises(UserError, match=told):
+        compare(tmp_path / "a", tmp_path / "b")
+    assert compare(tmp_path / "a", tmp_path / "as_a")["tasks"]["memory_colors"]["p"] == 1.0
+    unknown = answered(tmp_path / "unknown", data, seed=1)
+    assert compare(tmp_path / "a", unknown)["tasks"]["memory_colors"]["p"] == 1.0
 
 
 def test_other_windows_and_tokens_are_refused(tmp_path: Path) -> None:

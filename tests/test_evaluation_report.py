@@ -118,6 +118,10 @@ def test_perplexities_have_a_panel_and_a_line(tmp_path: Path) -> None:
     assert "nats per token 3, perplexity by word 55.5." in page
     assert "Grounding: source text, readout eos." in page
     assert "| 43.44 / 43.46 / 48.63 |" in page
+    found["tasks"]["wikitext103"] |= {"score": None, "interval": [12.5, None], "majority": 20.0}
+    page = report.write(found, place).read_text()
+    assert "| corrected | – | – | [12.5, –] | 20 | 320 | 2 |" in page
+    assert "Better than the majority with their whole interval: none." in page
 
 
 def test_what_lacks_something_is_refused(data: Path, tmp_path: Path) -> None:

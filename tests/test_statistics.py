@@ -16,7 +16,7 @@ def test_one_question_an_item_has_the_exact_interval(right: int, count: int) -> 
     answers = np.arange(count) < right
     found = statistics.accuracy(answers, [str(n) for n in range(count)])
     exact = stats.binomtest(right, count).proportion_ci(0.95, "exact")
-    assert (found.items, found.questions) == (count, count)
+    assert (found.clusters, found.questions) == (count, count)
     assert (found.low, found.high) == pytest.approx(tuple(exact))
     assert statistics.exact_interval(right, count) == pytest.approx(tuple(exact))
 
@@ -57,10 +57,28 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     assert held / 1000 > 0.95 - 4 * math.sqrt(0.95 * 0.05 / 1000)
 
 
+def test_one_answer_more_moves_an_interval_little() -> None:
+    """From an answer that is always the same, right in every second question, to drawn ones."""
+    items = [str(n // 8) for n in range(800)]
+    right = np.arange(800) % 2 == 0
+    ends = []
+    for place in (None, *np.random.default_rng(10).permutation(800)[:400]):
+        if place is not None:
+            right[place] ^= True
+        found = statistics.accuracy(right, items)
+        ends.append((found.low, found.high))
+    # As many as there are items, whose answers cancel; then more and more of the questions.
+    assert ends[0] == pytest.approx(statistics.exact_interval(50, 100))
+    assert ends[1] == pytest.approx(ends[0], abs=1 / 800)
+    assert np.max(np.abs(np.diff(ends, axis=0))) < 0.01
+    widths = np.diff(ends, axis=1)
+    assert np.max(widths) == widths[0] > 1.8 * widths[-1]
+
+
 def test_one_item_says_nothing_of_its_error() -> None:
     found = statistics.accuracy(np.array([True, False, True]), ["a"] * 3)
     assert math.isnan(found.stderr)
-    assert found.items == 1
+    assert found.clusters == 1
     assert found.low < 0.05
     assert found.high > 0.95
 
@@ -89,6 +107,22 @@ def test_the_paired_test_takes_an_item_as_one() -> None:
     assert statistics.paired(mine, mine, items).p == 1.0
 
 
+def test_items_of_many_values_weigh_more() -> None:
+    """Of as many values each they are those of the paired comparison of their means."""
+    rng = np.random.default_rng(11)
+    mine, base = rng.random((2, 20)) * 1e6
+    counts = np.full(20, 50.0)
+    found = statistics.paired_ratio(mine, base, counts)
+    means = statistics.paired(mine / 50, base / 50, [f"{n:02}" for n in range(20)])
+    assert found.p == means.p
+    told = [(of.difference, of.stderr, of.low, of.high) for of in (found, means)]
+    assert told[0] == pytest.approx(told[1])
+    counts[:10] = 150
+    found = statistics.paired_ratio(mine, base, counts)
+    assert found.difference == pytest.approx(np.sum(mine - base) / 2000)
+    assert found.stderr == pytest.approx(statistics.ratio_error(mine - base, counts))
+
+
 def test_without_a_difference_small_p_values_are_rare() -> None:
     """400 pairs of models that differ by luck: 5 % below 0.05, within 4 standard errors."""
     rng = np.random.default_rng(4)
@@ -99,3 +133,93 @@ def test_without_a_difference_small_p_values_are_rare() -> None:
         mine, base = rng.random((2, 36)) < chance
         below += statistics.paired(mine, base, items).p < 0.05
     assert below / 400 < 0.05 + 4 * math.sqrt(0.05 * 0.95 / 400)
+
+
+def pairs_of(count: int, *, kept: float = 1.0) -> list[tuple[str, str]]:
+    """Pairs of objects, all of them or a share that is drawn."""
+    rng = np.random.default_rng(5)
+    every = [(f"{a}", f"{b}") for a in range(count) for b in range(a + 1, count)]
+    return [pair for pair in every if rng.random() < kept]
+
+
+def test_the_error_of_pairs_is_of_objects_left_out_one_by_one() -> None:
+    """Questions about a third of the pairs of 9 objects, some in clusters of several."""
+    rng = np.random.default_rng(6)
+    pairs = [pair for pair in pairs_of(9, kept=0.4) for _ in range(rng.integers(1, 5))]
+    values, items = rng.random(len(pairs)), [" ".join(pair) for pair in pairs]
+    error, count = statistics.dyadic_error(values, items, pairs)
+    names = sorted({name for pair in pairs for name in pair})
+    assert count == len(names) == 9
+    square = 0.0
+    for name in names:
+        rest = [value for value, pair in zip(values, pairs, strict=True) if name not in pair]
+        square += float(len(values) * (values.mean() - np.mean(rest))) ** 2
+    for item in set(items):
+        own = [value for value, other in zip(values, items, strict=True) if other == item]
+        square -= float(np.sum(own - values.mean())) ** 2
+    assert error == pytest.approx(math.sqrt(square * 9 / 8) / len(values))
+    alone, _ = statistics.clustered_error(values, items)
+    assert statistics.spread(values, items, objects=pairs).error == max(error, alone)
+
+
+def test_pairs_without_a_common_object_are_items() -> None:
+    """One of them says nothing; of several the objects are no more evidence than the pairs."""
+    right = np.repeat(np.random.default_rng(7).random(40) < 0.4, 2)
+    pairs = [(f"{n // 2}", f"other {n // 2}") for n in range(80)]
+    items = [" ".join(pair) for pair in pairs]
+    found = statistics.accuracy(right, items, objects=pairs)
+    alone = statistics.accuracy(right, items)
+    # Factors of 80 objects, each in 1 of 40 pairs, over that of 40 items.
+    more = math.sqrt(80 / 79 * (2 / (1 - 1 / 40) ** 2 - 1) / (40 / 39))
+    assert found.stderr / alone.stderr == pytest.approx(more)
+    assert found.low < alone.low < alone.high < found.high
+    assert found.high - found.low == pytest.approx(more * (alone.high - alone.low), rel=0.01)
+    assert (found.clusters, alone.clusters) == (80, 40)
+    one = statistics.paired(right[:2], ~right[:2], items[:2], objects=pairs[:2])
+    assert math.isnan(one.stderr)
+    assert one.p == 1.0
+    every = np.ones(4, bool)
+    assert statistics.paired(every, ~every, items[:4], objects=pairs[:4]).p == 0.5
+
+
+def test_intervals_of_pairs_that_share_objects_hold_the_truth() -> None:
+    """Objects differ in how well they are known; 500 data sets: 0.95 within 4 standard errors.
+
+    With clusters of pairs, as if these were drawn one by one, they hold it in less than half.
+    """
+    rng = np.random.default_rng(8)
+    pairs = pairs_of(30)
+    first, second = np.array(pairs, int).T
+    items = [" ".join(pair) for pair in pairs]
+    truth = float(stats.norm.sf(1 / math.sqrt(3)))
+    held = {"objects": 0, "pairs": 0}
+    for _ in range(500):
+        known = rng.standard_normal(30)
+        right = known[first] + known[second] + rng.standard_normal(len(pairs)) > 1
+        found = statistics.accuracy(right, items, objects=pairs)
+        held["objects"] += found.low <= truth <= found.high
+        found = statistics.accuracy(right, items)
+        held["pairs"] += found.low <= truth <= found.high
+    assert held["objects"] / 500 == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / 500))
+    assert held["pairs"] / 500 < 0.5
+
+
+def test_models_that_order_objects_alike_rarely_differ() -> None:
+    """Two models see an order with noise, drawn once for an object: 5 % of p below 0.05.
+
+    Within 4 standard errors of 400 draws. Swapping the answers to pair after pair finds
+    differences in every fifth, and more, of 100.
+    """
+    rng = np.random.default_rng(9)
+    pairs = pairs_of(25, kept=0.8)
+    first, second = np.array(pairs, int).T
+    items = [" ".join(pair) for pair in pairs]
+    below = {"objects": 0, "pairs": 0}
+    for draw in range(400):
+        seen = np.arange(25) + 10 * rng.standard_normal((2, 25))
+        mine, base = seen[:, first] < seen[:, second]
+        below["objects"] += statistics.paired(mine, base, items, objects=pairs).p < 0.05
+        if draw < 100:
+            below["pairs"] += statistics.paired(mine, base, items).p < 0.05
+    assert below["objects"] / 400 < 0.05 + 4 * math.sqrt(0.05 * 0.95 / 400)
+    assert below["pairs"] / 100 > 0.2

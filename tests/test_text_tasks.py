@@ -418,11 +418,31 @@ def test_the_error_of_a_perplexity_is_that_of_documents() -> None:
     tokens = rng.integers(5, 50, 400)
     nats = tokens * rng.normal(3.0, 0.3, 400)
     found = statistics.perplexity(nats, tokens)
+    assert found.low is not None
+    assert found.mean is not None
+    assert found.high is not None
     assert found.mean == pytest.approx(math.exp(nats.sum() / tokens.sum()))
     without = np.exp((nats.sum() - nats) / (tokens.sum() - tokens))
     jackknife = math.sqrt(399 / 400 * np.sum((without - without.mean()) ** 2))
     assert found.stderr == pytest.approx(jackknife, rel=0.01)
     assert found.low < found.mean < found.high
+
+
+@pytest.mark.parametrize(
+    ("by_token", "known"),
+    [((150, 20), (True, True, True, False)), ((1500, 1500), (False, False, False, False))],
+)
+def test_a_perplexity_that_is_no_float_is_unknown(
+    by_token: tuple[int, int], known: tuple[bool, ...]
+) -> None:
+    """Of two documents the interval is 25 errors wide."""
+    tokens = np.array([10, 10])
+    found = statistics.perplexity(tokens * by_token, tokens)
+    values = (found.mean, found.stderr, found.low, found.high)
+    assert tuple(value is not None for value in values) == known
+    assert all(math.isfinite(value) for value in values if value is not None)
+    one = statistics.perplexity(tokens[:1], tokens[:1])
+    assert one == statistics.Perplexity(math.e, None, None, None)
 
 
 def test_entries_and_lines_land_in_files(
@@ -476,18 +496,16 @@ def prepare(directory: Path, dataset: str, rows: dict[str, list[dict[str, Any]]]
 
 
 def test_prepared_tfds_datasets_are_read(tmp_path: Path) -> None:
-    prepare(
-        tmp_path,
-        "ag_news_subset",
-        {"test": [{"title": "t", "description": "It flies.", "label": 3}]},
-    )
+    twice = [{"title": title, "description": "It flies.", "label": 3} for title in "tu"]
+    prepare(tmp_path, "ag_news_subset", {"test": twice})
     prepare(tmp_path, "lambada", {"test": [{"passage": "one two\n"}, {"passage": "two three"}]})
     prepare(tmp_path / "one", "lambada", {"test": [{"passage": "one two"}, {"passage": "alone"}]})
     prepare(tmp_path, "glue/sst2", {"validation": [{"sentence": "fun ", "label": 1, "idx": 0}]})
     names = ["agnews", "sst2", "lambada", "lambada_perplexity"]
     sst2, news, perplexities, words = evaluation.read(names, "corrected", None, tfds=tmp_path)
     assert isinstance(news, evaluation.AskedChoice)
-    assert (news.items[0].words["text"], news.items[0].answer) == ("It flies.", "technology")
+    told = [(item.id, item.words["text"], item.answer) for item in news.items]
+    assert told == 2 * [("0", "It flies.", "technology")]
     assert news.task.source == "TFDS ag_news_subset/1.0.0, test"
     assert isinstance(sst2, evaluation.AskedChoice)
     assert (sst2.items[0].answer, sst2.task.source) == (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from blindvalm_jax import config, runs, train, trained
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.tasks import evaluation, identity, results
+from blindvalm_jax.tasks import evaluation, identity, results, training
 from blindvalm_jax.tasks.scoring import Scorer
 from tests import small_models, small_tasks, small_text, test_train
 
@@ -116,7 +117,7 @@ def test_what_goes_wrong_with_tasks_ends_no_training(
     ("changes", "message"),
     [
         ({"eval__tasks": "colours"}, "eval.tasks=colours: eval.tasks must be names or groups"),
-        ({"eval__tasks": "sst2"}, "eval.tasks=sst2: test_with_labels.json or sst2.* is not in"),
+        ({"eval__tasks": "sst2"}, "eval.tasks=sst2: sst2: test_with_labels.json or sst2.* is not in"),
         (
             {
                 **{"eval__tasks": "lambada", "eval__tasks_protocol": "corrected"},
@@ -139,3 +140,8 @@ def test_what_cannot_be_asked_is_refused_before_training(
     with pytest.raises(UserError, match=message):
         train.train(config.parse(given), tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_score_that_is_no_float_is_said() -> None:
+    told = training.scores({"sst2": {"score": 0.5}, "ptb": {"score": None}})
+    assert told == {"eval/tasks/sst2": 0.5, "eval/tasks/ptb": math.inf}

@@ -51,7 +51,7 @@ def published_faults(name: str) -> tuple[str, ...]:
     if isinstance(task, LastWordTask):
         return last_word.FAULTS
     if isinstance(task, TextTask):
-        return perplexity.FAULTS
+        return () if task.blocks is None else perplexity.FAULTS
     protocol = TASKS[name].published if name in TASKS else None
     return () if protocol is None else protocol.faults
 

@@ -44,7 +44,7 @@ def compare(first: Path, second: Path, *, names: Sequence[str] = ()) -> dict[str
             **_settings(name, mine["tasks"][name], base["tasks"][name]),
             **_compared(
                 name,
-                mine["tasks"][name]["metric"],
+                mine["tasks"][name],
                 results.read_lines(here, name, mine["tasks"][name]),
                 results.read_lines(there, name, base["tasks"][name]),
             ),
@@ -85,67 +85,80 @@ def _shared(mine: Mapping[str, Any], base: Mapping[str, Any], names: Sequence[st
 
 
 def _settings(name: str, mine: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Metric and protocol of a task, which must be the same, and so must windows."""
-    for key in ("metric", "protocol", *_WINDOWS):
+    """Metric and protocol of a task, which must be the same, and so must windows and clusters.
+
+    So must the file, where both say which they have read.
+    """
+    for key in ("metric", "protocol", *_WINDOWS, "clustered_by"):
         a, b = mine.get(key), base.get(key)
         if a != b:
             raise UserError(
                 f"{name} was asked with {key} {a} in A and {b} in B: evaluate both alike"
             )
+    files_read = [of["file"] for of in (mine, base) if of.get("file") is not None]
+    if len({file["sha256"] for file in files_read}) > 1:
+        a, b = (f"{file['name']} ({file['sha256'][:12]})" for file in files_read)
+        raise UserError(
+            f"{name} was asked of {a} in A and {b} in B: other data, evaluate both alike"
+        )
+    if mine["metric"] == "accuracy" and "clustered_by" not in mine:
+        raise UserError(
+            f"{name} does not say what it is clustered by, in A nor in B: evaluate again to have it"
+        )
     return {"metric": mine["metric"], "protocol": mine["protocol"]}
 
 
 def _compared(
-    name: str, metric: str, mine: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]
+    name: str,
+    entry: Mapping[str, Any],
+    mine: Sequence[dict[str, Any]],
+    base: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    _check_same(name, metric, mine, base)
+    _check_same(name, entry["metric"], mine, base)
     items = [line["item"] for line in mine]
-    if metric == "perplexity":
-        return _perplexities(mine, base, items)
+    if entry["metric"] == "perplexity":
+        return _perplexities(mine, base)
     right, other = (np.array([line["right"] for line in lines], bool) for lines in (mine, base))
-    found = statistics.paired(right, other, items)
+    of_pairs = entry["clustered_by"] == statistics.BY_OBJECT
+    objects = [line["objects"] for line in mine] if of_pairs else None
+    found = statistics.paired(right, other, items, objects=objects)
     return {
+        "clustered_by": entry["clustered_by"],
         "A": float(right.mean()),
         "B": float(other.mean()),
-        **_difference(found, found),
+        **_difference(found),
         "only_A": int(np.sum(right & ~other)),
         "only_B": int(np.sum(other & ~right)),
         "questions": len(items),
     }
 
 
-def _perplexities(
-    mine: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]], items: Sequence[str]
-) -> dict[str, Any]:
+def _perplexities(mine: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Difference of nats per token, and ratio of perplexities, by document."""
     nats, other = (np.array([line["nats"] for line in lines]) for lines in (mine, base))
     tokens = np.array([line["tokens"] for line in mine], float)
-    scale = 1 / tokens.mean()  # so that means over documents are those over tokens
-    tested = statistics.paired(scale * nats, scale * other, items)
-    # Long documents weigh more: the error is that of a ratio of two sums.
-    expected = scale * (other + tested.difference * (tokens - tokens.mean()))
-    sure = statistics.paired(scale * nats, expected, items)
+    found = statistics.paired_ratio(nats, other, tokens)
     a, b = float(nats.sum() / tokens.sum()), float(other.sum() / tokens.sum())
     return {
-        "A": math.exp(a),
-        "B": math.exp(b),
-        **_difference(tested, sure),
-        "ratio": math.exp(tested.difference),
+        "clustered_by": "document",
+        "A": statistics.power(a),
+        "B": statistics.power(b),
+        **_difference(found),
+        "ratio": statistics.power(found.difference),
         "only_A": int(np.sum(nats < other)),
         "only_B": int(np.sum(other < nats)),
-        "questions": len(items),
+        "questions": len(nats),
     }
 
 
-def _difference(tested: statistics.Paired, sure: statistics.Paired) -> dict[str, Any]:
-    """tested: whose p-value is taken; sure: whose error is."""
-    unknown = math.isnan(sure.stderr)
+def _difference(found: statistics.Paired) -> dict[str, Any]:
+    unknown = math.isnan(found.stderr)
     return {
-        "difference": tested.difference,
-        "stderr": None if unknown else sure.stderr,
-        "interval": [None, None] if unknown else [sure.low, sure.high],
-        "p": tested.p,
-        "items": tested.items,
+        "difference": found.difference,
+        "stderr": None if unknown else found.stderr,
+        "interval": [None, None] if unknown else [found.low, found.high],
+        "p": found.p,
+        "clusters": found.clusters,
     }
 
 
@@ -186,10 +199,17 @@ def line_of(name: str, entry: Mapping[str, Any]) -> str:
 
     interval = "[{}, {}]".format(*(shown(value, 0) for value in entry["interval"]))
     return (
-        f"{name:22} {unit * entry['A']:8.2f} {unit * entry['B']:8.2f} "
+        f"{name:22} {_score(entry, 'A'):>8} {_score(entry, 'B'):>8} "
         f"{shown(entry['difference'], 8)} {shown(entry['stderr'], 7)} {interval:>19} "
         f"{_p(entry['p']):>7} {_p(entry['p_holm']):>7} {entry['only_A']:6} {entry['only_B']:6}"
     )
+
+
+def _score(entry: Mapping[str, Any], which: str) -> str:
+    """An accuracy in percent, or a perplexity where it is a float."""
+    value = entry[which]
+    unit = 100 if entry["metric"] == "accuracy" else 1
+    return "–" if value is None else f"{unit * value:.2f}"
 
 
 def _p(value: float) -> str:
@@ -219,9 +239,10 @@ def write(found: Mapping[str, Any], out: Path) -> Path:
         "Accuracies are shares of questions that are right, in percent, and their differences "
         "points: under `published` the sizes of results.json are half of them. Of perplexities the "
         "difference is in nats per token, with the ratio of perplexities in brackets; less is "
-        "better. Errors and tests are clustered by item or document. p is that of a permutation "
-        f"test; p (Holm) is corrected for these {len(tasks)} tasks. Only A: questions that A alone "
-        "has right, or documents that it predicts better; of: questions or documents.",
+        "better. Errors and tests are clustered by item or document, those of pairs by their "
+        "objects. p is that of a permutation test, of pairs that of t; p (Holm) is corrected for "
+        f"these {len(tasks)} tasks. Only A: questions that A alone has right, or documents that it "
+        "predicts better; of: questions or documents.",
         "",
     ]
     path = out / "compare.md"
@@ -237,10 +258,10 @@ def _row(name: str, entry: Mapping[str, Any]) -> list[str]:
             return "–"
         return f"{100 * value:+.2f}" if percent else f"{value:+.4f}"
 
-    unit = 100 if percent else 1
-    ratio = "" if percent else f" ({entry['ratio']:.4f})"
+    known = not percent and entry["ratio"] is not None
+    ratio = f" ({entry['ratio']:.4f})" if known else ""
     return [
-        *(name, entry["protocol"], f"{unit * entry['A']:.2f}", f"{unit * entry['B']:.2f}"),
+        *(name, entry["protocol"], _score(entry, "A"), _score(entry, "B")),
         f"{shown(entry['difference'])}{ratio}",
         shown(entry["stderr"]).removeprefix("+"),
         "[{}, {}]".format(*(shown(value) for value in entry["interval"])),

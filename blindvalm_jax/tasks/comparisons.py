@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from blindvalm_jax.errors import UserError
@@ -33,17 +33,24 @@ _WHICH_HEIGHT = (
     "Which is the tallest? [A] or [B]",
     "Which is the shortest? [A] or [B]",
 )
+# A first alone: as pairs are asked in both orders, B first would ask the same again.
 _THAN_SIZE = (
+    "[A] is larger or smaller than [B]?",
+    "The size of [A] is larger or smaller than [B]?",
+    "[A] has a larger or smaller size than [B]?",
+    "[A] has a larger or a smaller size than [B]?",
+)
+_THAN_HEIGHT = ("[A] is taller or shorter than [B]?",)
+# Templates take turns in which thing they name first. The fourth was two: a comma is missing in
+# the script.
+_THAN_SIZE_PUBLISHED = (
     "[A] is larger or smaller than [B]?",
     "[B] is larger or smaller than [A]?",
     "The size of [A] is larger or smaller than [B]?",
-    "The size of [B] is larger or smaller than [A]?",
-    "[A] has a larger or smaller size than [B]?",
+    "The size of [B] is larger or smaller than [A]?[A] has a larger or smaller size than [B]?",
     "[B] has a larger or a smaller size than [A]?",
 )
-# The fourth and fifth are one: a comma is missing in the script.
-_THAN_SIZE_PUBLISHED = (*_THAN_SIZE[:3], _THAN_SIZE[3] + _THAN_SIZE[4], _THAN_SIZE[5])
-_THAN_HEIGHT = ("[A] is taller or shorter than [B]?", "[B] is taller or shorter than [A]?")
+_THAN_HEIGHT_PUBLISHED = (*_THAN_HEIGHT, "[B] is taller or shorter than [A]?")
 _YES_NO = (
     "Is [A] bigger than [B]?",
     "Is [A] larger than [B]?",
@@ -76,14 +83,14 @@ def pairs(
                 f"{path}: example {number} has {value!r} as {relation}, expected {more!r} or "
                 f"{less!r}"
             )
-        words = {"a": row[first], "b": row[second]}
-        found.append(Item(id=_id(words), words=words, answer=said[type(value), value]))
+        found.append(_pair(row[first], row[second], said[type(value), value]))
     return _agreeing(path, found)
 
 
-def _id(words: Mapping[str, str]) -> str:
-    """Of a pair in both orders."""
-    return " | ".join(sorted(words.values()))
+def _pair(a: str, b: str, answer: str) -> Item:
+    """An item whose id and objects are those of the pair in both orders."""
+    objects = (min(a, b), max(a, b))
+    return Item(id=" | ".join(objects), words={"a": a, "b": b}, answer=answer, objects=objects)
 
 
 def _agreeing(path: Path, items: list[Item]) -> list[Item]:
@@ -110,8 +117,7 @@ def _larger_first(path: Path) -> list[Item]:
         words = line.split()
         if len(words) != 2:
             raise UserError(f"{path}:{number} has {len(words)} words, expected LARGER SMALLER")
-        a, b = words
-        found.append(Item(id=_id({"a": a, "b": b}), words={"a": a, "b": b}, answer="yes"))
+        found.append(_pair(words[0], words[1], "yes"))
     _agreeing(path, [dataclasses.replace(item, answer=_MORE) for item in found])
     return found
 
@@ -125,8 +131,8 @@ def _larger_first_and_last(path: Path) -> list[Item]:
 def both_orders(items: Sequence[Item]) -> list[Item]:
     """Every pair in both orders, each asked once: those of the items, and those turned round.
 
-    Items that say the same of a pair, in one order or both, are one pair here and one cluster,
-    however many rows they are of the file (`n` of an entry counts rows).
+    Items that say the same of a pair, in one order or both, are one pair here, however many rows
+    they are of the file (`n` of an entry counts rows).
 
     Raises:
       UserError: two items contradict each other, or a thing is compared with itself.
@@ -147,8 +153,8 @@ def both_orders(items: Sequence[Item]) -> list[Item]:
 
 def turned(item: Item) -> Item:
     """A pair the other way round."""
-    return Item(
-        id=item.id,
+    return dataclasses.replace(
+        item,
         words={"a": item.words["b"], "b": item.words["a"]},
         answer=_LESS if item.answer == _MORE else _MORE,
     )
@@ -167,6 +173,7 @@ def which(templates: Sequence[str]) -> Ask:
                     prompt=fill(template, item.words),
                     candidates=(item.words["a"], item.words["b"]),
                     answer=0 if a_is_right else 1,
+                    objects=item.objects,
                 )
 
     return ask
@@ -186,9 +193,15 @@ def than(
                     prompt=fill(template, item.words),
                     candidates=(more, less),
                     answer=0 if right(number, item) else 1,
+                    objects=item.objects,
                 )
 
     return ask
+
+
+def _of_a(number: int, item: Item) -> bool:
+    """All templates name A first."""
+    return item.answer == _MORE
 
 
 def _of_first(number: int, item: Item) -> bool:
@@ -203,6 +216,11 @@ def _by_place(number: int, item: Item) -> bool:
 
 def _turned(ask: Ask) -> Ask:
     return lambda items: ask(both_orders(items))
+
+
+def _once(ask: Ask) -> Ask:
+    """Rows that are alike are asked as one."""
+    return lambda items: ask(list({(*item.words.values(),): item for item in items}.values()))
 
 
 def _task(
@@ -237,7 +255,7 @@ def _task(
 def _both(
     name: str, source: str, files: tuple[str, ...], read: readers.Read
 ) -> tuple[ChoiceTask, ChoiceTask]:
-    size = functools.partial(than, more="larger", less="smaller", right=_of_first)
+    size = functools.partial(than, more="larger", less="smaller")
     return (
         _task(name, source, files, read, ask=which(_WHICH_SIZE), published=which(_WHICH_SIZE)),
         _task(
@@ -245,8 +263,8 @@ def _both(
             source,
             files,
             read,
-            ask=size(_THAN_SIZE),
-            published=size(_THAN_SIZE_PUBLISHED),
+            ask=size(_THAN_SIZE, right=_of_a),
+            published=size(_THAN_SIZE_PUBLISHED, right=_of_first),
             faults=("two templates are one, and the last is scored as if it named A first",),
         ),
     )
@@ -254,7 +272,9 @@ def _both(
 
 def _size_pairs() -> ChoiceTask:
     protocol = Protocol(
-        files=("sizePairsFull.txt",), read=_larger_first_and_last, ask=asking(_YES_NO, _ANSWERS)
+        files=("sizePairsFull.txt",),
+        read=_larger_first_and_last,
+        ask=_once(asking(_YES_NO, _ANSWERS)),
     )
     return ChoiceTask(
         name="size_pairs_legacy",
@@ -298,8 +318,8 @@ TASKS = (
         _TNWT,
         ("tnwit_height.json",),
         _labelled,
-        ask=than(_THAN_HEIGHT, "taller", "shorter", right=_of_first),
-        published=than(_THAN_HEIGHT, "taller", "shorter", right=_by_place),
+        ask=than(_THAN_HEIGHT, "taller", "shorter", right=_of_a),
+        published=than(_THAN_HEIGHT_PUBLISHED, "taller", "shorter", right=_by_place),
         faults=("what counts as right depends on the template alone, not on the pair",),
     ),
     _size_pairs(),

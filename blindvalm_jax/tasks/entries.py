@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from blindvalm_jax.tasks import statistics
+
 _LONGEST = 40  # letters of a value in an error
 
 
@@ -48,7 +50,6 @@ _COUNT, _TEXT = (_is_count, "a whole number"), (_is_text, "a text")
 _EVERY: dict[str, _Check] = {
     "protocol": _TEXT,
     "metric": (lambda value: value in ("accuracy", "perplexity"), "accuracy or perplexity"),
-    "score": _NUMBER,
     "stderr": _KNOWN,
     "interval": (_is_pair, "two numbers or nulls"),
     "n": _COUNT,
@@ -59,6 +60,7 @@ _EVERY: dict[str, _Check] = {
     "source": _TEXT,
 }
 _PERPLEXITY: dict[str, _Check] = {
+    "score": _KNOWN,
     **dict.fromkeys(("tokens", "window", "stride", "skipped"), _COUNT),
     "nats_per_token": _NUMBER,
     **dict.fromkeys(("bits_per_byte", "word_perplexity"), _KNOWN),
@@ -67,7 +69,7 @@ _IF_THERE: dict[str, _Check] = {
     "prompts": (_are(_is_text), "a list of texts"),
     "answers": (_table(_are_counts), "a table of pairs of whole numbers"),
     "beside": (_table(_is_number), "a table of numbers"),
-    "scored_by": _TEXT,
+    **dict.fromkeys(("scored_by", "clustered_by"), _TEXT),
     "prompts_cut": _COUNT,
     "lines": (lambda value: isinstance(value, dict) and "sha256" in value, "a table with sha256"),
 }
@@ -76,13 +78,20 @@ _LINES: dict[str, dict[str, _Check]] = {
     "accuracy": {"item": _TEXT, "right": (lambda value: isinstance(value, bool), "true or false")},
     "perplexity": {"item": _TEXT, "nats": _NUMBER, "tokens": _COUNT},
 }
+_OBJECTS: dict[str, _Check] = {
+    "objects": (
+        lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_text, value)),
+        "two texts",
+    )
+}
 
 
 def problem(task: str, entry: object) -> str:
     """What is wrong with an entry, such as "lacks sst2.random"; "" if nothing is."""
     if not isinstance(entry, dict):
         return f"has {_short(entry)} as {task}, expected a table"
-    wanted = {**_EVERY, **(_PERPLEXITY if entry.get("metric") == "perplexity" else {})}
+    perplexity = entry.get("metric") == "perplexity"
+    wanted = {**_EVERY, **(_PERPLEXITY if perplexity else {"score": _NUMBER})}
     there = {name: check for name, check in _IF_THERE.items() if name in entry}
     found = _first(task, entry, {**wanted, **there})
     if not found and "prompts" in entry and len(entry["prompts"]) != len(entry["per_prompt"]):
@@ -92,11 +101,12 @@ def problem(task: str, entry: object) -> str:
     return found
 
 
-def line_problem(line: object, metric: str) -> str:
+def line_problem(line: object, entry: Mapping[str, Any]) -> str:
     """What is wrong with a line of a task's answers; "" if nothing is."""
     if not isinstance(line, dict):
         return f"is {_short(line)}, expected an object"
-    return _first("", line, _LINES[metric])
+    of_pairs = entry.get("clustered_by") == statistics.BY_OBJECT
+    return _first("", line, _LINES[entry["metric"]] | (_OBJECTS if of_pairs else {}))
 
 
 def _first(of: str, values: Mapping[str, Any], wanted: Mapping[str, _Check]) -> str:

@@ -167,10 +167,10 @@ def run(
     """Runs tasks and prints a line for each, unless quiet; `out` gets results.json and TASK.jsonl.
 
     about: what else results.json says of the model (`identity.about`). Both are written after every
-    task. Entries that results.json has of the same model stay in it; those of another are put aside,
-    which is said, and so is it if a task was asked under another protocol or in other windows.
-    there: of `rehearse`: tasks that were asked just so by this code before are not asked again;
-    None: all are.
+    task. Entries that results.json has of the same model stay in it, those of another are put
+    aside; that is said, and what was asked under another protocol or in other windows. there: of
+    `rehearse`: tasks that were asked just so by this code before are not asked again; None: all
+    are.
 
     Returns what results.json holds.
     """

@@ -61,10 +61,13 @@ def scores(tasks: Mapping[str, Mapping[str, Any]]) -> Figure:
 def _score(panel: Axes, place: int, entry: Mapping[str, Any], unit: float) -> None:
     ends = [value for value in entry["interval"] if value is not None]
     panel.plot([unit * x for x in ends], [place] * len(ends), color=_MODEL, lw=1.8, zorder=3)
-    for key, style in (("majority", _MAJORITY), ("random", _RANDOM)):
+    model: dict[str, Any] = {"marker": "o", "color": _MODEL, "ms": 5.5}
+    for key, style, layer in (
+        *(("majority", _MAJORITY, 2), ("random", _RANDOM, 2)),
+        ("score", model, 4),
+    ):
         if entry[key] is not None:
-            panel.plot(unit * entry[key], place, zorder=2, **style)
-    panel.plot(unit * entry["score"], place, "o", color=_MODEL, ms=5.5, zorder=4)
+            panel.plot(unit * entry[key], place, zorder=layer, **style)
 
 
 def answers(entry: Mapping[str, Any]) -> Figure:

@@ -17,7 +17,6 @@ from blindvalm_jax.errors import UserError
 from blindvalm_jax.tasks import readers, statistics
 from blindvalm_jax.tasks.asked import Asked, Outcome, Windows
 from blindvalm_jax.tasks.passages import Texts, straight_quotes
-from blindvalm_jax.tasks.perplexity import power
 from blindvalm_jax.tasks.scoring import Row, Scorer
 from blindvalm_jax.tasks.task import Group
 
@@ -98,13 +97,14 @@ class AskedLastWords:
             "interval": [sure.low, sure.high],
             "n": len(rows),
             "questions": len(rows),
-            "clusters": len(rows),
+            "clusters": sure.clusters,
+            "clustered_by": statistics.BY_ITEM,
             "majority": max(Counter(answers).values()) / len(answers),
             "random": context_word(self.passages),
             "per_prompt": [sure.mean],
             "scored_by": "last token" if published else "greedy",
             "tokens": sum(len(row.wanted) for row in rows),
-            "last_word_perplexity": None if published else power(float(nats.mean())),
+            "last_word_perplexity": None if published else statistics.power(float(nats.mean())),
             "prompts_cut": cut,
             "faults": list(FAULTS) if published else [],
             "source": self.source,

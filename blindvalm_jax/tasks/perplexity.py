@@ -20,7 +20,6 @@ from blindvalm_jax.tasks.task import Group
 
 LONGEST_BLOCK = 512  # tokens, end token included, of the reference's models
 _ADDED = 0.1  # to every count of the unigram
-_LARGEST_POWER = 700.0  # e to it is a float
 FAULTS = (
     "every line stands alone behind an end token: no paragraph sees those before it",
     f"lines of more than {LONGEST_BLOCK} tokens are left out",
@@ -218,21 +217,21 @@ def _scored(
 def _entry(nats: np.ndarray, counts: np.ndarray, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The part of an entry that tells of the model."""
     found, total = statistics.perplexity(nats, counts), float(nats.sum())
-    several, known = len(nats) > 1, "bytes" in lines[0]
+    known = "bytes" in lines[0]
     size = sum(line["bytes"] for line in lines) if known else None
     words = sum(line["words"] for line in lines) if known else None
     return {
         "metric": "perplexity",
         "score": found.mean,
-        "stderr": found.stderr if several else None,
-        "interval": [found.low, found.high] if several else [None, None],
+        "stderr": found.stderr,
+        "interval": [found.low, found.high],
         "n": len(nats),
         "tokens": int(counts.sum()),
         "bytes": size,
         "words": words,
         "nats_per_token": total / int(counts.sum()),
         "bits_per_byte": total / math.log(2) / size if size else None,
-        "word_perplexity": power(total / words) if words else None,
+        "word_perplexity": statistics.power(total / words) if words else None,
     }
 
 
@@ -249,8 +248,3 @@ def unigram(counted: Sequence[np.ndarray], ids: Sequence[np.ndarray], *, vocab_s
     counts = np.bincount(np.concatenate(counted), minlength=vocab_size) + _ADDED
     log_p = np.log(counts / counts.sum())
     return float(np.exp(-log_p[np.concatenate(ids)].mean()))
-
-
-def power(nats: float) -> float | None:
-    """e to it, None where that is no float."""
-    return math.exp(nats) if nats < _LARGEST_POWER else None

@@ -15,18 +15,21 @@ class Item:
 
     id: tells it from the others; items of one id are asked about the same thing, and are no
     independent evidence. words: what fills a prompt, by name. answer: the right candidate.
+    objects: the two that an item compares, in one order whatever theirs is; None of other items.
     """
 
     id: str
     words: Mapping[str, str]
     answer: str
+    objects: tuple[str, str] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
     """A prompt with its candidates.
 
-    item, template: what it was made of; answer: place of the candidate that counts as right.
+    item, template: what it was made of; answer: place of the candidate that counts as right;
+    objects: those of the item.
     """
 
     item: str
@@ -34,6 +37,7 @@ class Question:
     prompt: str
     candidates: tuple[str, ...]
     answer: int
+    objects: tuple[str, str] | None = None
 
 
 # From all items of a data set to what is asked.
@@ -83,6 +87,7 @@ def asking(templates: Sequence[str], candidates: Sequence[str] = ()) -> Ask:
                     prompt=fill(template, item.words),
                     candidates=chosen,
                     answer=places[item.answer],
+                    objects=item.objects,
                 )
 
     return ask

@@ -58,9 +58,10 @@ def _scores(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "![scores](figures/scores.png)",
         *table(head, rows),
         "Accuracies are in percent, perplexities as they are. Standard errors are clustered by "
-        "item. Majority: the one answer that is right most often (perplexity: of a unigram); "
-        "random: drawing among the candidates (perplexity: of equal chances). n counts items, each "
-        "asked with all templates.",
+        "item, those of pairs by the objects they share. Majority: the one answer that is right "
+        "most often (perplexity: of a unigram); random: drawing among the candidates (perplexity: "
+        "of equal chances). n counts rows of the file or documents; items are asked with all "
+        "templates.",
         "",
         "Better than the majority with their whole interval: "
         f"{', '.join(above) if above else 'none'}.",
@@ -70,9 +71,10 @@ def _scores(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _beats_majority(entry: Mapping[str, Any]) -> bool:
     (low, high), majority = entry["interval"], entry["majority"]
-    if low is None or majority is None:
+    worst = low if entry["metric"] == "accuracy" else high
+    if worst is None or majority is None:
         return False
-    return bool(low > majority if entry["metric"] == "accuracy" else high < majority)
+    return bool(worst > majority if entry["metric"] == "accuracy" else worst < majority)
 
 
 def _constant(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -176,7 +178,7 @@ def _own(name: str, entry: Mapping[str, Any], way: str) -> str:
             return ""
         value = entry["beside"][way]
     times = _times(name) if entry["protocol"] == "published" else 1.0
-    return _shown(entry, times * value)
+    return _shown(entry, None if value is None else times * value)
 
 
 def _task(name: str, entry: Mapping[str, Any], out: Path) -> list[str]:

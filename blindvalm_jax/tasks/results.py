@@ -35,12 +35,14 @@ def summary(
     """The entry of results.json; file: the one the items are of, None of a TFDS data set.
 
     score: accuracy, counted as the protocol does, and so are majority and random; stderr, interval:
-    of it, clustered by item; None of a single item. per_prompt: accuracy by template. answers: how
-    often each candidate was chosen and right.
+    of it, clustered as clustered_by says; None of a single item. clusters: how many items, or
+    objects. per_prompt: accuracy by template. answers: how often each candidate was chosen and
+    right.
     """
     way = protocol.scores[0]
     about = [question.item for question in questions]
-    found = statistics.accuracy(answers.right[way], about)
+    objects = [question.objects for question in questions if question.objects is not None]
+    found = statistics.accuracy(answers.right[way], about, objects=objects or None)
     without = catalog.baselines(questions)
     per_prompt: dict[int, list[bool]] = {}
     for question, right in zip(questions, answers.right[way], strict=True):
@@ -53,7 +55,8 @@ def summary(
         "interval": [share * found.low, share * found.high],
         "n": len(items),
         "questions": found.questions,
-        "clusters": found.items,
+        "clusters": found.clusters,
+        "clustered_by": statistics.BY_OBJECT if objects else statistics.BY_ITEM,
         "majority": share * without.majority,
         "random": share * without.random,
         "per_prompt": [share * sum(of) / len(of) for _, of in sorted(per_prompt.items())],
@@ -73,13 +76,14 @@ def summary(
 def lines(
     questions: Sequence[Question], answers: Answers, protocol: Protocol
 ) -> Iterator[dict[str, Any]]:
-    """Every question with its scores and answer."""
+    """Every question with its scores and answer; objects are said where it compares some."""
     way = protocol.scores[0]
     for question, scores, place, right in zip(
         questions, answers.scores, answers.chosen[way], answers.right[way], strict=True
     ):
+        asked = dataclasses.asdict(question)
         yield {
-            **dataclasses.asdict(question),
+            **{name: value for name, value in asked.items() if value is not None},
             "scores": [float(score) for score in scores],
             "chosen": int(place),
             "right": bool(right),
@@ -151,7 +155,7 @@ def read_lines(directory: Path, task: str, entry: Mapping[str, Any]) -> list[dic
             "evaluate again to have both"
         )
     for number, line in enumerate(lines, 1):
-        if wrong := entries.line_problem(line, entry["metric"]):
+        if wrong := entries.line_problem(line, entry):
             raise UserError(f"{path}: line {number} {wrong}; {_AGAIN}")
     return lines
 

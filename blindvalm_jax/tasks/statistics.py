@@ -1,17 +1,22 @@
-"""How sure an accuracy is: errors clustered by item, exact intervals, paired comparisons.
+"""How sure an accuracy is: clustered errors, exact intervals, paired comparisons.
 
-Prompts about one item are no independent evidence. Every error here is of items, as draws from all
-that could have been asked about, and takes the templates as given.
+Prompts about one item are no independent evidence, nor are pairs that share an object. Every error
+here is of items, or of the objects of pairs, as draws from all that could have been asked about,
+and takes the templates as given.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
 
+# What clusters are of, as results.json says it.
+BY_ITEM, BY_OBJECT = "item", "objects of pairs"
+_LARGEST_POWER = 700.0  # e to it is a float
 _DRAWS = 20_000
 _EXACT_ITEMS = 14  # up to this many all signs are tried: 16,384 of them
 
@@ -20,35 +25,50 @@ _EXACT_ITEMS = 14  # up to this many all signs are tried: 16,384 of them
 class Estimate:
     """A mean over questions.
 
-    stderr: clustered by item (Liang & Zeger 1986), nan with a single item. low, high: of the 95 %
-    interval. items, questions: how many.
+    stderr: clustered, nan with a single item. low, high: of the 95 % interval. clusters, questions:
+    how many.
     """
 
     mean: float
     stderr: float
     low: float
     high: float
-    items: int
+    clusters: int
     questions: int
 
 
-def accuracy(right: np.ndarray, items: Sequence[str]) -> Estimate:
+# The two objects that each question compares; None of questions that compare none.
+Objects = Sequence[tuple[str, str]] | None
+
+
+def accuracy(right: np.ndarray, items: Sequence[str], *, objects: Objects = None) -> Estimate:
     """Share of questions that are right, bool [n], each about the item of its place.
 
-    The interval is Clopper's and Pearson's exact one for as many independent questions as have
-    the same error (Korn & Graubard 1998): for one question an item it is that of n questions.
+    The interval is Clopper's and Pearson's exact one for as many questions as `_as_many` says.
+    objects: as `spread` has them.
     """
     values = np.asarray(right, float)
-    mean, (stderr, count) = float(values.mean()), clustered_error(values, items)
-    size = float(len(values))
-    if 0 < mean < 1 and count > 1 and stderr > 0:
-        spread = stats.t.ppf(0.975, len(values) - 1) / stats.t.ppf(0.975, count - 1)
-        alike = mean * (1 - mean) / (stderr**2 * (count - 1) / count)
-        size = min(size, alike * spread**2)
-    elif count < len(values):  # all right, or all wrong: as many as there are items
-        size = float(count)
+    mean, found = float(values.mean()), spread(values, items, objects=objects)
+    size = _as_many(mean, found, len(values))
     low, high = exact_interval(mean * size, size)
-    return Estimate(mean, stderr, low, high, count, len(values))
+    return Estimate(mean, found.error, low, high, found.clusters, len(values))
+
+
+def _as_many(mean: float, found: Spread, questions: int) -> float:
+    """How many independent questions a share is worth.
+
+    As many as have the same error (Korn & Graubard 1998): for one question an item all of them. An
+    error below that of independent questions is no more evidence: right and wrong answers cancel
+    within items, as where one that is always the same is right in every second question. The
+    number then falls with the error again, to that of clusters, which it is of all right or wrong.
+    """
+    count = found.independent
+    if not 0 < mean < 1 or count < 2:
+        return float(count)
+    wider = stats.t.ppf(0.975, questions - 1) / stats.t.ppf(0.975, count - 1)
+    most = questions * wider**2
+    effect = found.error**2 * (count - 1) / count * questions / (mean * (1 - mean))
+    return float(most / effect if effect >= 1 else max(most * effect, min(most, count)))
 
 
 def exact_interval(right: float, count: float) -> tuple[float, float]:
@@ -58,11 +78,61 @@ def exact_interval(right: float, count: float) -> tuple[float, float]:
     return low, high
 
 
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """error: of a mean. clusters: items, or objects. independent: the fewer of these and of pairs.
+
+    Tests and intervals have one degree of freedom less than there are independent clusters.
+    """
+
+    error: float
+    clusters: int
+    independent: int
+
+
+def spread(values: np.ndarray, items: Sequence[str], *, objects: Objects = None) -> Spread:
+    """The clustered standard error of the mean of values [n], nan with a single item.
+
+    Without objects questions about different items are independent (Liang & Zeger 1986). With
+    them items are pairs, and questions are independent if they share no object (`dyadic_error`).
+    """
+    error, count = clustered_error(values, items)
+    if objects is None:
+        return Spread(error, count, count)
+    # The dyadic variance may fall below that of pairs, or of 0, by chance.
+    dyadic, known = dyadic_error(values, items, objects)
+    return Spread(error if count < 2 else max(error, dyadic), known, min(count, known))
+
+
 def clustered_error(values: np.ndarray, items: Sequence[str]) -> tuple[float, int]:
     """Standard error of the mean of values [n] clustered by item, and how many items there are."""
     _, place = np.unique(np.asarray(items), return_inverse=True)
     sums = np.bincount(place, weights=np.asarray(values, float))
     return ratio_error(sums, np.bincount(place)), len(sums)
+
+
+def dyadic_error(
+    values: np.ndarray, pairs: Sequence[str], objects: Sequence[tuple[str, str]]
+) -> tuple[float, int]:
+    """Standard error of the mean of values [n], and how many objects N they compare.
+
+    Questions are independent if their pairs share no object (Fafchamps & Gubert 2007; Aronow,
+    Samii & Assenova 2015): the variance is N / (N - 1) (sum_o r_o^2 - sum_p r_p^2) / n^2, 0 where
+    that is negative. r_p sums the residuals of questions about pair p, and r_o those about pairs
+    that hold object o, over the share 1 - n_o / n of questions that do not: r_o / n is how far the
+    mean moves without the object. Undivided, as residuals of a mean that the object has drawn to
+    itself, they are too small (Bell & McCaffrey 2002); of 25 objects it matters.
+    """
+    rest = np.asarray(values, float) - np.mean(values)
+    _, pair = np.unique(np.asarray(pairs), return_inverse=True)
+    names, held = np.unique(np.asarray(objects), return_inverse=True)
+    by_object = np.bincount(held.ravel(), weights=np.repeat(rest, 2))
+    others = 1 - np.bincount(held.ravel()) / len(rest)
+    # An object in every pair cannot be left out, and its residuals sum to 0.
+    by_object = np.divide(by_object, others, out=np.zeros(len(names)), where=others > 0)
+    square = float(np.sum(by_object**2) - np.sum(np.bincount(pair, weights=rest) ** 2))
+    count = len(names)
+    return float(np.sqrt(max(square, 0.0) * count / (count - 1)) / len(rest)), count
 
 
 def ratio_error(sums: np.ndarray, counts: np.ndarray) -> float:
@@ -79,20 +149,32 @@ def ratio_error(sums: np.ndarray, counts: np.ndarray) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean nats of tokens; stderr (delta method), low, high: nan of one document."""
+    """exp of the mean nats of tokens; stderr: delta method; low, high: of the 95 % interval.
 
-    mean: float
-    stderr: float
-    low: float
-    high: float
+    None where it is no float, and all but the mean of one document.
+    """
+
+    mean: float | None
+    stderr: float | None
+    low: float | None
+    high: float | None
 
 
 def perplexity(nats: np.ndarray, tokens: np.ndarray) -> Perplexity:
     """Of sums of nats and counts of tokens by document [n]; 95 % interval of t on the log scale."""
-    mean, error = float(np.sum(nats) / np.sum(tokens)), ratio_error(nats, tokens)
-    half = float(stats.t.ppf(0.975, max(len(nats) - 1, 1)) * error)
-    low, middle, high = np.exp([mean - half, mean, mean + half]).tolist()
-    return Perplexity(middle, middle * error, low, high)
+    mean = float(np.sum(nats) / np.sum(tokens))
+    middle = power(mean)
+    if len(nats) < 2:
+        return Perplexity(middle, None, None, None)
+    error = ratio_error(nats, tokens)
+    half = float(stats.t.ppf(0.975, len(nats) - 1) * error)
+    stderr = None if middle is None else middle * error
+    return Perplexity(middle, stderr, power(mean - half), power(mean + half))
+
+
+def power(nats: float) -> float | None:
+    """e to it, None where that is no float."""
+    return math.exp(nats) if nats < _LARGEST_POWER else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,30 +186,70 @@ class Paired:
     low: float
     high: float
     p: float
-    items: int
+    clusters: int
 
 
-def paired(mine: np.ndarray, base: np.ndarray, items: Sequence[str], *, seed: int = 0) -> Paired:
+def paired(
+    mine: np.ndarray,
+    base: np.ndarray,
+    items: Sequence[str],
+    *,
+    objects: Objects = None,
+    seed: int = 0,
+) -> Paired:
     """Compares values [n] of two models, question by question.
 
     p: of a permutation test that swaps the models' answers to all questions about an item; exact
     up to 14 items that differ, with 20,000 draws beyond. For one question an item it is McNemar's.
+    Answers about pairs that share objects cannot be swapped one by one: with objects, as `spread`
+    has them, p is that of t.
     """
     gaps = np.asarray(mine, float) - np.asarray(base, float)
-    stderr, count = clustered_error(gaps, items)
-    mean = float(gaps.mean())
-    half = float(stats.t.ppf(0.975, max(count - 1, 1)) * stderr)
-    _, place = np.unique(np.asarray(items), return_inverse=True)
-    sums = np.bincount(place, weights=gaps)
-    p = _sign_flips(sums[sums != 0], seed)
-    return Paired(mean, stderr, mean - half, mean + half, p, count)
+    mean, found = float(gaps.mean()), spread(gaps, items, objects=objects)
+    if objects is None:
+        _, place = np.unique(np.asarray(items), return_inverse=True)
+        p = _sign_flips(np.bincount(place, weights=gaps), seed)
+    else:
+        p = _t_test(mean, found)
+    return _within(mean, found, p)
+
+
+def paired_ratio(
+    mine: np.ndarray, base: np.ndarray, counts: np.ndarray, *, seed: int = 0
+) -> Paired:
+    """Compares the means over all values of two models, given sums by item [n] and their counts.
+
+    Items with more values weigh more: the error is that of a ratio of two sums. p: as of `paired`.
+    """
+    gaps = np.asarray(mine, float) - np.asarray(base, float)
+    mean, items = float(np.sum(gaps) / np.sum(counts)), len(gaps)
+    found = Spread(ratio_error(gaps, counts), items, items)
+    return _within(mean, found, _sign_flips(gaps, seed))
+
+
+def _within(mean: float, found: Spread, p: float) -> Paired:
+    """A difference with its 95 % interval of t."""
+    half = float(stats.t.ppf(0.975, max(found.independent - 1, 1)) * found.error)
+    return Paired(mean, found.error, mean - half, mean + half, p, found.clusters)
+
+
+def _t_test(mean: float, found: Spread) -> float:
+    """p of a mean, no less than that of all signs of as many independent clusters."""
+    if mean == 0 or np.isnan(found.error):
+        return 1.0
+    least = 2.0 ** (1 - found.independent)
+    if found.error == 0:
+        return least
+    return max(float(2 * stats.t.sf(abs(mean) / found.error, found.independent - 1)), least)
 
 
 def _sign_flips(sums: np.ndarray, seed: int) -> float:
     """Share of all signs, or of drawn ones and those seen, whose sum is as far from 0."""
+    sums = sums[sums != 0]
     if not len(sums):
         return 1.0
-    seen = abs(sums.sum()) - 1e-9  # sums of the same numbers in another order are as far
+    # Sums of the same numbers in another order are as far.
+    seen = abs(sums.sum()) - 1e-12 * np.abs(sums).sum()
     if len(sums) <= _EXACT_ITEMS:
         places = np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums)) & 1
         return float(np.mean(np.abs((1 - 2 * places) @ sums) >= seen))

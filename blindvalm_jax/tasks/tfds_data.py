@@ -46,10 +46,10 @@ def items(task: str, directory: Path) -> tuple[str, list[Item]]:
     wrong = [label for label in labels if not 0 <= label < len(of.words)]
     if wrong:
         raise UserError(f"{source}: labels are 0 to {len(of.words) - 1}, got {wrong[0]}")
-    return source, [
-        Item(id=f"{n}", words={"text": example[of.text].decode()}, answer=of.words[label])
-        for n, (example, label) in enumerate(zip(found, labels, strict=True))
-    ]
+    return source, topics.numbered(
+        (example[of.text].decode(), of.words[label])
+        for example, label in zip(found, labels, strict=True)
+    )
 
 
 def passages(directory: Path) -> tuple[str, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 from blindvalm_jax.errors import UserError
@@ -21,14 +22,19 @@ DBPEDIA = (
 _HEADER = "the first example is left out as if it named the columns"
 
 
+def numbered(rows: Iterable[tuple[str, str]], *, start: int = 0) -> list[Item]:
+    """Items of texts and labels; the id of a text is the number of the first row that has it."""
+    first: dict[str, int] = {}
+    return [
+        Item(id=f"{first.setdefault(text, number)}", words={"text": text}, answer=label)
+        for number, (text, label) in enumerate(rows, start)
+    ]
+
+
 def labelled(path: Path) -> list[Item]:
     """Objects with a text and a label, as a JSON list or lines."""
-    return [
-        Item(id=f"{number}", words={"text": row["text"]}, answer=row["label"])
-        for number, row in enumerate(
-            readers.json_rows(path, ("text", "label"), may_be_blank=["text"])
-        )
-    ]
+    rows = readers.json_rows(path, ("text", "label"), may_be_blank=["text"])
+    return numbered((row["text"], row["label"]) for row in rows)
 
 
 def topics(words: tuple[str, ...]) -> readers.Read:
@@ -42,10 +48,7 @@ def topics(words: tuple[str, ...]) -> readers.Read:
         if path.suffix == ".jsonl":
             return labelled(path)
         rows = readers.bare_csv_rows(path, ("label", "title", "text"))
-        return [
-            Item(id=f"{n}", words={"text": row["text"]}, answer=_label(path, row["label"], words))
-            for n, row in enumerate(rows)
-        ]
+        return numbered((row["text"], _label(path, row["label"], words)) for row in rows)
 
     return read
 
@@ -61,14 +64,14 @@ def _label(path: Path, label: str, words: tuple[str, ...]) -> str:
 
 def cut_at_commas(path: Path) -> list[Item]:
     """The third field of a line cut at every comma, as the reference's script reads it."""
-    items = []
+    rows = []
     for number, fields in enumerate(readers.split_rows(path), 1):
         if len(fields) < 3:
             raise UserError(f"{path}: line {number + 1} has no third field between commas")
         text = fields[2].replace('""', '"').removeprefix(" ")
         label = fields[0].replace('"', "").strip()
-        items.append(Item(id=f"{number}", words={"text": text}, answer=label))
-    return items
+        rows.append((text, label))
+    return numbered(rows, start=1)
 
 
 def _sentiment(name: str, source: str, files: tuple[str, ...], published: Protocol) -> ChoiceTask:

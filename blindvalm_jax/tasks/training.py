@@ -7,6 +7,7 @@ metrics.jsonl has the score of each task under eval/tasks/NAME.
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -74,8 +75,15 @@ class TrainingTasks:
         except (UserError, OSError) as error:
             print_error(f"tasks of step {step} are not answered: {error}; training goes on")
             return
-        entries = {one.name: found["tasks"][one.name] for one in self._asked}
-        report(step, {f"eval/tasks/{name}": entry["score"] for name, entry in entries.items()})
+        report(step, scores({one.name: found["tasks"][one.name] for one in self._asked}))
+
+
+def scores(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """By task an accuracy as a share, or a perplexity, inf where it is no float."""
+    return {
+        f"eval/tasks/{name}": math.inf if entry["score"] is None else entry["score"]
+        for name, entry in tasks.items()
+    }
 
 
 def unanswered(settings: Config, workdir: Path, *, step: int) -> str:
