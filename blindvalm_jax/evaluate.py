@@ -80,8 +80,8 @@ def main(argv: Sequence[str]) -> int:
     asked = evaluation.read(_TASKS.value, _PROTOCOL.value, data, cut=cut, tfds=prepared)
     model = model_flags.load()
     _make(out)
-    standing.make_room(out, _PROTOCOL.value)
     known = evaluation.rehearse(asked, model)
+    standing.make_room(out, _PROTOCOL.value)
     scorer = Scorer(model)
     found = evaluation.run(
         asked,

@@ -197,6 +197,8 @@ def test_the_command_writes_what_checks_rely_on(runs: Path) -> None:
     assert needed <= colors.keys()
     assert (colors["protocol"], colors["n"], colors["random"]) == ("corrected", 4, 0.25)
     assert np.mean(colors["per_prompt"]) == pytest.approx(colors["score"])
+    assert [*colors["per_item"]] == ["1", "2", "3", "4"]
+    assert np.mean([*colors["per_item"].values()]) == pytest.approx(colors["score"])
     content = (runs / "data" / "vlu" / "memory_color_data.csv").read_bytes()
     file = {"name": "memory_color_data.csv", "sha256": hashlib.sha256(content).hexdigest()}
     assert colors["file"] == file

@@ -117,7 +117,10 @@ def test_what_goes_wrong_with_tasks_ends_no_training(
     ("changes", "message"),
     [
         ({"eval__tasks": "colours"}, "eval.tasks=colours: eval.tasks must be names or groups"),
-        ({"eval__tasks": "sst2"}, "eval.tasks=sst2: sst2: test_with_labels.json or sst2.* is not in"),
+        (
+            {"eval__tasks": "sst2"},
+            "eval.tasks=sst2: sst2: test_with_labels.json or sst2.* is not in",
+        ),
         (
             {
                 **{"eval__tasks": "lambada", "eval__tasks_protocol": "corrected"},

@@ -67,6 +67,8 @@ _PERPLEXITY: dict[str, _Check] = {
 }
 _IF_THERE: dict[str, _Check] = {
     "prompts": (_are(_is_text), "a list of texts"),
+    "per_item": (_table(_is_number), "a table of numbers"),
+    "last_word_perplexity": _KNOWN,
     "answers": (_table(_are_counts), "a table of pairs of whole numbers"),
     "beside": (_table(_is_number), "a table of numbers"),
     **dict.fromkeys(("scored_by", "clustered_by"), _TEXT),

@@ -247,7 +247,8 @@ def line_of(name: str, entry: Mapping[str, Any]) -> str:
     def shown(value: float | None, width: int) -> str:
         return " " * width if value is None else f"{unit * value:{width}.2f}"
 
-    interval = "[{}, {}]".format(*(shown(value, 0) for value in entry["interval"]))
+    ends = [shown(value, 0) for value in entry["interval"]]
+    interval = "[{}, {}]".format(*ends) if any(ends) else ""
     return (
         f"{name:22} {shown(entry['score'], 8)} {shown(entry['stderr'], 7)} {interval:>17} "
         f"{shown(entry['majority'], 9)} {shown(entry['random'], 9)} {entry['n']:6}"

@@ -102,6 +102,7 @@ class AskedLastWords:
             "majority": max(Counter(answers).values()) / len(answers),
             "random": context_word(self.passages),
             "per_prompt": [sure.mean],
+            "per_item": dict(zip(items, right.astype(float).tolist(), strict=True)),
             "scored_by": "last token" if published else "greedy",
             "tokens": sum(len(row.wanted) for row in rows),
             "last_word_perplexity": None if published else statistics.power(float(nats.mean())),

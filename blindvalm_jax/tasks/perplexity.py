@@ -201,6 +201,7 @@ def _scored(
         **_entry(nats, counts, lines),
         **_without_model(tokens.counted, ids, tokenizer),
         "per_prompt": [],
+        "per_item": {line["item"]: line["nats"] / line["tokens"] for line in lines},
         "document": tokens.document,
         "window": tokens.cut.window,
         "stride": tokens.cut.stride,

@@ -13,6 +13,7 @@ from blindvalm_jax.tasks import catalog, figures, identity, published
 
 _ALMOST_ALWAYS = 0.9  # share of answers from which one is named
 _LONGEST_PROMPT = 90  # letters
+_UNKNOWN = "–"
 
 
 def write(results: Mapping[str, Any], out: Path) -> Path:
@@ -32,6 +33,7 @@ def write(results: Mapping[str, Any], out: Path) -> Path:
 def _head(results: Mapping[str, Any]) -> list[str]:
     of = f"# Evaluation of {results['model']}"
     about = [f"step {results['step']}"] if results["step"] else []
+    about += [f"in {results['dtype']}"] if "dtype" in results else []
     about += [f"{name} {results[name]}" for name in ("tokenizer", "commit") if results[name]]
     # Results of an older version do not say it.
     how = identity.grounded(results["grounding"]) if "grounding" in results else ""
@@ -46,7 +48,7 @@ def _scores(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
             entry["protocol"],
             _shown(entry, entry["score"]),
             _shown(entry, entry["stderr"]),
-            "[{}, {}]".format(*(_shown(entry, value) for value in entry["interval"])),
+            _interval([_shown(entry, value) for value in entry["interval"]]),
             _shown(entry, entry["majority"]),
             _shown(entry, entry["random"]),
             f"{entry['n']:,}",
@@ -60,8 +62,8 @@ def _scores(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "Accuracies are in percent, perplexities as they are. Standard errors are clustered by "
         "item, those of pairs by the objects they share. Majority: the one answer that is right "
         "most often (perplexity: of a unigram); random: drawing among the candidates (perplexity: "
-        "of equal chances). n counts rows of the file or documents; items are asked with all "
-        "templates.",
+        "of equal chances; LAMBADA: a word drawn from the passage). n counts rows of the file or "
+        "documents; items are asked with all templates.",
         "",
         "Better than the majority with their whole interval: "
         f"{', '.join(above) if above else 'none'}.",
@@ -198,6 +200,8 @@ def _task(name: str, entry: Mapping[str, Any], out: Path) -> list[str]:
         lines += [f"Scored by {entry['scored_by']}; {', '.join(ways)}.", ""]
     if entry["metric"] == "perplexity":
         lines += [_texts(entry), ""]
+    if entry.get("last_word_perplexity") is not None:
+        lines += [f"Perplexity of the whole last word: {entry['last_word_perplexity']:.5g}.", ""]
     if "prompts_cut" in entry and entry["prompts_cut"]:
         lines += [f"{entry['prompts_cut']:,} prompts lost their beginning.", ""]
     if entry["faults"]:
@@ -216,9 +220,13 @@ def _texts(entry: Mapping[str, Any]) -> str:
     )
 
 
+def _interval(ends: Sequence[str]) -> str:
+    return "[{}, {}]".format(*ends) if set(ends) != {_UNKNOWN} else _UNKNOWN
+
+
 def _shown(entry: Mapping[str, Any], value: float | None) -> str:
     if value is None:
-        return "–"
+        return _UNKNOWN
     return f"{100 * value:.2f}" if entry["metric"] == "accuracy" else f"{value:.5g}"
 
 

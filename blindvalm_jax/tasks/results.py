@@ -9,7 +9,9 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from blindvalm_jax import files
 from blindvalm_jax.errors import UserError
@@ -21,6 +23,7 @@ from blindvalm_jax.tasks.task import ChoiceTask, Protocol
 # What results.json has to say of the whole.
 _HEAD = ("tasks", "model", "step", "tokenizer", "commit")
 _AGAIN = "evaluate again to have it"
+Name = TypeVar("Name", str, int)
 
 
 def summary(
@@ -36,18 +39,17 @@ def summary(
 
     score: accuracy, counted as the protocol does, and so are majority and random; stderr, interval:
     of it, clustered as clustered_by says; None of a single item. clusters: how many items, or
-    objects. per_prompt: accuracy by template. answers: how often each candidate was chosen and
-    right.
+    objects. per_prompt, per_item: accuracy by template, and by item. answers: how often each
+    candidate was chosen and right.
     """
     way = protocol.scores[0]
     about = [question.item for question in questions]
     objects = [question.objects for question in questions if question.objects is not None]
     found = statistics.accuracy(answers.right[way], about, objects=objects or None)
     without = catalog.baselines(questions)
-    per_prompt: dict[int, list[bool]] = {}
-    for question, right in zip(questions, answers.right[way], strict=True):
-        per_prompt.setdefault(question.template, []).append(bool(right))
     share = protocol.share
+    counted = share * answers.right[way]
+    by_template = _means([question.template for question in questions], counted)
     return {
         "metric": "accuracy",
         "score": share * found.mean,
@@ -59,7 +61,8 @@ def summary(
         "clustered_by": statistics.BY_OBJECT if objects else statistics.BY_ITEM,
         "majority": share * without.majority,
         "random": share * without.random,
-        "per_prompt": [share * sum(of) / len(of) for _, of in sorted(per_prompt.items())],
+        "per_prompt": [by_template[template] for template in sorted(by_template)],
+        "per_item": _means(about, counted),
         "prompts": _prompts(questions),
         "scored_by": way,
         "beside": {
@@ -71,6 +74,14 @@ def summary(
         "source": task.source,
         "file": None if file is None else file.entry,
     }
+
+
+def _means(names: Sequence[Name], values: np.ndarray) -> dict[Name, float]:
+    """The mean of the values of each name, in the order in which they first occur."""
+    of: dict[Name, list[float]] = {}
+    for name, value in zip(names, values.tolist(), strict=True):
+        of.setdefault(name, []).append(value)
+    return {name: sum(own) / len(own) for name, own in of.items()}
 
 
 def lines(
