@@ -30,7 +30,7 @@ from blindvalm_jax.decoding import cached, generation, sampling
 from blindvalm_jax.decoding.generation import Generator
 from blindvalm_jax.decoding.rows import CachedRows, Draw
 from blindvalm_jax.decoding.sampling import Sampling
-from blindvalm_jax.decoding.streaming import Continuation
+from blindvalm_jax.decoding.streaming import Continuation, text_of
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import retrieval
 from blindvalm_jax.grounding.images import on_devices
@@ -207,47 +207,79 @@ def tokenizers() -> list[Tokenizer]:
 
 @pytest.mark.parametrize("kind", [0, 1])
 @pytest.mark.parametrize("seed", range(4))
-def test_streamed_text_is_the_final_text_up_to_the_first_stop(kind: int, seed: int) -> None:
-    """Random tokens, so also bytes that are no characters; found character by character."""
+def test_each_token_gives_what_decoding_the_whole_text_does(kind: int, seed: int) -> None:
+    """Text, ending and what is released; random tokens, so also bytes that are no characters."""
     rng, tokenizer = np.random.default_rng(seed), tokenizers()[kind]
-    offset = tokenizer.lm_offset
-    prompt = tokenizer.encode_lm("漢字 The cat 🙂 sat")
-    texts = " ".join(small_text.documents(2, seed=seed, longest=12))
-    tokens = np.append(
-        tokenizer.encode_lm(texts),
-        rng.choice(np.flatnonzero(~sampling.never_text(tokenizer)), 40),
-    )
-    tokens = tokens[tokens != tokenizer.eos_id].tolist()
-    front = tokenizer.decode([index - offset for index in prompt])
-    whole = tokenizer.decode([index - offset for index in [*prompt.tolist(), *tokens]])[
-        len(front) :
-    ]
 
     def form(text: str) -> str:
         """CLIP's stop strings are sought without case and white space."""
         return "".join(text.lower().split()) if kind else text
 
-    for _ in range(40):
+    for trial in range(48):
+        prompt = tokenizer.encode_lm(["漢字 The cat 🙂 sat", "", "é"][trial % 3])
+        if trial % 4 == 0:
+            prompt = prompt[:-1]  # may end inside a character
+        texts = " ".join(small_text.documents(1, seed=seed + 9 * trial, longest=6)) + " 🙂漢 naïve"
+        words, drawn = tokenizer.encode_lm(texts), rng.integers(0, tokenizer.vocab_size, 25)
+        tokens = rng.permuted(drawn) if trial % 2 else np.append(words, drawn)
+        tokens = tokens[tokens != tokenizer.eos_id].tolist()
+        most = len(tokens) - trial % 2
+        if trial % 3 == 0:
+            tokens.insert(-3, tokenizer.eos_id)
+        front = text_of(tokenizer, prompt)
+        whole = text_of(tokenizer, [*prompt, *tokens])[len(front) :]
         at = sorted(rng.integers(0, len(whole), 2))
         stop = [whole[at[0] : at[0] + int(rng.integers(1, 6))], whole[at[1] : at[1] + 3], "none"]
         stop = [text for text in stop if form(text) and not text.endswith("\ufffd")]
+        stop = [] if trial % 4 == 3 else stop
         cleaned = ["".join(clean_words(text)) for text in stop if kind]
         forms = [form(text) for text in [*stop, *cleaned] if form(text)]
-        ends = [n for n in range(len(whole) + 1) if form(whole[:n]).endswith(tuple(forms))]
-        expected = whole
-        if ends:
-            shown = whole[: ends[0]]
-            begins = [n for n in range(len(shown)) if form(shown[n:]) in forms]
-            longest = max(len(form(shown[n:])) for n in begins)
-            expected = shown[: max(n for n in begins if len(form(shown[n:])) == longest)]
-        found = Continuation(tokenizer, prompt, stop=stop, most=len(tokens))
-        pieces = []
-        for token in tokens:
+        found, released = Continuation(tokenizer, prompt, stop=stop, most=most), ""
+        for count, token in enumerate(tokens, start=1):
             found.add(token)
-            pieces.append(found.release())
-        assert found.text == expected
-        assert "".join(pieces) == found.text
-        assert found.ending == ("stop" if ends else "length")
+            released += found.release()
+            text = text_of(tokenizer, [*prompt, *tokens[:count]])[len(front) :]
+            ending = "end" if token == tokenizer.eos_id else "length" if count == most else ""
+            text = text if ending else text.rstrip("\ufffd")
+            ends = [n for n in range(len(text) + 1) if form(text[:n]).endswith(tuple(forms))]
+            if forms and ends:
+                shown, ending = text[: ends[0]], "stop"
+                begins = [n for n in range(len(shown)) if form(shown[n:]) in forms]
+                longest = max(len(form(shown[n:])) for n in begins)
+                text = shown[: max(n for n in begins if len(form(shown[n:])) == longest)]
+            assert (found.text, found.ending, found.tokens) == (text, ending, tokens[:count])
+            behind = [form(text[n:]) for n in range(len(text))]
+            sizes = [
+                len(end) for end in behind if any(end and one.startswith(end) for one in forms)
+            ]
+            if ending:
+                assert released == text
+                break
+            last = max(
+                (n for n, end in enumerate(behind) if sizes and len(end) == max(sizes)),
+                default=len(text),
+            )
+            assert released == text[:last]
+        assert found.ending
+
+
+def test_a_token_is_decoded_with_few_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the text has grown; with a stop string that is sought in all of it."""
+    for tokenizer in tokenizers():
+        ids = tokenizer.encode_lm(" ".join(small_text.documents(3, seed=1)))
+        sizes: list[int] = []
+        decode = tokenizer.decode
+
+        def counted(given: Sequence[int], sizes: list[int] = sizes, decode: Any = decode) -> Any:
+            sizes.append(len(given))
+            return decode(given)
+
+        monkeypatch.setattr(tokenizer, "decode", counted)
+        found = Continuation(tokenizer, ids[:5], stop=["zzzz"], most=len(ids))
+        for token in ids[5:].tolist():
+            found.add(token)
+        assert len(found.tokens) > 300
+        assert max(sizes) < 10
 
 
 @pytest.mark.parametrize(

@@ -57,11 +57,10 @@ def _comparable(text: str) -> tuple[str, list[int]]:
 
 
 class Continuation:
-    """What a model adds to a prompt, token by token.
+    """What a model adds to a prompt, token by token, each in a time that does not grow.
 
-    text: so far, without what a stop string cut off; a character whose bytes are not all there is
-    held back until the text ends. tokens: ids so far, the end-of-text token among them. ending: why
-    no more are taken, "" as long as they are: "end" of text, "stop" string or "length".
+    tokens: ids so far, the end-of-text token among them. ending: why no more are taken, "" as long
+    as they are: "end" of text, "stop" string or "length".
     """
 
     def __init__(
@@ -73,13 +72,23 @@ class Continuation:
           UserError: see `sought`.
         """
         self._tokenizer, self._stop, self._most = tokenizer, sought(tokenizer, stop), most
-        # Decoded together: what a tokenizer puts between words is known from both sides.
-        self._front = prompt.tolist()
-        self._begin = len(text_of(tokenizer, self._front))
+        # Decoded together with what follows: what a tokenizer puts between words is known from both
+        # sides, and the bytes of a character may come in several tokens.
+        self._window = prompt.tolist()
+        self._known = len(text_of(tokenizer, self._window))  # of its characters, those not new
+        self._certain: list[str] = []
+        self._open = ""  # may turn out to begin a stop string
         self._released = 0
         self.tokens: list[int] = []
-        self.text = ""
         self.ending: Ending = ""
+
+    @property
+    def text(self) -> str:
+        """The text so far, without what a stop string cut off.
+
+        A character whose bytes are not all there is held back until the text ends.
+        """
+        return "".join([*self._certain, self._open])
 
     def add(self, token: int) -> None:
         """Takes a token, unless the text has ended."""
@@ -87,54 +96,60 @@ class Continuation:
             return
         self.tokens.append(token)
         if token == self._tokenizer.eos_id:
-            self._finish("end")
-            return
-        self.text = self._decoded().rstrip(_INCOMPLETE)
-        found = self._first_stop()
-        if found is not None:
-            self.text, self.ending = self.text[:found], "stop"
+            self.ending = "end"
         elif len(self.tokens) == self._most:
-            self._finish("length")
+            self.ending = "length"
+        self._open += self._new(token)
+        form, places = self._form()
+        found = self._first_stop(form)
+        if found is not None:
+            self._open, self.ending = self._open[: places[found]], "stop"
+        begun = 0 if self.ending else self._begun(form)
+        safe = places[len(form) - begun] if begun else len(self._open)
+        self._certain.append(self._open[:safe])
+        self._open = self._open[safe:]
 
     def release(self) -> str:
         """The text since the last call that no later token can take back."""
-        safe = len(self.text) if self.ending else self._certain()
-        new = self.text[self._released : safe]
-        self._released = max(self._released, safe)
+        new = "".join(self._certain[self._released :])
+        self._released = len(self._certain)
         return new
 
-    def _finish(self, ending: Ending) -> None:
-        self.text, self.ending = self._decoded(), ending
-        found = self._first_stop()  # in characters that were held back
-        if found is not None:
-            self.text, self.ending = self.text[:found], "stop"
+    def _new(self, token: int) -> str:
+        """The characters that are whole with this token, or the last ones as they are.
 
-    def _decoded(self) -> str:
-        return text_of(self._tokenizer, [*self._front, *self.tokens])[self._begin :]
+        What goes before a token that ends with a character has no part in what follows that token:
+        the window begins anew with it.
+        """
+        self._window.append(token)
+        new = text_of(self._tokenizer, self._window)[self._known :]
+        whole = new.rstrip(_INCOMPLETE)
+        if whole and whole == new:
+            self._window, self._known = [token], len(text_of(self._tokenizer, [token]))
+        else:
+            self._known += len(whole)
+        return new if self.ending else whole
 
-    def _first_stop(self) -> int | None:
+    def _first_stop(self, form: str) -> int | None:
         """Where the stop string begins that ends first; of two the longer one."""
-        text, places = self._form()
-        found = [(text.find(stop), stop) for stop in self._stop]
+        found = [(form.find(stop), stop) for stop in self._stop]
         ends = [(at + len(stop), at) for at, stop in found if at >= 0]
-        return places[min(ends)[1]] if ends else None
+        return min(ends)[1] if ends else None
 
-    def _certain(self) -> int:
-        """Where in the text its longest end begins with which a stop string begins."""
-        text, places = self._form()
-        size = max(
+    def _begun(self, form: str) -> int:
+        """Length of the longest end with which a stop string begins."""
+        return max(
             (
                 size
                 for stop in self._stop
                 for size in range(1, len(stop))
-                if text.endswith(stop[:size])
+                if form.endswith(stop[:size])
             ),
             default=0,
         )
-        return places[len(text) - size] if size else len(self.text)
 
     def _form(self) -> tuple[str, Sequence[int]]:
-        """The text as stop strings are sought in it, and the places of its characters."""
+        """What is open, as stop strings are sought in it, and the places of its characters."""
         if self._stop and self._tokenizer.kind == "clip":
-            return _comparable(self.text)
-        return self.text, range(len(self.text))
+            return _comparable(self._open)
+        return self._open, range(len(self._open))
