@@ -254,7 +254,7 @@ def test_a_step_can_be_looped_under_jit() -> None:
 
 
 def test_rows_and_heads_are_split_over_a_mesh() -> None:
-    """The same logits, and every device keeps a quarter of each cache."""
+    """The same logits, and every device keeps a quarter of each cache, also of a wider one."""
     mesh = mesh_of(data=2, tensor=2)
     index = {"index": retrieval.place_keys(image_vectors(), mesh)}
     whole = case("valm")
@@ -265,8 +265,12 @@ def test_rows_and_heads_are_split_over_a_mesh() -> None:
     read_so_far = np.isfinite(found).all(-1)
     np.testing.assert_array_equal(read_so_far.sum(1), [24, 23, 24, 6])
     np.testing.assert_allclose(found[read_so_far], whole.whole[read_so_far], rtol=0, atol=ATOL)
-    for cache in jax.tree.leaves(state.caches):
-        assert cache.addressable_shards[0].data.size * 4 == cache.size
+    wide = Reader(given.model, capacity=2 * CAPACITY, text=given.text, mesh=mesh).widened(state)
+    for cache, wider in zip(*map(jax.tree.leaves, (state.caches, wide.caches)), strict=True):
+        for one in (cache, wider):
+            assert one.addressable_shards[0].data.size * 4 == one.size
+        assert wider.shape[2] == cache.shape[2] + CAPACITY
+        np.testing.assert_array_equal(wider[:, :, : cache.shape[2]], cache)
     with pytest.raises(UserError, match="3 rows, not a positive multiple"):
         reader.start(given.frozen, rows=3)
     with pytest.raises(UserError, match="1 rows, not a positive multiple"):

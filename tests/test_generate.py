@@ -27,6 +27,8 @@ from blindvalm_jax.data import tokenizers as tokenizers_of
 from blindvalm_jax.data.clip_cleaning import clean_words
 from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.decoding import cached, generation, sampling
+from blindvalm_jax.decoding import rows as rows_of
+from blindvalm_jax.decoding.cached import Reader
 from blindvalm_jax.decoding.generation import Generator
 from blindvalm_jax.decoding.rows import CachedRows, Draw
 from blindvalm_jax.decoding.sampling import Sampling
@@ -552,6 +554,39 @@ def test_shares_of_a_text_are_those_where_its_tokens_were_predicted() -> None:
         )
 
 
+@pytest.fixture
+def capacities(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Those of the readers that are made."""
+    made, found = cached.reader, list[int]()
+
+    def counted(trained: TrainedModel, *, capacity: int) -> Reader:
+        found.append(capacity)
+        return made(trained, capacity=capacity)
+
+    monkeypatch.setattr(cached, "reader", counted)
+    return found
+
+
+def test_caches_grow_with_what_is_read(
+    monkeypatch: pytest.MonkeyPatch, capacities: list[int]
+) -> None:
+    """Doubled twice, and not above what was asked for; the tokens are those of whole rows."""
+    monkeypatch.setattr(rows_of, "_STEP", 4)
+    monkeypatch.setattr(rows_of, "_ROOM", 4)
+    text = Generator(made("token"), block=5).generate([""], max_new_tokens=19).texts[0]
+    assert len(text.tokens) == 19
+    assert text.tokens == greedily(made("token"), "", 19)
+    assert capacities == [8, 16, 20]
+
+
+def test_a_million_tokens_that_nobody_reads_cost_nothing(capacities: list[int]) -> None:
+    draw = Draw(Sampling(), np.zeros(1, bool), made("gpt_sinusoidal").tokenizer.eos_id, 0)
+    asked = CachedRows(made("gpt_sinusoidal"), draw, block=5)
+    asked.begin([np.full(60, 5, np.int32)], 1, jax.random.split(jax.random.key(0), 1), 10**6)
+    asked.go_on(np.zeros(1, bool))
+    assert capacities == [320]
+
+
 def test_nothing_is_computed_for_a_probe_that_nobody_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -627,7 +662,7 @@ def test_what_cannot_write_is_refused() -> None:
             lambda: CachedRows(made("gpt_learned"), draw, block=1).begin(
                 [np.full(60, 5, np.int32)], 1, jax.random.split(jax.random.key(0), 1), 22
             ),
-            "60 tokens and 22 new ones exceed the model's 80 learned positions",
+            "a capacity of 81 tokens exceeds the learned position table, .* 80",
         ),
         (lambda: asked.generate(["the"], max_new_tokens=1, stop=["x", ""]), "string is empty"),
         (lambda: asked.generate([], max_new_tokens=1), "there is no prompt"),

@@ -79,6 +79,7 @@ class Reader:
         placed = State(jax.tree.map(lambda _: rows, self._shapes(1)), everywhere, everywhere)
         self._start = jax.jit(self._new, static_argnames="rows", out_shardings=placed)
         self._take = jax.jit(_take, out_shardings=placed.caches)
+        self._widen = jax.jit(self._padded, out_shardings=placed.caches)
         run = functools.partial(
             jax.jit, self._run, static_argnames="logits", out_shardings=(None, placed)
         )
@@ -160,6 +161,11 @@ class Reader:
         segment_B = np.asarray(state.segment_B)[rows_N]
         placed = jax.device_put(segment_B, NamedSharding(self.mesh, PartitionSpec()))
         return State(self._take(state.caches, rows_N), np.asarray(state.length_B)[rows_N], placed)
+
+    def widened(self, state: State) -> State:
+        """The state of the same rows for this reader, from that of one of a smaller capacity."""
+        with partitioning.use(self.mesh):
+            return dataclasses.replace(state, caches=self._widen(state.caches))
 
     def step(
         self,
@@ -279,6 +285,16 @@ class Reader:
             )
         return State(caches, none_B, none_B)
 
+    def _padded(self, caches: dict[str, Any]) -> dict[str, Any]:
+        """Caches with zeros in the slots that are new."""
+        shapes = self._shapes(len(jax.tree.leaves(caches)[0]))
+
+        def pad(x: Array, wanted: jax.ShapeDtypeStruct) -> Array:
+            ends = zip(x.shape, wanted.shape, strict=True)
+            return jnp.pad(x, [(0, there - here) for here, there in ends])
+
+        return jax.tree.map(pad, caches, shapes)
+
     def _run(
         self,
         params: Any,
@@ -359,8 +375,13 @@ def _take(caches: dict[str, Any], rows_N: Array) -> dict[str, Any]:
     return jax.tree.map(lambda x: jnp.take(x, rows_N, axis=0, mode="clip"), caches)
 
 
-def _check(model: Model, capacity: int, text: TowerText | None) -> None:
-    config, tower = model.decoder.config, model.tower
+def check_capacity(model: Model, capacity: int) -> None:
+    """Refuses what no `Reader` of the model could hold.
+
+    Raises:
+      UserError: there is no room for a token, or more than the model has positions.
+    """
+    config = model.decoder.config
     if capacity < 1:
         raise UserError(f"a capacity of {capacity} tokens: it must be at least 1")
     if config.positions == "learned" and capacity > config.max_positions:
@@ -368,6 +389,11 @@ def _check(model: Model, capacity: int, text: TowerText | None) -> None:
             f"a capacity of {capacity} tokens exceeds the learned position table, "
             f"decoder.max_positions {config.max_positions}"
         )
+
+
+def _check(model: Model, capacity: int, text: TowerText | None) -> None:
+    check_capacity(model, capacity)
+    tower = model.tower
     if not model.decoder.fusion_layers:
         return
     if tower is None or text is None:

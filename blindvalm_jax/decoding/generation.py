@@ -47,7 +47,11 @@ class Written:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
-    """All texts. prompt_seconds: compilation and first tokens; seconds: for `counted` others."""
+    """All texts.
+
+    prompt_seconds: compilation and first tokens. seconds: for `counted` others, with compilation
+    where caches were doubled for them.
+    """
 
     texts: list[Written]
     prompt_seconds: float
