@@ -573,9 +573,9 @@ def test_caches_grow_with_what_is_read(
     """Doubled twice, and not above what was asked for; the tokens are those of whole rows."""
     monkeypatch.setattr(rows_of, "_STEP", 4)
     monkeypatch.setattr(rows_of, "_ROOM", 4)
-    text = Generator(made("token"), block=5).generate([""], max_new_tokens=19).texts[0]
+    text = Generator(made("gpt_sinusoidal"), block=5).generate([""], max_new_tokens=19).texts[0]
     assert len(text.tokens) == 19
-    assert text.tokens == greedily(made("token"), "", 19)
+    assert text.tokens == greedily(made("gpt_sinusoidal"), "", 19)
     assert capacities == [8, 16, 20]
 
 
