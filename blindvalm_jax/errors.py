@@ -18,9 +18,15 @@ class UserError(ValueError):
     """Bad input. The message is one line: what is wrong, expected and got, what to do."""
 
 
-def run_main(main: Callable[[Sequence[str]], int | None], *, failure: int = 1) -> None:
+def run_main(
+    main: Callable[[Sequence[str]], int | None],
+    *,
+    failure: int = 1,
+    interrupted: str = "the same command goes on from what is on disk",
+) -> None:
     """Runs an absl entry point; a `UserError` becomes one line on stderr and exit code `failure`.
 
+    interrupted: what is said behind "interrupted; " on Ctrl-C: what becomes of the work done.
     `--verbosity=0` shows what libraries log.
     """
 
@@ -58,7 +64,7 @@ def run_main(main: Callable[[Sequence[str]], int | None], *, failure: int = 1) -
                 raise
             sys.exit(_BROKEN_PIPE)
         except KeyboardInterrupt:
-            fail("interrupted; the same command goes on from what is on disk")
+            fail(f"interrupted; {interrupted}")
         except Exception as error:
             # Known by its name: whoever needs no device need not wait for JAX to be imported.
             if type(error).__name__ != "JaxRuntimeError" or "RESOURCE_EXHAUSTED" not in str(error):
