@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -21,15 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blindvalm_jax import config, partitioning
+from blindvalm_jax import config, partitioning, terminal
 from blindvalm_jax.config import MeshConfig
 from blindvalm_jax.data import tokenizers as tokenizers_of
 from blindvalm_jax.data.clip_cleaning import clean_words
 from blindvalm_jax.data.tokenizers import Tokenizer
-from blindvalm_jax.decoding import cached, generation, sampling
+from blindvalm_jax.decoding import cached, generation, sampling, shading
 from blindvalm_jax.decoding import rows as rows_of
 from blindvalm_jax.decoding.cached import Reader
-from blindvalm_jax.decoding.generation import Generator
+from blindvalm_jax.decoding.generation import Generator, Taken, Written
+from blindvalm_jax.decoding.record import Record
 from blindvalm_jax.decoding.rows import CachedRows, Draw
 from blindvalm_jax.decoding.sampling import Sampling
 from blindvalm_jax.decoding.streaming import Continuation, text_of
@@ -169,8 +171,8 @@ def test_rows_are_written_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     together = asked.generate(PROMPTS, max_new_tokens=NEW, samples=3, seed=5).texts
     events: list[tuple[str, int]] = []
 
-    def on_token(row: int, text: str, share: np.ndarray | None) -> None:
-        events.append(("token", row))
+    def on_token(taken: Taken) -> None:
+        events.append(("token", taken.row))
 
     for most, rows_at_once in ((1, 1), (2, 2), (7, 6)):
         monkeypatch.setattr(generation, "_TOGETHER", most)
@@ -181,7 +183,7 @@ def test_rows_are_written_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
             samples=3,
             seed=5,
             on_token=on_token,
-            on_text=lambda text: events.append(("text", text.sample)),
+            on_texts=lambda texts: events.extend(("text", text.sample) for text in texts),
         ).texts
         assert apart == together
         first = [kind for kind, _ in events].index("text")
@@ -335,6 +337,116 @@ def test_half_a_character_waits_for_the_other_half() -> None:
     for token in ids.tolist():
         cut.add(token)
     assert (cut.text, cut.ending, len(cut.tokens)) == ("x\ufffd", "length", 2)
+
+
+def taken_of(
+    tokenizer: Tokenizer, ids: np.ndarray, shares: np.ndarray, *, stop: Sequence[str] = ()
+) -> tuple[list[Taken], Continuation]:
+    """What a display is given of a text, and the text."""
+    found, taken = Continuation(tokenizer, ids[:0], stop=stop, most=99), []
+    for token, share in zip(ids.tolist(), shares, strict=True):
+        found.add(token)
+        taken.append(Taken(0, token, found.release(), share))
+    return taken, found
+
+
+@pytest.mark.parametrize("shades", [False, True])
+@pytest.mark.parametrize("stop", [[], ["y"], ["yz"]])
+def test_every_share_is_shown(
+    shades: bool, stop: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of tokens that are half a character, of the end of the text, and of a stop string."""
+    tokenizer = small_text.small_bpe()
+    ids = np.array([*tokenizer.encode_lm("x🙂y"), tokenizer.eos_id])
+    ids = ids[: len(ids) - (stop == ["y"])]
+    if stop == ["yz"]:
+        ids[-1:] = tokenizer.encode_lm("z")
+    shares = np.random.default_rng(0).random((len(ids), 2))
+    taken, text = taken_of(tokenizer, ids, shares, stop=stop)
+    assert text.text == ("x🙂" if stop else "x🙂y")
+    if not shades:
+        table = shading.Table(tokenizer, [3, 5])
+        assert table.head().split() == ["token", "layer", "3", "layer", "5"]
+        lines = [table.line(one).split() for one in taken]
+        own = [repr(text_of(tokenizer, [token])) for token in ids]
+        own[-1] = own[-1] if stop else "(end)"
+        assert [line[0] for line in lines] == own
+        assert [line[1:] for line in lines] == [[f"{x:.4f}" for x in share] for share in shares]
+        return
+    shown: list[tuple[str, float]] = []
+
+    def shaded(text: str, share: float) -> str:
+        shown.append((text, share))
+        return text
+
+    monkeypatch.setattr(shading, "shaded", shaded)
+    display = shading.Shades(tokenizer)
+    assert "".join(map(display.add, taken)) == text.text
+    rest = display.rest(text.ending)
+    at, each = len(ids) - 1 - (stop != ["y"]), shares.mean(axis=1)
+    behind = [] if stop else [("y", each[at])]
+    behind += [(rest, each[at if stop else at + 1 :].mean())]
+    assert rest == ("(stop)" if stop else "(end)")
+    assert [text for text, _ in shown] == ["x", "🙂", *(text for text, _ in behind)]
+    expected = [each[0], each[1:at].mean(), *(share for _, share in behind)]
+    np.testing.assert_allclose([share for _, share in shown], expected, rtol=1e-12)
+
+
+def test_a_text_released_in_two_pieces_has_its_share_twice() -> None:
+    """Its second half was held back, as the beginning of a stop string, until the text ended."""
+    tokenizer, share = small_text.small_bpe(), np.full(1, 0.7)
+    display = shading.Shades(tokenizer)
+    first = display.add(Taken(0, 5, "wha", share))
+    second = display.add(Taken(0, tokenizer.eos_id, "t", np.full(1, 0.3)))
+    assert [first, second] == [shading.shaded(text, 0.7) for text in ("wha", "t")]
+    assert display.rest("end") == shading.shaded("(end)", 0.3)
+
+
+def test_a_record_holds_what_is_done_whatever_comes(tmp_path: Path) -> None:
+    """After each part; a file of before is left where nothing was done."""
+    out = tmp_path / "texts.json"
+    texts = [
+        Written(prompt="a", sample=n, text="b", tokens=[5], ending="length", shares=None)
+        for n in range(3)
+    ]
+
+    def held() -> tuple[bool, list[int]]:
+        found = json.loads(out.read_text())
+        assert found["seed"] == 1
+        return found["finished"], [text["sample"] for text in found["texts"]]
+
+    with Record(out, {"seed": 1}) as record:
+        record.add(texts)
+    assert held() == (True, [0, 1, 2])
+    with pytest.raises(KeyboardInterrupt), Record(out, {}):
+        raise KeyboardInterrupt
+    assert held() == (True, [0, 1, 2])
+
+    def interrupted() -> None:
+        with Record(out, {"seed": 1}) as record:
+            record.add(texts[:1])
+            assert held() == (False, [0])
+            record.add(texts[1:])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert held() == (False, [0, 1, 2])
+
+
+def test_what_is_no_text_is_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = io.TextIOWrapper(io.BytesIO(b"a \xff b\n"), encoding="utf-8", errors="strict")
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdin", given)
+    monkeypatch.setattr(sys, "stdout", shown)
+    terminal.take_any_text()
+    line = sys.stdin.readline()
+    print(line, "naïve")
+    shown.flush()
+    assert line == "a \ufffd b\n"
+    assert shown.buffer.getvalue() == b"a \\ufffd b\n na\\xefve\n"
+    assert terminal.argument(os.fsdecode(b"a \xff\xe9 b")) == "a \ufffd\ufffd b"
+    assert terminal.argument("naïve 漢字 🙂") == "naïve 漢字 🙂"
 
 
 RULES = [
@@ -723,7 +835,7 @@ def test_the_command_prints_and_writes_the_texts(finished: Path, tmp_path: Path)
     assert [text["prompt"] for text in found["texts"]] == ["The cat"] * 2 + ["naïve\x85 漢字"] * 2
     assert (found["temperature"], found["step"], found["seed"]) == (0.9, 2, 0)
     assert (found["samples"], found["stop"], found["start"]) == (2, ["zzzz"], True)
-    assert found["dtype"] == "float32"
+    assert (found["dtype"], found["finished"]) == ("float32", True)
     for number, text in enumerate(found["texts"]):
         head = f"=== prompt {number // 2 + 1}, sample {number % 2 + 1}\n"
         assert head + text["prompt"] + text["text"] + "\n" in done.stdout

@@ -24,8 +24,21 @@ BLOCK = 16  # tokens between two looks for stop strings
 LONGEST = 1_000_000  # new tokens of a text at most
 _TOGETHER = 32  # rows of a device that are written at once
 
-# Called for each token with its row, the text that is certain by now, and its shares [L'] or None.
-OnToken = Callable[[int, str, np.ndarray | None], None]
+
+class Taken(NamedTuple):
+    """A token of a row.
+
+    text: what is certain with it and was not before. share: [L'], weight on the grounding vectors
+    where it was predicted, mean over heads; None: not asked for.
+    """
+
+    row: int
+    token: int
+    text: str
+    share: np.ndarray | None
+
+
+OnToken = Callable[[Taken], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,13 +118,13 @@ class Generator:
         stop: Sequence[str] = (),
         seed: int = 0,
         on_token: OnToken | None = None,
-        on_text: Callable[[Written], None] | None = None,
+        on_texts: Callable[[Sequence[Written]], None] | None = None,
     ) -> Generation:
         """`samples` texts behind each prompt, each up to a stop string or the end of text.
 
         prompts: texts, or ids [T] of the language model. What a row draws depends on the seed, its
         prompt and the number of its sample alone, and not on the rows that are written with it.
-        on_text: called for each text when those that are written at once are done, in order where
+        on_texts: called with the texts that are written at once when these are done; in order where
         rows are not split over devices.
 
         Raises:
@@ -153,10 +166,10 @@ class Generator:
                 stopped_B = _add(drawn, texts, on_token)
             prompt_seconds += first - begin
             seconds += time.perf_counter() - first
-            for text in texts:
-                done[text.row] = text.written()
-                if on_text is not None:
-                    on_text(done[text.row])
+            written = {text.row: text.written() for text in texts}
+            done |= written
+            if on_texts is not None:
+                on_texts([*written.values()])
         return Generation(
             texts=[done[row] for row in sorted(done)],
             prompt_seconds=prompt_seconds,
@@ -316,7 +329,7 @@ def _add(drawn: Drawn, texts: Sequence[_Text], on_token: OnToken | None) -> np.n
             if share is not None:
                 text.shares.append(share)
             if on_token is not None:
-                on_token(text.row, text.grown.release(), share)
+                on_token(Taken(text.row, token, text.grown.release(), share))
     return np.array([bool(text.grown.ending) for text in texts])
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from blindvalm_jax import files, model_flags
+from blindvalm_jax import files, model_flags, terminal
 from blindvalm_jax.errors import UserError, run_main
 from blindvalm_jax.explain import probing, report, words
 
@@ -33,11 +33,14 @@ def main(argv: Sequence[str]) -> int:
     """Explains the prompt of the command line."""
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}: every setting is a --flag (see --help)")
+    terminal.take_any_text()
     model_flags.named()
     for flag in (_PROMPT, _CANDIDATES, _OUT):
         if not flag.value:
             raise UserError(f"--{flag.name} is missing (see --help)")
-    probing.check(_CANDIDATES.value)
+    prompt = terminal.argument(_PROMPT.value)
+    candidates = [terminal.argument(candidate) for candidate in _CANDIDATES.value]
+    probing.check(candidates)
     out = Path(_OUT.value).expanduser()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -45,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--out={out} cannot be made: {error.strerror}") from error
     files.check_writable(out, what=f"--out={out}")
     model = model_flags.load(rows_over_devices=False)
-    reading = probing.read(model, _PROMPT.value, _CANDIDATES.value)
+    reading = probing.read(model, prompt, candidates)
     count = len(reading.tokens)
     if not -count <= _TOKEN.value < count:
         raise UserError(f"--token={_TOKEN.value}: the prompt has {count} tokens, 0 to {count - 1}")
