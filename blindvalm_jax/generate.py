@@ -24,7 +24,7 @@ from pathlib import Path
 from absl import flags
 
 from blindvalm_jax import files, model_flags, terminal
-from blindvalm_jax.decoding import generation, shading
+from blindvalm_jax.decoding import generation, shading, tower_text
 from blindvalm_jax.decoding.generation import Generation, Generator, Taken, Written
 from blindvalm_jax.decoding.record import Record
 from blindvalm_jax.decoding.sampling import Sampling
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     generation.check(settings, _NEW.value, samples=_SAMPLES.value, stop=_stops())
     out = _out()
     trained = model_flags.load(rows_over_devices=False)
-    slow = generation.whole_only(trained)
+    slow = tower_text.whole_only(trained)
     if slow:
         print(f"note: {slow}: each token reads the whole text again, slowly", file=sys.stderr)
     if _INTERACTIVE.value:

@@ -58,7 +58,7 @@ def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     return partitioning.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
 
 
-def tower_reads(rule: segments.Rule = "causal") -> TowerText:
+def tower_reads() -> TowerText:
     """Segments of 1 to 16 tokens; the tower's ids are another order of the language model's."""
     rng = np.random.default_rng(7)
     longest = small_models.TOWER.longest_segment
@@ -66,7 +66,7 @@ def tower_reads(rule: segments.Rule = "causal") -> TowerText:
     rank = np.where(minimum < longest, minimum, 127).astype(np.int8)
     separators = segments.Separators(rank=rank, minimum=minimum, longest=longest)
     ids = rng.integers(0, 60, small_models.VOCAB).astype(np.int32)
-    return TowerText(rule=rule, separators=separators, ids=ids)
+    return TowerText(separators=separators, ids=ids)
 
 
 def model_of(variant: str, mesh: Mesh) -> Model:
@@ -351,13 +351,15 @@ def finished_run(rule: str = "causal") -> TrainedModel:
 
 
 def test_the_reference_rule_is_refused() -> None:
-    with pytest.raises(UserError, match="segments=reference lets later tokens decide"):
+    with pytest.raises(UserError, match="read in pieces: under grounding.segments=reference"):
         cached.reader(finished_run("reference"), capacity=8)
 
 
 def test_a_tower_with_a_tokenizer_of_its_own_is_refused() -> None:
     given = dataclasses.replace(finished_run(), tower_tokenizer=small_text.small_clip())
-    with pytest.raises(UserError, match="whole text, which cannot be read in pieces"):
+    with pytest.raises(
+        UserError, match="cannot be read in pieces: the tower has a tokenizer of its own"
+    ):
         cached.reader(given, capacity=8)
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import string
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ from blindvalm_jax.config import MeshConfig
 from blindvalm_jax.data import tokenizers as tokenizers_of
 from blindvalm_jax.data.clip_cleaning import clean_words
 from blindvalm_jax.data.tokenizers import Tokenizer
-from blindvalm_jax.decoding import cached, generation, sampling, shading
+from blindvalm_jax.decoding import cached, generation, sampling, shading, tower_text
 from blindvalm_jax.decoding import rows as rows_of
 from blindvalm_jax.decoding.cached import Reader
 from blindvalm_jax.decoding.generation import Generator, Taken, Written
@@ -718,7 +719,7 @@ def test_nothing_is_computed_for_a_probe_that_nobody_asked_for(
 
 def test_the_reference_rule_reads_whole_rows() -> None:
     trained = made("token", "reference")
-    assert "segments=reference" in generation.whole_only(trained)
+    assert "segments=reference" in tower_text.whole_only(trained)
     found = Generator(trained).generate(PROMPTS[:2], max_new_tokens=4).texts
     for prompt, text in zip(PROMPTS, found, strict=False):
         assert text.tokens == greedily(trained, prompt, 4)
@@ -728,7 +729,7 @@ def test_a_tower_that_reads_text_reads_whole_rows(tmp_path: Path) -> None:
     """Each token is the likeliest behind the text so far, in whatever tokens it was written."""
     named = NamedModel(**small_aligned.write(tmp_path))
     trained = named.load(mesh=partitioning.make_mesh(MeshConfig(), jax.devices()[:1]))
-    assert "tokenizer of its own" in generation.whole_only(trained)
+    assert "tokenizer of its own" in tower_text.whole_only(trained)
     warm = Sampling(temperature=2.0)
     drawn = Generator(trained, settings=warm).generate(["the ring"], max_new_tokens=NEW).texts[0]
     ids = trained.tokenizer.encode_lm(drawn.prompt + drawn.text)
@@ -801,12 +802,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(
-    run: Path, *arguments: str, given: str = "", by: str = "workdir"
+    run: Path, *arguments: str, given: str = "", by: str = "workdir", **env: str
 ) -> subprocess.CompletedProcess[str]:
-    return python("-m", "blindvalm_jax.generate", f"--{by}={run}", *arguments, given=given)
+    line = ("-m", "blindvalm_jax.generate", f"--{by}={run}", *arguments)
+    return python(*line, given=given, **env)
 
 
-def python(*arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
+def python(*arguments: str, given: str = "", **env: str) -> subprocess.CompletedProcess[str]:
     quickly = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0" if "OPTIMIZED_TESTS" in os.environ else "1"}
     return subprocess.run(
         [sys.executable, *arguments],
@@ -814,7 +816,7 @@ def python(*arguments: str, given: str = "") -> subprocess.CompletedProcess[str]
         capture_output=True,
         text=True,
         input=given,
-        env={**os.environ, **quickly},
+        env={**os.environ, **quickly, **env},
     )
 
 
@@ -899,15 +901,24 @@ def test_ctrl_c_ends_a_text_and_at_the_prompt_the_command(finished: Path) -> Non
 
 
 def test_the_reference_rule_is_said(finished: Path, tmp_path: Path) -> None:
-    """On standard error; a stop string ends the text."""
+    """On standard error; a stop string ends the text, and no byte of a prompt the command."""
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     values = json.loads((run / "config.json").read_text())
     values["grounding"]["segments"] = "reference"
     (run / "config.json").write_text(json.dumps(values))
-    done = command(run, "--prompt=The cat", "--max_new_tokens=2")
+    prompt = os.fsdecode(b"--prompt=The cat \xff")
+    stops = (f"--stop={letter}" for letter in string.printable)
+    out = tmp_path / "text.json"
+    asked = (prompt, *stops, "--temperature=2", f"--json={out}")
+    done = command(run, *asked, PYTHONIOENCODING="ascii:strict")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("note: with grounding.segments=reference")
+    assert done.stderr.startswith("note: under grounding.segments=reference")
+    text = json.loads(out.read_text())["texts"][0]
+    assert (text["prompt"], text["ending"]) == ("The cat \ufffd", "stop")
+    assert not set(string.printable) & set(text["text"])
+    shown = text["prompt"] + text["text"] + "\n"
+    assert done.stdout == shown.encode("ascii", "backslashreplace").decode()
 
 
 @pytest.mark.torch

@@ -402,11 +402,6 @@ def _check(model: Model, capacity: int, text: TowerText | None) -> None:
         raise UserError(
             "grounding.control=shuffled takes the features of other rows: score whole rows with it"
         )
-    if text.rule != "causal":
-        raise UserError(
-            f"grounding.segments={text.rule} lets later tokens decide where a segment starts, so "
-            "text cannot be read in pieces: train with grounding.segments=causal"
-        )
     if text.separators.longest > tower.config.longest_segment:
         raise UserError(
             f"segments of up to {text.separators.longest} tokens, the tower reads "

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from blindvalm_jax import partitioning
-from blindvalm_jax.decoding import sampling, streaming
+from blindvalm_jax.decoding import sampling, streaming, tower_text
 from blindvalm_jax.decoding.rows import CachedRows, Draw, Drawn, Rows, WholeRows
 from blindvalm_jax.decoding.sampling import Sampling
 from blindvalm_jax.decoding.streaming import Continuation
@@ -91,8 +91,13 @@ class Generator:
         the host looks at them. cached: False: each token reads its whole row again.
 
         Raises:
-          UserError: the model cannot write, see `whole_only`; or it has no grounding to probe.
+          UserError: the model reads other rows, or it has no grounding to probe.
         """
+        if trained.model.shuffled:
+            raise UserError(
+                "a model of grounding.control=shuffled takes the features of other rows: it cannot "
+                "write a text of its own"
+            )
         if probe and not trained.model.decoder.fusion_layers:
             raise UserError("this model has no fusion layers, so no attention goes to a grounding")
         self._trained, self._start = trained, start
@@ -104,7 +109,7 @@ class Generator:
             len(trained.model.decoder.fusion_layers) if probe else 0,
         )
         self._rows: Rows
-        if whole_only(trained) or not cached:
+        if tower_text.whole_only(trained) or not cached:
             self._rows = WholeRows(trained, draw)
         else:
             self._rows = CachedRows(trained, draw, block=block)
@@ -181,7 +186,7 @@ class Generator:
         """Refuses what `generate` would, whatever the prompts.
 
         Raises:
-          UserError: see `check`, and `streaming.sought` for the model's tokenizer.
+          UserError: see the function `check`, and `streaming.sought` for the model's tokenizer.
         """
         check(self._settings, max_new_tokens, samples=samples, stop=stop)
         streaming.sought(self._trained.tokenizer, stop)
@@ -239,29 +244,6 @@ def generate(
     return asked.texts
 
 
-def whole_only(trained: TrainedModel) -> str:
-    """Why every token has to read its whole row again, "" if it need not.
-
-    Raises:
-      UserError: the model cannot write at all.
-    """
-    if trained.model.shuffled:
-        raise UserError(
-            "a model of grounding.control=shuffled takes the features of other rows: it cannot "
-            "write a text of its own"
-        )
-    if not trained.model.decoder.fusion_layers:
-        return ""
-    if trained.settings.grounding.segments == "reference":
-        return (
-            "under grounding.segments=reference later tokens move segment borders, so the finished "
-            "text, scored at once, can have other probabilities than its tokens had when chosen"
-        )
-    if trained.tower_tokenizer is not None:
-        return "the tower has a tokenizer of its own and reads the text so far, not its tokens"
-    return ""
-
-
 def check(
     settings: Sampling, max_new_tokens: int, *, samples: int = 1, stop: Sequence[str] = ()
 ) -> None:
@@ -279,10 +261,7 @@ def check(
             f"{samples} samples at temperature 0 would be the same text: give a temperature, or "
             "ask for one"
         )
-    if isinstance(stop, str):
-        raise UserError("stop must be a list of strings, got one string: give [string]")
-    if "" in stop:
-        raise UserError("a stop string is empty: every text would end before its first token")
+    streaming.check(stop)
 
 
 def _checked(prompt: np.ndarray, size: int, *, name: str) -> np.ndarray:

@@ -22,6 +22,18 @@ def text_of(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     return tokenizer.decode([index - offset for index in ids if index >= offset and index != eos])
 
 
+def check(stop: Sequence[str]) -> None:
+    """Refuses what are no stop strings.
+
+    Raises:
+      UserError: they are no list, or one is empty.
+    """
+    if isinstance(stop, str):
+        raise UserError("stop must be a list of strings, got one string: give [string]")
+    if "" in stop:
+        raise UserError("a stop string is empty: every text would end before its first token")
+
+
 def sought(tokenizer: Tokenizer, stop: Sequence[str]) -> list[str]:
     """Stop strings in the form in which they are sought.
 
@@ -30,10 +42,9 @@ def sought(tokenizer: Tokenizer, stop: Sequence[str]) -> list[str]:
     makes of it are sought.
 
     Raises:
-      UserError: a string is empty, or nothing of it is left.
+      UserError: see `check`; or nothing is left of a string.
     """
-    if "" in stop:
-        raise UserError("a stop string is empty: every text would end before its first token")
+    check(stop)
     if tokenizer.kind != "clip":
         return list(stop)
     found: dict[str, None] = {}

@@ -10,12 +10,14 @@ token, beside what chance gives. --help lists what names a model.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
 from blindvalm_jax import files, model_flags, terminal
+from blindvalm_jax.decoding import tower_text
 from blindvalm_jax.errors import UserError, run_main
 from blindvalm_jax.explain import probing, report, words
 
@@ -48,6 +50,13 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--out={out} cannot be made: {error.strerror}") from error
     files.check_writable(out, what=f"--out={out}")
     model = model_flags.load(rows_over_devices=False)
+    why = tower_text.whole_only(model)
+    if why:
+        print(
+            f"note: {why}: attention and near words are those of the prompt alone, each score is "
+            "that of the prompt with its candidate",
+            file=sys.stderr,
+        )
     reading = probing.read(model, prompt, candidates)
     count = len(reading.tokens)
     if not -count <= _TOKEN.value < count:
