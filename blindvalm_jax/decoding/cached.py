@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from blindvalm_jax import partitioning
 from blindvalm_jax.config import MeshConfig
+from blindvalm_jax.decoding import caches as caches_of
 from blindvalm_jax.decoding import tower_text, unstacked
 from blindvalm_jax.decoding.tower_text import TowerText
 from blindvalm_jax.errors import UserError
@@ -78,7 +79,7 @@ class Reader:
         rows = nn.logical_to_mesh_sharding(_CACHE_AXES, self.mesh, partitioning.RULES)
         placed = State(jax.tree.map(lambda _: rows, self._shapes(1)), everywhere, everywhere)
         self._start = jax.jit(self._new, static_argnames="rows", out_shardings=placed)
-        self._take = jax.jit(_take, out_shardings=placed.caches)
+        self._take = jax.jit(caches_of.take, out_shardings=placed.caches)
         self._widen = jax.jit(self._padded, out_shardings=placed.caches)
         run = functools.partial(
             jax.jit, self._run, static_argnames="logits", out_shardings=(None, placed)
@@ -286,14 +287,7 @@ class Reader:
         return State(caches, none_B, none_B)
 
     def _padded(self, caches: dict[str, Any]) -> dict[str, Any]:
-        """Caches with zeros in the slots that are new."""
-        shapes = self._shapes(len(jax.tree.leaves(caches)[0]))
-
-        def pad(x: Array, wanted: jax.ShapeDtypeStruct) -> Array:
-            ends = zip(x.shape, wanted.shape, strict=True)
-            return jnp.pad(x, [(0, there - here) for here, there in ends])
-
-        return jax.tree.map(pad, caches, shapes)
+        return caches_of.padded(caches, self._shapes(len(jax.tree.leaves(caches)[0])))
 
     def _run(
         self,
@@ -337,28 +331,8 @@ class Reader:
         return counts.astype(np.int32)
 
     def _shapes(self, rows: int) -> dict[str, Any]:
-        """Shapes and dtypes of the caches, by name."""
-        model, at_BT = self._model, jnp.zeros((rows, 1), jnp.int32)
-
-        def decoder(key: Array) -> Any:
-            z_BTKE = None
-            if model.decoder.fusion_layers:
-                z_BTKE = jnp.zeros((rows, 1, 1, model.decoder.memory_width))
-            return model.decoder.init(
-                key, at_BT, at_BT, z_BTKE, capacity=self.capacity, method="extend"
-            )["cache"]
-
-        key = jax.random.key(0)
-        shapes = {"decoder": jax.eval_shape(decoder, key)}
-        if model.tower is not None and self._text is not None:
-            read = functools.partial(
-                model.tower.init,
-                capacity=self.capacity + 1,
-                readout=model.readout,
-                method="extend",
-            )
-            shapes["tower"] = jax.eval_shape(read, key, at_BT, at_BT, at_BT)["cache"]
-        return shapes
+        grounded = self._text is not None
+        return caches_of.shapes(self._model, rows=rows, capacity=self.capacity, grounded=grounded)
 
 
 def reader(trained: TrainedModel, *, capacity: int) -> Reader:
@@ -369,10 +343,6 @@ def reader(trained: TrainedModel, *, capacity: int) -> Reader:
     """
     text = tower_text.of(trained)
     return Reader(trained.model, capacity=capacity, text=text, mesh=trained.mesh)
-
-
-def _take(caches: dict[str, Any], rows_N: Array) -> dict[str, Any]:
-    return jax.tree.map(lambda x: jnp.take(x, rows_N, axis=0, mode="clip"), caches)
 
 
 def check_capacity(model: Model, capacity: int) -> None:

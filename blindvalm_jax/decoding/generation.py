@@ -136,14 +136,7 @@ class Generator:
           UserError: see `check`; a prompt has no tokens, or is too long for the model's positions.
         """
         self.check(max_new_tokens, samples=samples, stop=stop)
-        if isinstance(prompts, str):
-            raise UserError("prompts must be a list of texts, got one text: give [text]")
-        encoded = [
-            self._encoded(prompt, max_new_tokens, name=f"prompt {number}")
-            for number, prompt in enumerate(prompts, start=1)
-        ]
-        if not encoded:
-            raise UserError("there is no prompt: give one or more")
+        encoded = self._all_encoded(prompts, max_new_tokens)
         keys_PS = _keys(encoded, samples, seed).reshape(len(encoded), samples)
         done: dict[int, Written] = {}
         prompt_seconds = seconds = 0.0
@@ -161,16 +154,9 @@ class Generator:
                 for sample in own
             ]
             keys_B = keys_PS[part.start : part.stop, own.start : own.stop].reshape(-1)
-            begin = time.perf_counter()
             rows = [encoded[place] for place in part]
-            drawn = self._rows.begin(rows, len(own), keys_B, max_new_tokens)
-            stopped_B = _add(drawn, texts, on_token)
-            first = time.perf_counter()
-            while not stopped_B.all():
-                drawn = self._rows.go_on(stopped_B)
-                stopped_B = _add(drawn, texts, on_token)
-            prompt_seconds += first - begin
-            seconds += time.perf_counter() - first
+            spent = self._write(rows, texts, keys_B, most=max_new_tokens, on_token=on_token)
+            prompt_seconds, seconds = prompt_seconds + spent[0], seconds + spent[1]
             written = {text.row: text.written() for text in texts}
             done |= written
             if on_texts is not None:
@@ -191,6 +177,25 @@ class Generator:
         check(self._settings, max_new_tokens, samples=samples, stop=stop)
         streaming.sought(self._trained.tokenizer, stop)
 
+    def _write(
+        self,
+        rows: Sequence[np.ndarray],
+        texts: Sequence[_Text],
+        keys_B: Array,
+        *,
+        most: int,
+        on_token: OnToken | None,
+    ) -> tuple[float, float]:
+        """Writes texts at once, as many behind each row; seconds of first tokens, and of others."""
+        begin = time.perf_counter()
+        drawn = self._rows.begin(rows, len(texts) // len(rows), keys_B, most)
+        stopped_B = _add(drawn, texts, on_token)
+        first = time.perf_counter()
+        while not stopped_B.all():
+            drawn = self._rows.go_on(stopped_B)
+            stopped_B = _add(drawn, texts, on_token)
+        return first - begin, time.perf_counter() - first
+
     def _grown(self, ids: np.ndarray, *, stop: Sequence[str], most: int) -> Continuation:
         """What is added to a prompt of ids, of which the first may be the one in front."""
         prompt = ids[int(self._start) :]
@@ -200,6 +205,17 @@ class Generator:
         if isinstance(prompt, str):
             return prompt
         return streaming.text_of(self._trained.tokenizer, np.asarray(prompt).tolist())
+
+    def _all_encoded(self, prompts: Sequence[str | np.ndarray], new: int) -> list[np.ndarray]:
+        """Ids of the prompts, each with room for `new` tokens."""
+        if isinstance(prompts, str):
+            raise UserError("prompts must be a list of texts, got one text: give [text]")
+        if not len(prompts):
+            raise UserError("there is no prompt: give one or more")
+        return [
+            self._encoded(prompt, new, name=f"prompt {number}")
+            for number, prompt in enumerate(prompts, start=1)
+        ]
 
     def _encoded(self, prompt: str | np.ndarray, new: int, *, name: str) -> np.ndarray:
         """int32 ids of a prompt, with the end-of-text token in front as in training."""
