@@ -68,7 +68,10 @@ def _comparable(text: str) -> tuple[str, list[int]]:
 
 
 class Continuation:
-    """What a model adds to a prompt, token by token, each in a time that does not grow.
+    """What a model adds to a prompt, token by token.
+
+    A token is decoded with those since the last whole character alone, so that long texts cost as
+    much a token as short ones.
 
     tokens: ids so far, the end-of-text token among them. ending: why no more are taken, "" as long
     as they are: "end" of text, "stop" string or "length".
