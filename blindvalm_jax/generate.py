@@ -21,12 +21,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 from absl import flags
 
-from blindvalm_jax import files, model_flags
-from blindvalm_jax.decoding import generation
-from blindvalm_jax.decoding.generation import Generation, Generator, Written
+from blindvalm_jax import files, model_flags, terminal
+from blindvalm_jax.decoding import generation, shading, tower_text
+from blindvalm_jax.decoding.generation import Generation, Generator, Taken, Written
+from blindvalm_jax.decoding.record import Record
 from blindvalm_jax.decoding.sampling import Sampling
 from blindvalm_jax.errors import UserError, print_error, run_main
 from blindvalm_jax.trained import TrainedModel
@@ -53,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
     """Writes behind the prompts that the command line names."""
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}: every setting is a --flag (see --help)")
+    terminal.take_any_text()
     named = model_flags.named()
     settings = Sampling(
         temperature=_TEMPERATURE.value,
@@ -62,14 +63,10 @@ def main(argv: Sequence[str]) -> int:
         repetition_penalty=_PENALTY.value,
     )
     prompts = _prompts()
-    generation.check(settings, _NEW.value, samples=_SAMPLES.value, stop=_STOP.value)
-    out = None if not _JSON.value else Path(_JSON.value).expanduser()
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise UserError(f"--json={out} must be a file in a directory that is there")
-    if out is not None:
-        files.check_writable(out.parent, what=f"--json={out}")
+    generation.check(settings, _NEW.value, samples=_SAMPLES.value, stop=_stops())
+    out = _out()
     trained = model_flags.load(rows_over_devices=False)
-    slow = generation.whole_only(trained)
+    slow = tower_text.whole_only(trained)
     if slow:
         print(f"note: {slow}: each token reads the whole text again, slowly", file=sys.stderr)
     if _INTERACTIVE.value:
@@ -81,21 +78,43 @@ def main(argv: Sequence[str]) -> int:
         start=_START.value,
         block=1 if _STREAM.value else generation.BLOCK,
     )
-    found = _stream(generator, prompts[0]) if _STREAM.value else _write(generator, prompts)
+    about = {
+        "model": named.path,
+        "step": trained.step,
+        "dtype": named.dtype,
+        "seed": _SEED.value,
+        "start": _START.value,
+        "samples": _SAMPLES.value,
+        "stop": _stops(),
+        "max_new_tokens": _NEW.value,
+    }
+    with Record(out, {**about, **dataclasses.asdict(settings)}) as record:
+        if _STREAM.value:
+            found = _stream(generator, prompts[0], record)
+        else:
+            found = _write(generator, prompts, record)
     _report(found)
-    if out is not None:
-        about = {
-            "model": named.path,
-            "step": trained.step,
-            "dtype": named.dtype,
-            "seed": _SEED.value,
-            "start": _START.value,
-            "samples": _SAMPLES.value,
-            "stop": _STOP.value,
-            "max_new_tokens": _NEW.value,
-        }
-        _save(out, found, {**about, **dataclasses.asdict(settings)})
     return 0
+
+
+def _stops() -> list[str]:
+    """The stop strings of the command line."""
+    return [terminal.argument(stop) for stop in _STOP.value]
+
+
+def _out() -> Path | None:
+    """The file of --json.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    if not _JSON.value:
+        return None
+    out = Path(_JSON.value).expanduser()
+    if out.is_dir() or not out.parent.is_dir():
+        raise UserError(f"--json={out} must be a file in a directory that is there")
+    files.check_writable(out.parent, what=f"--json={out}")
+    return out
 
 
 def _prompts() -> list[str]:
@@ -120,7 +139,7 @@ def _prompts() -> list[str]:
                 f"leave out {' and '.join(named)}"
             )
         return []
-    prompts = _PROMPT.value
+    prompts = [terminal.argument(prompt) for prompt in _PROMPT.value]
     if _PROMPTS.value:
         try:
             text = Path(_PROMPTS.value).expanduser().read_text(encoding="utf-8-sig")
@@ -137,39 +156,43 @@ def _prompts() -> list[str]:
     return prompts
 
 
-def _write(generator: Generator, prompts: Sequence[str]) -> Generation:
+def _write(generator: Generator, prompts: Sequence[str], record: Record) -> Generation:
     """All texts, printed when they are done."""
     several = len(prompts) * _SAMPLES.value > 1
     numbers = itertools.count()
 
-    def show(text: Written) -> None:
-        if several:
-            prompt = next(numbers) // _SAMPLES.value + 1
-            print(f"=== prompt {prompt}, sample {text.sample + 1}")
-        print(text.prompt + text.text, flush=True)
+    def show(texts: Sequence[Written]) -> None:
+        for text in texts:
+            if several:
+                prompt = next(numbers) // _SAMPLES.value + 1
+                print(f"=== prompt {prompt}, sample {text.sample + 1}")
+            print(text.prompt + text.text, flush=True)
+        record.add(texts)
 
     return generator.generate(
         prompts,
         max_new_tokens=_NEW.value,
         samples=_SAMPLES.value,
-        stop=_STOP.value,
+        stop=_stops(),
         seed=_SEED.value,
-        on_text=show,
+        on_texts=show,
     )
 
 
-def _stream(generator: Generator, prompt: str) -> Generation:
+def _stream(generator: Generator, prompt: str, record: Record) -> Generation:
     """One text, printed as it comes."""
     print(prompt, end="", flush=True)
-    found = generator.generate(
-        [prompt],
-        max_new_tokens=_NEW.value,
-        stop=_STOP.value,
-        seed=_SEED.value,
-        on_token=lambda row, text, share: print(text, end="", flush=True),
-    )
-    print()
-    return found
+    try:
+        return generator.generate(
+            [prompt],
+            max_new_tokens=_NEW.value,
+            stop=_stops(),
+            seed=_SEED.value,
+            on_token=lambda taken: print(taken.text, end="", flush=True),
+            on_texts=record.add,
+        )
+    finally:
+        print(flush=True)
 
 
 def _interact(trained: TrainedModel, settings: Sampling) -> None:
@@ -178,39 +201,35 @@ def _interact(trained: TrainedModel, settings: Sampling) -> None:
     generator = Generator(
         trained, settings=settings, start=_START.value, probe=bool(fused), block=1
     )
-    generator.check(_NEW.value, stop=_STOP.value)
+    generator.check(_NEW.value, stop=_stops())
     if not fused:
         print("note: this model has no fusion layers: no grounding to show", file=sys.stderr)
     colours = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     shades = bool(fused) and colours and "NO_COLOR" not in os.environ
-    table = bool(fused) and not shades
+    table = shading.Table(trained.tokenizer, fused) if fused and not shades else None
     if sys.stdin.isatty():
         print("a prompt on each line; Ctrl-C ends a text, Ctrl-D all", file=sys.stderr)
     if shades:
-        legend = "".join(_shaded(f" {share:.2f} ", share) for share, _ in _SHADES)
-        print(f"attention to the grounding, at least: {legend}", file=sys.stderr)
-
-    def show(row: int, text: str, share: np.ndarray | None) -> None:
-        if share is None:
-            print(text, end="", flush=True)
-        elif shades:
-            print(_shaded(text, float(share.mean())), end="", flush=True)
-        else:
-            print(f"{text!r:24}" + "".join(f"{value:10.4f}" for value in share), flush=True)
+        print(f"attention to the grounding, at least: {shading.legend()}", file=sys.stderr)
 
     def go_on(prompt: str) -> None:
-        if table:
-            print(f"{'token':24}" + "".join(f"{f'layer {layer}':>10}" for layer in fused))
-        else:
-            print(prompt, end="", flush=True)
+        shaded = shading.Shades(trained.tokenizer) if shades else None
+
+        def show(taken: Taken) -> None:
+            if table is not None:
+                print(table.line(taken), flush=True)
+            else:
+                print(taken.text if shaded is None else shaded.add(taken), end="", flush=True)
+
+        print(prompt if table is None else table.head(), end="\n" if table else "", flush=True)
         found = generator.generate(
-            [prompt],
-            max_new_tokens=_NEW.value,
-            stop=_STOP.value,
-            seed=_SEED.value,
-            on_token=show,
+            [prompt], max_new_tokens=_NEW.value, stop=_stops(), seed=_SEED.value, on_token=show
         )
-        print(f"{prompt}{found.texts[0].text}" if table else "", flush=True)
+        text = found.texts[0]
+        if table is not None:
+            print(prompt + text.text, flush=True)
+        else:
+            print("" if shaded is None else shaded.rest(text.ending), flush=True)
         _report(found)
 
     _each_line(go_on)
@@ -230,16 +249,6 @@ def _each_line(go_on: Callable[[str], None]) -> None:
         print(flush=True)
 
 
-# Least share, and a background of the 256 colours of terminals.
-_SHADES = ((0.05, 230), (0.1, 229), (0.2, 222), (0.4, 215), (0.6, 208))
-
-
-def _shaded(text: str, share: float) -> str:
-    """The text on a background that is the stronger the larger the share; 0 to 1."""
-    colours = [colour for least, colour in _SHADES if share >= least]
-    return f"\x1b[30;48;5;{colours[-1]}m{text}\x1b[0m" if colours and text else text
-
-
 def _report(found: Generation) -> None:
     """How fast it was, on standard error."""
     first = len(found.texts)
@@ -250,14 +259,5 @@ def _report(found: Generation) -> None:
     print(line, file=sys.stderr)
 
 
-def _save(out: Path, found: Generation, about: dict[str, object]) -> None:
-    texts = []
-    for text in found.texts:
-        values = dataclasses.asdict(text)
-        del values["shares"]
-        texts.append(values)
-    files.write_json(out, {**about, "texts": texts})
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, interrupted="the texts that were done are printed, and with --json in its file")

@@ -58,7 +58,7 @@ def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     return partitioning.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
 
 
-def tower_reads(rule: segments.Rule = "causal") -> TowerText:
+def tower_reads() -> TowerText:
     """Segments of 1 to 16 tokens; the tower's ids are another order of the language model's."""
     rng = np.random.default_rng(7)
     longest = small_models.TOWER.longest_segment
@@ -66,7 +66,7 @@ def tower_reads(rule: segments.Rule = "causal") -> TowerText:
     rank = np.where(minimum < longest, minimum, 127).astype(np.int8)
     separators = segments.Separators(rank=rank, minimum=minimum, longest=longest)
     ids = rng.integers(0, 60, small_models.VOCAB).astype(np.int32)
-    return TowerText(rule=rule, separators=separators, ids=ids)
+    return TowerText(separators=separators, ids=ids)
 
 
 def model_of(variant: str, mesh: Mesh) -> Model:
@@ -254,7 +254,7 @@ def test_a_step_can_be_looped_under_jit() -> None:
 
 
 def test_rows_and_heads_are_split_over_a_mesh() -> None:
-    """The same logits, and every device keeps a quarter of each cache."""
+    """The same logits, and every device keeps a quarter of each cache, also of a wider one."""
     mesh = mesh_of(data=2, tensor=2)
     index = {"index": retrieval.place_keys(image_vectors(), mesh)}
     whole = case("valm")
@@ -265,8 +265,12 @@ def test_rows_and_heads_are_split_over_a_mesh() -> None:
     read_so_far = np.isfinite(found).all(-1)
     np.testing.assert_array_equal(read_so_far.sum(1), [24, 23, 24, 6])
     np.testing.assert_allclose(found[read_so_far], whole.whole[read_so_far], rtol=0, atol=ATOL)
-    for cache in jax.tree.leaves(state.caches):
-        assert cache.addressable_shards[0].data.size * 4 == cache.size
+    wide = Reader(given.model, capacity=CAPACITY + 4, text=given.text, mesh=mesh).widened(state)
+    for cache, wider in zip(*map(jax.tree.leaves, (state.caches, wide.caches)), strict=True):
+        for one in (cache, wider):
+            assert one.addressable_shards[0].data.size * 4 == one.size
+        assert wider.shape[2] == cache.shape[2] + 4
+        np.testing.assert_array_equal(wider[:, :, : cache.shape[2]], cache)
     with pytest.raises(UserError, match="3 rows, not a positive multiple"):
         reader.start(given.frozen, rows=3)
     with pytest.raises(UserError, match="1 rows, not a positive multiple"):
@@ -347,13 +351,15 @@ def finished_run(rule: str = "causal") -> TrainedModel:
 
 
 def test_the_reference_rule_is_refused() -> None:
-    with pytest.raises(UserError, match="segments=reference lets later tokens decide"):
+    with pytest.raises(UserError, match="read in pieces: under grounding.segments=reference"):
         cached.reader(finished_run("reference"), capacity=8)
 
 
 def test_a_tower_with_a_tokenizer_of_its_own_is_refused() -> None:
     given = dataclasses.replace(finished_run(), tower_tokenizer=small_text.small_clip())
-    with pytest.raises(UserError, match="whole text, which cannot be read in pieces"):
+    with pytest.raises(
+        UserError, match="cannot be read in pieces: the tower has a tokenizer of its own"
+    ):
         cached.reader(given, capacity=8)
 
 

@@ -97,6 +97,25 @@ def test_attention_is_what_training_logs(model: TrainedModel, reading: probing.R
     assert "".join(reading.tokens[1:]) == PROMPT
 
 
+def test_candidates_change_neither_attention_nor_vectors(model: TrainedModel) -> None:
+    """Under the reference rule either, where their tokens move segment borders of the prompt."""
+    grounding = dataclasses.replace(model.settings.grounding, segments="reference")
+    settings = dataclasses.replace(model.settings, grounding=grounding)
+    reference = dataclasses.replace(model, settings=settings)
+    # The prompt is one segment, longer rows are cut at a full stop in it.
+    prompt, tower = "the boat. ", model.model.tower
+    assert tower is not None
+    while len(model.tokenizer.encode_lm(prompt)) < tower.config.longest_segment - 16:
+        prompt += "on the sea "
+    candidates = ["red", "blue and green " * 5]
+    one, other = (
+        probing.read(reference, prompt, order) for order in (candidates, candidates[::-1])
+    )
+    np.testing.assert_allclose(one.attention, other.attention, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(one.vectors, other.vectors, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(one.grounded, other.grounded[::-1], atol=1e-4, rtol=0)
+
+
 def test_a_word_is_nearest_to_itself(model: TrainedModel) -> None:
     found = words.of_vocabulary(model, count=40)
     assert len(set(found.texts)) == len(found.texts) > 5

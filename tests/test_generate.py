@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import io
 import json
 import os
 import shutil
 import signal
+import string
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,16 +23,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blindvalm_jax import config, partitioning
+from blindvalm_jax import config, partitioning, terminal
 from blindvalm_jax.config import MeshConfig
 from blindvalm_jax.data import tokenizers as tokenizers_of
 from blindvalm_jax.data.clip_cleaning import clean_words
 from blindvalm_jax.data.tokenizers import Tokenizer
-from blindvalm_jax.decoding import cached, generation, sampling
-from blindvalm_jax.decoding.generation import Generator
+from blindvalm_jax.decoding import cached, generation, sampling, shading, tower_text
+from blindvalm_jax.decoding import rows as rows_of
+from blindvalm_jax.decoding.cached import Reader
+from blindvalm_jax.decoding.generation import Generator, Taken, Written
+from blindvalm_jax.decoding.record import Record
 from blindvalm_jax.decoding.rows import CachedRows, Draw
 from blindvalm_jax.decoding.sampling import Sampling
-from blindvalm_jax.decoding.streaming import Continuation
+from blindvalm_jax.decoding.streaming import Continuation, text_of
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import retrieval
 from blindvalm_jax.grounding.images import on_devices
@@ -171,8 +176,8 @@ def test_rows_are_written_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     together = asked.generate(PROMPTS, max_new_tokens=NEW, samples=3, seed=5).texts
     events: list[tuple[str, int]] = []
 
-    def on_token(row: int, text: str, share: np.ndarray | None) -> None:
-        events.append(("token", row))
+    def on_token(taken: Taken) -> None:
+        events.append(("token", taken.row))
 
     for most, rows_at_once in ((1, 1), (2, 2), (7, 6)):
         monkeypatch.setattr(generation, "_TOGETHER", most)
@@ -183,7 +188,7 @@ def test_rows_are_written_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
             samples=3,
             seed=5,
             on_token=on_token,
-            on_text=lambda text: events.append(("text", text.sample)),
+            on_texts=lambda texts: events.extend(("text", text.sample) for text in texts),
         ).texts
         assert apart == together
         first = [kind for kind, _ in events].index("text")
@@ -211,47 +216,79 @@ def tokenizers() -> list[Tokenizer]:
 
 @pytest.mark.parametrize("kind", [0, 1])
 @pytest.mark.parametrize("seed", range(4))
-def test_streamed_text_is_the_final_text_up_to_the_first_stop(kind: int, seed: int) -> None:
-    """Random tokens, so also bytes that are no characters; found character by character."""
+def test_each_token_gives_what_decoding_the_whole_text_does(kind: int, seed: int) -> None:
+    """Text, ending and what is released; random tokens, so also bytes that are no characters."""
     rng, tokenizer = np.random.default_rng(seed), tokenizers()[kind]
-    offset = tokenizer.lm_offset
-    prompt = tokenizer.encode_lm("漢字 The cat 🙂 sat")
-    texts = " ".join(small_text.documents(2, seed=seed, longest=12))
-    tokens = np.append(
-        tokenizer.encode_lm(texts),
-        rng.choice(np.flatnonzero(~sampling.never_text(tokenizer)), 40),
-    )
-    tokens = tokens[tokens != tokenizer.eos_id].tolist()
-    front = tokenizer.decode([index - offset for index in prompt])
-    whole = tokenizer.decode([index - offset for index in [*prompt.tolist(), *tokens]])[
-        len(front) :
-    ]
 
     def form(text: str) -> str:
         """CLIP's stop strings are sought without case and white space."""
         return "".join(text.lower().split()) if kind else text
 
-    for _ in range(40):
+    for trial in range(48):
+        prompt = tokenizer.encode_lm(["漢字 The cat 🙂 sat", "", "é"][trial % 3])
+        if trial % 4 == 0:
+            prompt = prompt[:-1]  # may end inside a character
+        texts = " ".join(small_text.documents(1, seed=seed + 9 * trial, longest=6)) + " 🙂漢 naïve"
+        words, drawn = tokenizer.encode_lm(texts), rng.integers(0, tokenizer.vocab_size, 25)
+        tokens = rng.permuted(drawn) if trial % 2 else np.append(words, drawn)
+        tokens = tokens[tokens != tokenizer.eos_id].tolist()
+        most = len(tokens) - trial % 2
+        if trial % 3 == 0:
+            tokens.insert(-3, tokenizer.eos_id)
+        front = text_of(tokenizer, prompt)
+        whole = text_of(tokenizer, [*prompt, *tokens])[len(front) :]
         at = sorted(rng.integers(0, len(whole), 2))
         stop = [whole[at[0] : at[0] + int(rng.integers(1, 6))], whole[at[1] : at[1] + 3], "none"]
         stop = [text for text in stop if form(text) and not text.endswith("\ufffd")]
+        stop = [] if trial % 4 == 3 else stop
         cleaned = ["".join(clean_words(text)) for text in stop if kind]
         forms = [form(text) for text in [*stop, *cleaned] if form(text)]
-        ends = [n for n in range(len(whole) + 1) if form(whole[:n]).endswith(tuple(forms))]
-        expected = whole
-        if ends:
-            shown = whole[: ends[0]]
-            begins = [n for n in range(len(shown)) if form(shown[n:]) in forms]
-            longest = max(len(form(shown[n:])) for n in begins)
-            expected = shown[: max(n for n in begins if len(form(shown[n:])) == longest)]
-        found = Continuation(tokenizer, prompt, stop=stop, most=len(tokens))
-        pieces = []
-        for token in tokens:
+        found, released = Continuation(tokenizer, prompt, stop=stop, most=most), ""
+        for count, token in enumerate(tokens, start=1):
             found.add(token)
-            pieces.append(found.release())
-        assert found.text == expected
-        assert "".join(pieces) == found.text
-        assert found.ending == ("stop" if ends else "length")
+            released += found.release()
+            text = text_of(tokenizer, [*prompt, *tokens[:count]])[len(front) :]
+            ending = "end" if token == tokenizer.eos_id else "length" if count == most else ""
+            text = text if ending else text.rstrip("\ufffd")
+            ends = [n for n in range(len(text) + 1) if form(text[:n]).endswith(tuple(forms))]
+            if forms and ends:
+                shown, ending = text[: ends[0]], "stop"
+                begins = [n for n in range(len(shown)) if form(shown[n:]) in forms]
+                longest = max(len(form(shown[n:])) for n in begins)
+                text = shown[: max(n for n in begins if len(form(shown[n:])) == longest)]
+            assert (found.text, found.ending, found.tokens) == (text, ending, tokens[:count])
+            behind = [form(text[n:]) for n in range(len(text))]
+            sizes = [
+                len(end) for end in behind if any(end and one.startswith(end) for one in forms)
+            ]
+            if ending:
+                assert released == text
+                break
+            last = max(
+                (n for n, end in enumerate(behind) if sizes and len(end) == max(sizes)),
+                default=len(text),
+            )
+            assert released == text[:last]
+        assert found.ending
+
+
+def test_a_token_is_decoded_with_few_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the text has grown; with a stop string that is sought in all of it."""
+    for tokenizer in tokenizers():
+        ids = tokenizer.encode_lm(" ".join(small_text.documents(3, seed=1)))
+        sizes: list[int] = []
+        decode = tokenizer.decode
+
+        def counted(given: Sequence[int], sizes: list[int] = sizes, decode: Any = decode) -> Any:
+            sizes.append(len(given))
+            return decode(given)
+
+        monkeypatch.setattr(tokenizer, "decode", counted)
+        found = Continuation(tokenizer, ids[:5], stop=["zzzz"], most=len(ids))
+        for token in ids[5:].tolist():
+            found.add(token)
+        assert len(found.tokens) > 300
+        assert max(sizes) < 10
 
 
 @pytest.mark.parametrize(
@@ -305,6 +342,116 @@ def test_half_a_character_waits_for_the_other_half() -> None:
     for token in ids.tolist():
         cut.add(token)
     assert (cut.text, cut.ending, len(cut.tokens)) == ("x\ufffd", "length", 2)
+
+
+def taken_of(
+    tokenizer: Tokenizer, ids: np.ndarray, shares: np.ndarray, *, stop: Sequence[str] = ()
+) -> tuple[list[Taken], Continuation]:
+    """What a display is given of a text, and the text."""
+    found, taken = Continuation(tokenizer, ids[:0], stop=stop, most=99), []
+    for token, share in zip(ids.tolist(), shares, strict=True):
+        found.add(token)
+        taken.append(Taken(0, token, found.release(), share))
+    return taken, found
+
+
+@pytest.mark.parametrize("shades", [False, True])
+@pytest.mark.parametrize("stop", [[], ["y"], ["yz"]])
+def test_every_share_is_shown(
+    shades: bool, stop: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of tokens that are half a character, of the end of the text, and of a stop string."""
+    tokenizer = small_text.small_bpe()
+    ids = np.array([*tokenizer.encode_lm("x🙂y"), tokenizer.eos_id])
+    ids = ids[: len(ids) - (stop == ["y"])]
+    if stop == ["yz"]:
+        ids[-1:] = tokenizer.encode_lm("z")
+    shares = np.random.default_rng(0).random((len(ids), 2))
+    taken, text = taken_of(tokenizer, ids, shares, stop=stop)
+    assert text.text == ("x🙂" if stop else "x🙂y")
+    if not shades:
+        table = shading.Table(tokenizer, [3, 5])
+        assert table.head().split() == ["token", "layer", "3", "layer", "5"]
+        lines = [table.line(one).split() for one in taken]
+        own = [repr(text_of(tokenizer, [token])) for token in ids]
+        own[-1] = own[-1] if stop else "(end)"
+        assert [line[0] for line in lines] == own
+        assert [line[1:] for line in lines] == [[f"{x:.4f}" for x in share] for share in shares]
+        return
+    shown: list[tuple[str, float]] = []
+
+    def shaded(text: str, share: float) -> str:
+        shown.append((text, share))
+        return text
+
+    monkeypatch.setattr(shading, "shaded", shaded)
+    display = shading.Shades(tokenizer)
+    assert "".join(map(display.add, taken)) == text.text
+    rest = display.rest(text.ending)
+    at, each = len(ids) - 1 - (stop != ["y"]), shares.mean(axis=1)
+    behind = [] if stop else [("y", each[at])]
+    behind += [(rest, each[at if stop else at + 1 :].mean())]
+    assert rest == ("(stop)" if stop else "(end)")
+    assert [text for text, _ in shown] == ["x", "🙂", *(text for text, _ in behind)]
+    expected = [each[0], each[1:at].mean(), *(share for _, share in behind)]
+    np.testing.assert_allclose([share for _, share in shown], expected, rtol=1e-12)
+
+
+def test_a_text_released_in_two_pieces_has_its_share_twice() -> None:
+    """Its second half was held back, as the beginning of a stop string, until the text ended."""
+    tokenizer, share = small_text.small_bpe(), np.full(1, 0.7)
+    display = shading.Shades(tokenizer)
+    first = display.add(Taken(0, 5, "wha", share))
+    second = display.add(Taken(0, tokenizer.eos_id, "t", np.full(1, 0.3)))
+    assert [first, second] == [shading.shaded(text, 0.7) for text in ("wha", "t")]
+    assert display.rest("end") == shading.shaded("(end)", 0.3)
+
+
+def test_a_record_holds_what_is_done_whatever_comes(tmp_path: Path) -> None:
+    """After each part; a file of before is left where nothing was done."""
+    out = tmp_path / "texts.json"
+    texts = [
+        Written(prompt="a", sample=n, text="b", tokens=[5], ending="length", shares=None)
+        for n in range(3)
+    ]
+
+    def held() -> tuple[bool, list[int]]:
+        found = json.loads(out.read_text())
+        assert found["seed"] == 1
+        return found["finished"], [text["sample"] for text in found["texts"]]
+
+    with Record(out, {"seed": 1}) as record:
+        record.add(texts)
+    assert held() == (True, [0, 1, 2])
+    with pytest.raises(KeyboardInterrupt), Record(out, {}):
+        raise KeyboardInterrupt
+    assert held() == (True, [0, 1, 2])
+
+    def interrupted() -> None:
+        with Record(out, {"seed": 1}) as record:
+            record.add(texts[:1])
+            assert held() == (False, [0])
+            record.add(texts[1:])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert held() == (False, [0, 1, 2])
+
+
+def test_what_is_no_text_is_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = io.TextIOWrapper(io.BytesIO(b"a \xff b\n"), encoding="utf-8", errors="strict")
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdin", given)
+    monkeypatch.setattr(sys, "stdout", shown)
+    terminal.take_any_text()
+    line = sys.stdin.readline()
+    print(line, "naïve")
+    shown.flush()
+    assert line == "a \ufffd b\n"
+    assert shown.buffer.getvalue() == b"a \\ufffd b\n na\\xefve\n"
+    assert terminal.argument(os.fsdecode(b"a \xff\xe9 b")) == "a \ufffd\ufffd b"
+    assert terminal.argument("naïve 漢字 🙂") == "naïve 漢字 🙂"
 
 
 RULES = [
@@ -524,6 +671,39 @@ def test_shares_of_a_text_are_those_where_its_tokens_were_predicted() -> None:
         )
 
 
+@pytest.fixture
+def capacities(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Those of the readers that are made."""
+    made, found = cached.reader, list[int]()
+
+    def counted(trained: TrainedModel, *, capacity: int) -> Reader:
+        found.append(capacity)
+        return made(trained, capacity=capacity)
+
+    monkeypatch.setattr(cached, "reader", counted)
+    return found
+
+
+def test_caches_grow_with_what_is_read(
+    monkeypatch: pytest.MonkeyPatch, capacities: list[int]
+) -> None:
+    """Doubled twice, and not above what was asked for; the tokens are those of whole rows."""
+    monkeypatch.setattr(rows_of, "_STEP", 4)
+    monkeypatch.setattr(rows_of, "_ROOM", 4)
+    text = Generator(made("gpt_sinusoidal"), block=5).generate([""], max_new_tokens=19).texts[0]
+    assert len(text.tokens) == 19
+    assert text.tokens == greedily(made("gpt_sinusoidal"), "", 19)
+    assert capacities == [8, 16, 20]
+
+
+def test_a_million_tokens_that_nobody_reads_cost_nothing(capacities: list[int]) -> None:
+    draw = Draw(Sampling(), np.zeros(1, bool), made("gpt_sinusoidal").tokenizer.eos_id, 0)
+    asked = CachedRows(made("gpt_sinusoidal"), draw, block=5)
+    asked.begin([np.full(60, 5, np.int32)], 1, jax.random.split(jax.random.key(0), 1), 10**6)
+    asked.go_on(np.zeros(1, bool))
+    assert capacities == [320]
+
+
 def test_nothing_is_computed_for_a_probe_that_nobody_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -543,7 +723,7 @@ def test_nothing_is_computed_for_a_probe_that_nobody_asked_for(
 
 def test_the_reference_rule_reads_whole_rows() -> None:
     trained = made("token", "reference")
-    assert "segments=reference" in generation.whole_only(trained)
+    assert "segments=reference" in tower_text.whole_only(trained)
     found = Generator(trained).generate(PROMPTS[:2], max_new_tokens=4).texts
     for prompt, text in zip(PROMPTS, found, strict=False):
         assert text.tokens == greedily(trained, prompt, 4)
@@ -553,7 +733,7 @@ def test_a_tower_that_reads_text_reads_whole_rows(tmp_path: Path) -> None:
     """Each token is the likeliest behind the text so far, in whatever tokens it was written."""
     named = NamedModel(**small_aligned.write(tmp_path))
     trained = named.load(mesh=partitioning.make_mesh(MeshConfig(), jax.devices()[:1]))
-    assert "tokenizer of its own" in generation.whole_only(trained)
+    assert "tokenizer of its own" in tower_text.whole_only(trained)
     warm = Sampling(temperature=2.0)
     drawn = Generator(trained, settings=warm).generate(["the ring"], max_new_tokens=NEW).texts[0]
     ids = trained.tokenizer.encode_lm(drawn.prompt + drawn.text)
@@ -599,7 +779,7 @@ def test_what_cannot_write_is_refused() -> None:
             lambda: CachedRows(made("gpt_learned"), draw, block=1).begin(
                 [np.full(60, 5, np.int32)], 1, jax.random.split(jax.random.key(0), 1), 22
             ),
-            "60 tokens and 22 new ones exceed the model's 80 learned positions",
+            "a capacity of 81 tokens exceeds the learned position table, .* 80",
         ),
         (lambda: asked.generate(["the"], max_new_tokens=1, stop=["x", ""]), "string is empty"),
         (lambda: asked.generate([], max_new_tokens=1), "there is no prompt"),
@@ -626,12 +806,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(
-    run: Path, *arguments: str, given: str = "", by: str = "workdir"
+    run: Path, *arguments: str, given: str = "", by: str = "workdir", **env: str
 ) -> subprocess.CompletedProcess[str]:
-    return python("-m", "blindvalm_jax.generate", f"--{by}={run}", *arguments, given=given)
+    line = ("-m", "blindvalm_jax.generate", f"--{by}={run}", *arguments)
+    return python(*line, given=given, **env)
 
 
-def python(*arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
+def python(*arguments: str, given: str = "", **env: str) -> subprocess.CompletedProcess[str]:
     quickly = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0" if "OPTIMIZED_TESTS" in os.environ else "1"}
     return subprocess.run(
         [sys.executable, *arguments],
@@ -639,7 +820,7 @@ def python(*arguments: str, given: str = "") -> subprocess.CompletedProcess[str]
         capture_output=True,
         text=True,
         input=given,
-        env={**os.environ, **quickly},
+        env={**os.environ, **quickly, **env},
     )
 
 
@@ -660,7 +841,7 @@ def test_the_command_prints_and_writes_the_texts(finished: Path, tmp_path: Path)
     assert [text["prompt"] for text in found["texts"]] == ["The cat"] * 2 + ["naïve\x85 漢字"] * 2
     assert (found["temperature"], found["step"], found["seed"]) == (0.9, 2, 0)
     assert (found["samples"], found["stop"], found["start"]) == (2, ["zzzz"], True)
-    assert found["dtype"] == "float32"
+    assert (found["dtype"], found["finished"]) == ("float32", True)
     for number, text in enumerate(found["texts"]):
         head = f"=== prompt {number // 2 + 1}, sample {number % 2 + 1}\n"
         assert head + text["prompt"] + text["text"] + "\n" in done.stdout
@@ -724,15 +905,24 @@ def test_ctrl_c_ends_a_text_and_at_the_prompt_the_command(finished: Path) -> Non
 
 
 def test_the_reference_rule_is_said(finished: Path, tmp_path: Path) -> None:
-    """On standard error; a stop string ends the text."""
+    """On standard error; a stop string ends the text, and no byte of a prompt the command."""
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     values = json.loads((run / "config.json").read_text())
     values["grounding"]["segments"] = "reference"
     (run / "config.json").write_text(json.dumps(values))
-    done = command(run, "--prompt=The cat", "--max_new_tokens=2")
+    prompt = os.fsdecode(b"--prompt=The cat \xff")
+    stops = (f"--stop={letter}" for letter in string.printable)
+    out = tmp_path / "text.json"
+    asked = (prompt, *stops, "--temperature=2", f"--json={out}")
+    done = command(run, *asked, PYTHONIOENCODING="ascii:strict")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("note: with grounding.segments=reference")
+    assert done.stderr.startswith("note: under grounding.segments=reference")
+    text = json.loads(out.read_text())["texts"][0]
+    assert (text["prompt"], text["ending"]) == ("The cat \ufffd", "stop")
+    assert not set(string.printable) & set(text["text"])
+    shown = text["prompt"] + text["text"] + "\n"
+    assert done.stdout == shown.encode("ascii", "backslashreplace").decode()
 
 
 @pytest.mark.torch

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from blindvalm_jax import partitioning
 from blindvalm_jax.config import MeshConfig
+from blindvalm_jax.decoding import caches as caches_of
 from blindvalm_jax.decoding import tower_text, unstacked
 from blindvalm_jax.decoding.tower_text import TowerText
 from blindvalm_jax.errors import UserError
@@ -79,7 +80,8 @@ class Reader:
         placed = State(jax.tree.map(lambda _: rows, self._shapes(1)), everywhere, everywhere)
         self.placed = placed
         self._start = jax.jit(self._new, static_argnames="rows", out_shardings=placed)
-        self._take = jax.jit(_take, out_shardings=placed.caches)
+        self._take = jax.jit(caches_of.take, out_shardings=placed.caches)
+        self._widen = jax.jit(self._padded, out_shardings=placed.caches)
         run = functools.partial(
             jax.jit, self._run, static_argnames="logits", out_shardings=(None, placed)
         )
@@ -161,6 +163,11 @@ class Reader:
         segment_B = np.asarray(state.segment_B)[rows_N]
         placed = jax.device_put(segment_B, NamedSharding(self.mesh, PartitionSpec()))
         return State(self._take(state.caches, rows_N), np.asarray(state.length_B)[rows_N], placed)
+
+    def widened(self, state: State) -> State:
+        """The state of the same rows for this reader, from that of one of a smaller capacity."""
+        with partitioning.use(self.mesh):
+            return dataclasses.replace(state, caches=self._widen(state.caches))
 
     def step(
         self,
@@ -280,6 +287,9 @@ class Reader:
             )
         return State(caches, none_B, none_B)
 
+    def _padded(self, caches: dict[str, Any]) -> dict[str, Any]:
+        return caches_of.padded(caches, self._shapes(len(jax.tree.leaves(caches)[0])))
+
     def _run(
         self,
         params: Any,
@@ -322,28 +332,8 @@ class Reader:
         return counts.astype(np.int32)
 
     def _shapes(self, rows: int) -> dict[str, Any]:
-        """Shapes and dtypes of the caches, by name."""
-        model, at_BT = self._model, jnp.zeros((rows, 1), jnp.int32)
-
-        def decoder(key: Array) -> Any:
-            z_BTKE = None
-            if model.decoder.fusion_layers:
-                z_BTKE = jnp.zeros((rows, 1, 1, model.decoder.memory_width))
-            return model.decoder.init(
-                key, at_BT, at_BT, z_BTKE, capacity=self.capacity, method="extend"
-            )["cache"]
-
-        key = jax.random.key(0)
-        shapes = {"decoder": jax.eval_shape(decoder, key)}
-        if model.tower is not None and self._text is not None:
-            read = functools.partial(
-                model.tower.init,
-                capacity=self.capacity + 1,
-                readout=model.readout,
-                method="extend",
-            )
-            shapes["tower"] = jax.eval_shape(read, key, at_BT, at_BT, at_BT)["cache"]
-        return shapes
+        grounded = self._text is not None
+        return caches_of.shapes(self._model, rows=rows, capacity=self.capacity, grounded=grounded)
 
 
 def reader(trained: TrainedModel, *, capacity: int) -> Reader:
@@ -356,12 +346,13 @@ def reader(trained: TrainedModel, *, capacity: int) -> Reader:
     return Reader(trained.model, capacity=capacity, text=text, mesh=trained.mesh)
 
 
-def _take(caches: dict[str, Any], rows_N: Array) -> dict[str, Any]:
-    return jax.tree.map(lambda x: jnp.take(x, rows_N, axis=0, mode="clip"), caches)
+def check_capacity(model: Model, capacity: int) -> None:
+    """Refuses what no `Reader` of the model could hold.
 
-
-def _check(model: Model, capacity: int, text: TowerText | None) -> None:
-    config, tower = model.decoder.config, model.tower
+    Raises:
+      UserError: there is no room for a token, or more than the model has positions.
+    """
+    config = model.decoder.config
     if capacity < 1:
         raise UserError(f"a capacity of {capacity} tokens: it must be at least 1")
     if config.positions == "learned" and capacity > config.max_positions:
@@ -369,6 +360,11 @@ def _check(model: Model, capacity: int, text: TowerText | None) -> None:
             f"a capacity of {capacity} tokens exceeds the learned position table, "
             f"decoder.max_positions {config.max_positions}"
         )
+
+
+def _check(model: Model, capacity: int, text: TowerText | None) -> None:
+    check_capacity(model, capacity)
+    tower = model.tower
     if not model.decoder.fusion_layers:
         return
     if tower is None or text is None:
@@ -376,11 +372,6 @@ def _check(model: Model, capacity: int, text: TowerText | None) -> None:
     if model.shuffled:
         raise UserError(
             "grounding.control=shuffled takes the features of other rows: score whole rows with it"
-        )
-    if text.rule != "causal":
-        raise UserError(
-            f"grounding.segments={text.rule} lets later tokens decide where a segment starts, so "
-            "text cannot be read in pieces: train with grounding.segments=causal"
         )
     if text.separators.longest > tower.config.longest_segment:
         raise UserError(

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from blindvalm_jax import partitioning
-from blindvalm_jax.decoding import sampling, streaming
+from blindvalm_jax.decoding import sampling, streaming, tower_text
 from blindvalm_jax.decoding.rows import CachedRows, Draw, Drawn, Rows, WholeRows
 from blindvalm_jax.decoding.sampling import Sampling
 from blindvalm_jax.decoding.streaming import Continuation
@@ -24,8 +24,21 @@ BLOCK = 16  # tokens between two looks for stop strings
 LONGEST = 1_000_000  # new tokens of a text at most
 _TOGETHER = 32  # rows of a device that are written at once
 
-# Called for each token with its row, the text that is certain by now, and its shares [L'] or None.
-OnToken = Callable[[int, str, np.ndarray | None], None]
+
+class Taken(NamedTuple):
+    """A token of a row.
+
+    text: what is certain with it and was not before. share: [L'], weight on the grounding vectors
+    where it was predicted, mean over heads; None: not asked for.
+    """
+
+    row: int
+    token: int
+    text: str
+    share: np.ndarray | None
+
+
+OnToken = Callable[[Taken], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +60,11 @@ class Written:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
-    """All texts. prompt_seconds: compilation and first tokens; seconds: for `counted` others."""
+    """All texts.
+
+    prompt_seconds: compilation and first tokens. seconds: for `counted` others, with compilation
+    where caches were doubled for them.
+    """
 
     texts: list[Written]
     prompt_seconds: float
@@ -74,8 +91,13 @@ class Generator:
         the host looks at them. cached: False: each token reads its whole row again.
 
         Raises:
-          UserError: the model cannot write, see `whole_only`; or it has no grounding to probe.
+          UserError: the model reads other rows, or it has no grounding to probe.
         """
+        if trained.model.shuffled:
+            raise UserError(
+                "a model of grounding.control=shuffled takes the features of other rows: it cannot "
+                "write a text of its own"
+            )
         if probe and not trained.model.decoder.fusion_layers:
             raise UserError("this model has no fusion layers, so no attention goes to a grounding")
         self._trained, self._start = trained, start
@@ -87,7 +109,7 @@ class Generator:
             len(trained.model.decoder.fusion_layers) if probe else 0,
         )
         self._rows: Rows
-        if whole_only(trained) or not cached:
+        if tower_text.whole_only(trained) or not cached:
             self._rows = WholeRows(trained, draw)
         else:
             self._rows = CachedRows(trained, draw, block=block)
@@ -102,28 +124,21 @@ class Generator:
         stop: Sequence[str] = (),
         seed: int = 0,
         on_token: OnToken | None = None,
-        on_text: Callable[[Written], None] | None = None,
+        on_texts: Callable[[Sequence[Written]], None] | None = None,
     ) -> Generation:
         """`samples` texts behind each prompt, each up to a stop string or the end of text.
 
         numbers: of the first sample of each prompt, for one that is asked again; None: 0.
         prompts: texts, or ids [T] of the language model. What a row draws depends on the seed, its
         prompt and the number of its sample alone, and not on the rows that are written with it.
-        on_text: called for each text when those that are written at once are done, in order where
+        on_texts: called with the texts that are written at once when these are done; in order where
         rows are not split over devices.
 
         Raises:
           UserError: see `check`; a prompt has no tokens, or is too long for the model's positions.
         """
         self.check(max_new_tokens, samples=samples, stop=stop)
-        if isinstance(prompts, str):
-            raise UserError("prompts must be a list of texts, got one text: give [text]")
-        encoded = [
-            self._encoded(prompt, max_new_tokens, name=f"prompt {number}")
-            for number, prompt in enumerate(prompts, start=1)
-        ]
-        if not encoded:
-            raise UserError("there is no prompt: give one or more")
+        encoded = self._all_encoded(prompts, max_new_tokens)
         sample_PS = np.add.outer(
             np.zeros(len(encoded), np.uint32) if numbers is None else np.array(numbers, np.uint32),
             np.arange(samples, dtype=np.uint32),
@@ -145,20 +160,13 @@ class Generator:
                 for sample in own
             ]
             keys_B = keys_PS[part.start : part.stop, own.start : own.stop].reshape(-1)
-            begin = time.perf_counter()
             rows = [encoded[place] for place in part]
-            drawn = self._rows.begin(rows, len(own), keys_B, max_new_tokens)
-            stopped_B = _add(drawn, texts, on_token)
-            first = time.perf_counter()
-            while not stopped_B.all():
-                drawn = self._rows.go_on(stopped_B)
-                stopped_B = _add(drawn, texts, on_token)
-            prompt_seconds += first - begin
-            seconds += time.perf_counter() - first
-            for text in texts:
-                done[text.row] = text.written()
-                if on_text is not None:
-                    on_text(done[text.row])
+            spent = self._write(rows, texts, keys_B, most=max_new_tokens, on_token=on_token)
+            prompt_seconds, seconds = prompt_seconds + spent[0], seconds + spent[1]
+            written = {text.row: text.written() for text in texts}
+            done |= written
+            if on_texts is not None:
+                on_texts([*written.values()])
         return Generation(
             texts=[done[row] for row in sorted(done)],
             prompt_seconds=prompt_seconds,
@@ -170,10 +178,29 @@ class Generator:
         """Refuses what `generate` would, whatever the prompts.
 
         Raises:
-          UserError: see `check`, and `streaming.sought` for the model's tokenizer.
+          UserError: see the function `check`, and `streaming.sought` for the model's tokenizer.
         """
         check(self._settings, max_new_tokens, samples=samples, stop=stop)
         streaming.sought(self._trained.tokenizer, stop)
+
+    def _write(
+        self,
+        rows: Sequence[np.ndarray],
+        texts: Sequence[_Text],
+        keys_B: Array,
+        *,
+        most: int,
+        on_token: OnToken | None,
+    ) -> tuple[float, float]:
+        """Writes texts at once, as many behind each row; seconds of first tokens, and of others."""
+        begin = time.perf_counter()
+        drawn = self._rows.begin(rows, len(texts) // len(rows), keys_B, most)
+        stopped_B = _add(drawn, texts, on_token)
+        first = time.perf_counter()
+        while not stopped_B.all():
+            drawn = self._rows.go_on(stopped_B)
+            stopped_B = _add(drawn, texts, on_token)
+        return first - begin, time.perf_counter() - first
 
     def _grown(self, ids: np.ndarray, *, stop: Sequence[str], most: int) -> Continuation:
         """What is added to a prompt of ids, of which the first may be the one in front."""
@@ -184,6 +211,17 @@ class Generator:
         if isinstance(prompt, str):
             return prompt
         return streaming.text_of(self._trained.tokenizer, np.asarray(prompt).tolist())
+
+    def _all_encoded(self, prompts: Sequence[str | np.ndarray], new: int) -> list[np.ndarray]:
+        """Ids of the prompts, each with room for `new` tokens."""
+        if isinstance(prompts, str):
+            raise UserError("prompts must be a list of texts, got one text: give [text]")
+        if not len(prompts):
+            raise UserError("there is no prompt: give one or more")
+        return [
+            self._encoded(prompt, new, name=f"prompt {number}")
+            for number, prompt in enumerate(prompts, start=1)
+        ]
 
     def _encoded(self, prompt: str | np.ndarray, new: int, *, name: str) -> np.ndarray:
         """int32 ids of a prompt, with the end-of-text token in front as in training."""
@@ -228,29 +266,6 @@ def generate(
     return asked.texts
 
 
-def whole_only(trained: TrainedModel) -> str:
-    """Why every token has to read its whole row again, "" if it need not.
-
-    Raises:
-      UserError: the model cannot write at all.
-    """
-    if trained.model.shuffled:
-        raise UserError(
-            "a model of grounding.control=shuffled takes the features of other rows: it cannot "
-            "write a text of its own"
-        )
-    if not trained.model.decoder.fusion_layers:
-        return ""
-    if trained.settings.grounding.segments == "reference":
-        return (
-            "under grounding.segments=reference later tokens move segment borders, so the finished "
-            "text, scored at once, can have other probabilities than its tokens had when chosen"
-        )
-    if trained.tower_tokenizer is not None:
-        return "the tower has a tokenizer of its own and reads the text so far, not its tokens"
-    return ""
-
-
 def check(
     settings: Sampling, max_new_tokens: int, *, samples: int = 1, stop: Sequence[str] = ()
 ) -> None:
@@ -268,10 +283,7 @@ def check(
             f"{samples} samples at temperature 0 would be the same text: give a temperature, or "
             "ask for one"
         )
-    if isinstance(stop, str):
-        raise UserError("stop must be a list of strings, got one string: give [string]")
-    if "" in stop:
-        raise UserError("a stop string is empty: every text would end before its first token")
+    streaming.check(stop)
 
 
 def _checked(prompt: np.ndarray, size: int, *, name: str) -> np.ndarray:
@@ -318,7 +330,7 @@ def _add(drawn: Drawn, texts: Sequence[_Text], on_token: OnToken | None) -> np.n
             if share is not None:
                 text.shares.append(share)
             if on_token is not None:
-                on_token(text.row, text.grown.release(), share)
+                on_token(Taken(text.row, token, text.grown.release(), share))
     return np.array([bool(text.grown.ending) for text in texts])
 
 

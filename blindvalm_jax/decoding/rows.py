@@ -17,12 +17,12 @@ from blindvalm_jax import partitioning
 from blindvalm_jax.decoding import cached, sampling, unstacked
 from blindvalm_jax.decoding.cached import Reader, State
 from blindvalm_jax.decoding.sampling import Sampling
-from blindvalm_jax.errors import UserError
 from blindvalm_jax.models.decoder import memory_shares
 from blindvalm_jax.objectives.language_model import Batch, Model
 from blindvalm_jax.trained import TrainedModel
 
 _STEP = 64  # lengths are rounded up to a multiple: few of them are compiled
+_ROOM = 256  # tokens behind the prompts that the first caches hold
 
 
 class Drawn(NamedTuple):
@@ -81,7 +81,11 @@ class Carry:
 
 
 class CachedRows:
-    """Each token costs one step; blocks of steps run on the device without the host."""
+    """Each token costs one step; blocks of steps run on the device without the host.
+
+    A step costs what the caches hold, so these begin small and double when they are full: what is
+    paid is what was read, not what was asked for.
+    """
 
     def __init__(self, trained: TrainedModel, draw: Draw, *, block: int) -> None:
         """block: most tokens of a `go_on`. Compiles nothing yet."""
@@ -90,21 +94,18 @@ class CachedRows:
         self._programs = functools.cache(self._compiled)
 
     def begin(self, prompts: Sequence[np.ndarray], samples: int, keys_B: Array, most: int) -> Drawn:
-        """See `Rows`; compiles what `go_on` runs.
+        """See `Rows`; compiles what `go_on` runs until the caches double.
 
         Raises:
           UserError: the model's rows cannot be read in pieces (see `cached.Reader`), or a row
-            would grow past its learned positions.
+            could grow past its learned positions.
         """
-        longest = max(len(prompt) for prompt in prompts)
-        config = self._trained.model.decoder.config
-        if config.positions == "learned" and longest + most - 1 > config.max_positions:
-            raise UserError(
-                f"a prompt of {longest} tokens and {most} new ones exceed the model's "
-                f"{config.max_positions} learned positions: ask for fewer"
-            )
-        reader, first, self._more = self._programs(_rounded(self._trained, longest + most - 1))
-        width = min(_rounded(self._trained, longest), reader.capacity)
+        self._read = max(len(prompt) for prompt in prompts)
+        self._limit = self._read + most - 1
+        cached.check_capacity(self._trained.model, self._limit)
+        self._capacity = _rounded(self._trained, min(self._read + _ROOM, self._limit))
+        reader, first, self._more = self._programs(self._capacity)
+        width = min(_rounded(self._trained, self._read), self._capacity)
         tokens_PT, counts_P = _padded(prompts, width)
         row_B = np.repeat(np.arange(len(prompts), dtype=np.int32), samples)
         self._fixed = {"keys_B": keys_B, "most": np.int32(most)}
@@ -122,11 +123,23 @@ class CachedRows:
         return self._advance(stopped_B, self._block)
 
     def _advance(self, stopped_B: np.ndarray, steps: int) -> Drawn:
+        self._make_room(steps)
         with partitioning.use(self._trained.mesh):
             self._carry, tokens_BT, shares = self._more(
                 *self._weights, self._carry, stopped_B, np.int32(steps), **self._fixed
             )
         return _drawn(tokens_BT, shares)
+
+    def _make_room(self, steps: int) -> None:
+        """Doubles the caches until they hold so many more tokens of each row."""
+        self._read = min(self._read + steps, self._limit)
+        capacity = self._capacity
+        while capacity < self._read:
+            capacity = _rounded(self._trained, min(2 * capacity, self._limit))
+        if capacity > self._capacity:
+            reader, _, self._more = self._programs(capacity)
+            state = reader.widened(self._carry.state)
+            self._carry, self._capacity = dataclasses.replace(self._carry, state=state), capacity
 
     def _compiled(self, capacity: int) -> tuple[Reader, Callable[..., Any], Callable[..., Any]]:
         reader = cached.reader(self._trained, capacity=capacity)

@@ -22,6 +22,18 @@ def text_of(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     return tokenizer.decode([index - offset for index in ids if index >= offset and index != eos])
 
 
+def check(stop: Sequence[str]) -> None:
+    """Refuses what are no stop strings.
+
+    Raises:
+      UserError: they are no list, or one is empty.
+    """
+    if isinstance(stop, str):
+        raise UserError("stop must be a list of strings, got one string: give [string]")
+    if "" in stop:
+        raise UserError("a stop string is empty: every text would end before its first token")
+
+
 def sought(tokenizer: Tokenizer, stop: Sequence[str]) -> list[str]:
     """Stop strings in the form in which they are sought.
 
@@ -30,10 +42,9 @@ def sought(tokenizer: Tokenizer, stop: Sequence[str]) -> list[str]:
     makes of it are sought.
 
     Raises:
-      UserError: a string is empty, or nothing of it is left.
+      UserError: see `check`; or nothing is left of a string.
     """
-    if "" in stop:
-        raise UserError("a stop string is empty: every text would end before its first token")
+    check(stop)
     if tokenizer.kind != "clip":
         return list(stop)
     found: dict[str, None] = {}
@@ -57,7 +68,10 @@ def _comparable(text: str) -> tuple[str, list[int]]:
 
 
 class Continuation:
-    """What a model adds to a prompt, token by token, each in a time that does not grow.
+    """What a model adds to a prompt, token by token.
+
+    A token is decoded with those since the last whole character alone, so that long texts cost as
+    much a token as short ones.
 
     tokens: ids so far, the end-of-text token among them. ending: why no more are taken, "" as long
     as they are: "end" of text, "stop" string or "length".
@@ -72,10 +86,10 @@ class Continuation:
           UserError: see `sought`.
         """
         self._tokenizer, self._stop, self._most = tokenizer, sought(tokenizer, stop), most
-        # Decoded together with what follows: of a tokenizer's blanks between words, and of bytes,
-        # it takes both sides to know what they are.
+        # Decoded together with what follows: what a tokenizer puts between words is known from both
+        # sides, and the bytes of a character may come in several tokens.
         self._window = prompt.tolist()
-        self._known = len(text_of(tokenizer, self._window))  # its characters that are not new
+        self._known = len(text_of(tokenizer, self._window))  # of its characters, those not new
         self._certain: list[str] = []
         self._open = ""  # may turn out to begin a stop string
         self._released = 0

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from blindvalm_jax.data import manifest, prepared
+from blindvalm_jax.data import manifest
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import segments
 from blindvalm_jax.trained import TrainedModel
@@ -18,12 +18,11 @@ from blindvalm_jax.trained import TrainedModel
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TowerText:
-    """How a tower reads a language model's tokens.
+    """How a tower reads a language model's tokens, in segments of the causal rule.
 
-    rule, separators: of its segments; ids: its id of each of the language model's, int32 [V].
+    separators: of these; ids: its id of each of the language model's, int32 [V].
     """
 
-    rule: segments.Rule
     separators: segments.Separators
     ids: np.ndarray
 
@@ -32,21 +31,31 @@ def of(trained: TrainedModel) -> TowerText | None:
     """That of a finished run; None: it has no tower.
 
     Raises:
-      UserError: the tower has a tokenizer of its own, whose tokens are known with a whole text.
+      UserError: it reads whole rows only.
     """
-    tower = trained.model.tower
+    tower, why = trained.model.tower, whole_only(trained)
+    if why:
+        raise UserError(f"text cannot be read in pieces: {why}")
     if tower is None:
         return None
-    if trained.tower_tokenizer is not None:
-        raise UserError(
-            "the tower has a tokenizer of its own: its tokens are those of a whole text, which "
-            "cannot be read in pieces"
-        )
     return TowerText(
-        rule=prepared.segment_rule(trained.settings.grounding.segments),
         separators=segments.separators_for(trained.tokenizer, tower.config.longest_segment),
         ids=manifest.tower_table(trained.tokenizer),
     )
+
+
+def whole_only(trained: TrainedModel) -> str:
+    """Why a model's rows cannot be read in pieces, "" if they can."""
+    if not trained.model.decoder.fusion_layers:
+        return ""
+    if trained.settings.grounding.segments != "causal":
+        return (
+            f"under grounding.segments={trained.settings.grounding.segments} later tokens move "
+            "segment borders, so the probabilities of earlier ones change as a text grows"
+        )
+    if trained.tower_tokenizer is not None:
+        return "the tower has a tokenizer of its own and reads the text so far, not its tokens"
+    return ""
 
 
 def positions(

@@ -10,12 +10,14 @@ token, beside what chance gives. --help lists what names a model.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
-from blindvalm_jax import files, model_flags
+from blindvalm_jax import files, model_flags, terminal
+from blindvalm_jax.decoding import tower_text
 from blindvalm_jax.errors import UserError, run_main
 from blindvalm_jax.explain import probing, report, words
 
@@ -34,11 +36,14 @@ def main(argv: Sequence[str]) -> int:
     """Explains the prompt of the command line."""
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}: every setting is a --flag (see --help)")
+    terminal.take_any_text()
     model_flags.named()
     for flag in (_PROMPT, _CANDIDATES, _OUT):
         if not flag.value:
             raise UserError(f"--{flag.name} is missing (see --help)")
-    probing.check(_CANDIDATES.value)
+    prompt = terminal.argument(_PROMPT.value)
+    candidates = [terminal.argument(candidate) for candidate in _CANDIDATES.value]
+    probing.check(candidates)
     out = Path(_OUT.value).expanduser()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -46,7 +51,14 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--out={out} cannot be made: {error.strerror}") from error
     files.check_writable(out, what=f"--out={out}")
     model = model_flags.load(rows_over_devices=False)
-    reading = probing.read(model, _PROMPT.value, _CANDIDATES.value)
+    why = tower_text.whole_only(model)
+    if why:
+        print(
+            f"note: {why}: attention and near words are those of the prompt alone, each score is "
+            "that of the prompt with its candidate",
+            file=sys.stderr,
+        )
+    reading = probing.read(model, prompt, candidates)
     count = len(reading.tokens)
     if not -count <= _TOKEN.value < count:
         raise UserError(f"--token={_TOKEN.value}: the prompt has {count} tokens, 0 to {count - 1}")
@@ -61,4 +73,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, interrupted="its files are written at the end")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from blindvalm_jax import partitioning
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.models import decoder
+from blindvalm_jax.objectives.language_model import Batch, Model
 from blindvalm_jax.trained import TrainedModel
 
 
@@ -36,7 +39,9 @@ class Reading:
 
 
 def read(model: TrainedModel, prompt: str, candidates: Sequence[str]) -> Reading:
-    """Reads the prompt with each candidate behind it.
+    """Reads the prompt with each candidate behind it, and alone: attention and vectors are of that.
+
+    Where features depend on later tokens (see `tower_text.whole_only`) a candidate changes them.
 
     Raises:
       UserError: the model has no grounding, or borrows it from other rows; or a candidate has no
@@ -53,18 +58,51 @@ def read(model: TrainedModel, prompt: str, candidates: Sequence[str]) -> Reading
     for candidate, ids in zip(candidates, behind, strict=True):
         if not len(ids):
             raise UserError(f"the candidate {candidate!r} has no tokens")
-    batch = model.batch_of_ids([np.concatenate([front, ids]) for ids in behind])
-    size, length = batch.tokens_BT.shape
-    behind_BT = np.zeros((size, max(map(len, behind))), np.int32)
-    for row, ids in zip(behind_BT, behind, strict=True):
+    grounded, shares, vectors = _run(model, front, behind, grounded=True)
+    ungrounded, _, _ = _run(model, front, behind, grounded=False)
+    offset = model.tokenizer.lm_offset
+    return Reading(
+        tokens=["(start)", *(model.tokenizer.decode([int(i) - offset]) for i in front[1:])],
+        candidates=[candidate.strip() for candidate in candidates],
+        grounded=grounded,
+        ungrounded=ungrounded,
+        attention=shares,
+        layers=sorted(model.model.decoder.fusion_layers),
+        vectors=unit(vectors),
+    )
+
+
+def _run(
+    model: TrainedModel, front: np.ndarray, behind: Sequence[np.ndarray], *, grounded: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Log probabilities [C], and of the prompt alone attention [L', T, N] and vectors [T, K, E].
+
+    front: ids of the prompt; behind: of the candidates. grounded: with grounding vectors.
+    """
+    batch = model.batch_of_ids([*(np.concatenate([front, ids]) for ids in behind), front])
+    behind_BT = np.zeros((len(batch.tokens_BT), max(map(len, behind))), np.int32)
+    for row, ids in zip(behind_BT, behind, strict=False):
         row[: len(ids)] = ids
+    with partitioning.use(model.mesh):
+        log_p_BT, shares_LTN, z_TKE = _compiled(model.model, len(front))(
+            model.params, model.frozen, batch, behind_BT, jnp.full(batch.tokens_BT.shape, grounded)
+        )
+    log_p = np.asarray(log_p_BT, np.float64)
+    totals = [row[: len(ids)].sum() for row, ids in zip(log_p, behind, strict=False)]
+    return np.array(totals), np.asarray(shares_LTN, np.float32), np.asarray(z_TKE, np.float32)
+
+
+@functools.cache
+def _compiled(model: Model, length: int) -> Callable[..., tuple[Array, Array, Array]]:
+    """The forward pass of rows with a prompt of so many tokens, the last of them that alone."""
 
     @jax.jit
-    def run(params: Any, frozen: Any, grounded_BT: jax.Array) -> tuple[Any, Any, Any]:
-        of = model.model
-        z_BTKE: Any = of.features(frozen, batch)
+    def run(
+        params: Any, frozen: Any, batch: Batch, behind_BT: Array, grounded_BT: Array
+    ) -> tuple[Array, Array, Array]:
+        z_BTKE: Any = model.features(frozen, batch)
         hidden: Any
-        hidden, kept = of.decoder.apply(
+        hidden, kept = model.decoder.apply(
             {"params": params},
             batch.tokens_BT,
             z_BTKE,
@@ -72,32 +110,14 @@ def read(model: TrainedModel, prompt: str, candidates: Sequence[str]) -> Reading
             method="hidden",
             mutable=["probes"],
         )
-        # The candidates come last, so all rows agree on the prompt.
-        before_BTD = hidden.hidden_BTD[:, len(front) - 1 : len(front) - 1 + behind_BT.shape[1]]
-        logits_BTV: Any = of.decoder.apply({"params": params}, before_BTD, method="logits")
+        before_BTD = hidden.hidden_BTD[:, length - 1 : length - 1 + behind_BT.shape[1]]
+        logits_BTV: Any = model.decoder.apply({"params": params}, before_BTD, method="logits")
         log_p_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32))
         log_p_BT = jnp.take_along_axis(log_p_BTV, behind_BT[..., None], axis=2)[..., 0]
         shares_LBTN = decoder.memory_shares(kept["probes"])
-        return log_p_BT, shares_LBTN[:, 0, : len(front)], z_BTKE[0, : len(front)]
+        return log_p_BT, shares_LBTN[:, -1, :length], z_BTKE[-1, :length]
 
-    with partitioning.use(model.mesh):
-        with_BT, shares, vectors = run(model.params, model.frozen, jnp.ones((size, length), bool))
-        without_BT, _, _ = run(model.params, model.frozen, jnp.zeros((size, length), bool))
-
-    def totals(log_p_BT: jax.Array) -> np.ndarray:
-        values = np.asarray(log_p_BT, np.float64)
-        return np.array([row[: len(ids)].sum() for row, ids in zip(values, behind, strict=True)])
-
-    offset = model.tokenizer.lm_offset
-    return Reading(
-        tokens=["(start)", *(model.tokenizer.decode([int(i) - offset]) for i in front[1:])],
-        candidates=[candidate.strip() for candidate in candidates],
-        grounded=totals(with_BT),
-        ungrounded=totals(without_BT),
-        attention=np.asarray(shares, np.float32),
-        layers=sorted(model.model.decoder.fusion_layers),
-        vectors=unit(np.asarray(vectors, np.float32)),
-    )
+    return run
 
 
 def check(candidates: Sequence[str]) -> None:

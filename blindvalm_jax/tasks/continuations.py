@@ -17,7 +17,6 @@ import numpy as np
 from jax import Array
 
 from blindvalm_jax import partitioning
-from blindvalm_jax.data import prepared
 from blindvalm_jax.decoding import cached
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.tasks import buckets
@@ -67,16 +66,8 @@ class _Longer(NamedTuple):
     ids: np.ndarray
 
 
-def readable(model: TrainedModel) -> bool:
-    """Whether the model's rows can be read in pieces, as `cached.Reader` needs them."""
-    if not model.model.decoder.fusion_layers:
-        return True
-    rule = prepared.segment_rule(model.settings.grounding.segments)
-    return rule == "causal" and model.tower_tokenizer is None
-
-
 class Continuations:
-    """Reads prompts of a model that is `readable`, and what may follow them."""
+    """Reads prompts of a model that reads rows in pieces, and what may follow them."""
 
     def __init__(
         self,

@@ -19,9 +19,10 @@ from jax import Array
 
 from blindvalm_jax import partitioning
 from blindvalm_jax.data.workers import Progress
+from blindvalm_jax.decoding import tower_text
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.objectives.language_model import Batch, Model
-from blindvalm_jax.tasks import buckets, continuations
+from blindvalm_jax.tasks import buckets
 from blindvalm_jax.tasks.continuations import Continuations, Tokens, check_finite
 from blindvalm_jax.trained import TrainedModel
 
@@ -81,7 +82,7 @@ class Scorer:
         self._model, self._tokens_at_once = model, tokens_at_once
         self._shapes: set[tuple[int, ...]] = set()
         self._pieces = None
-        if share_prompts and continuations.readable(model):
+        if share_prompts and not tower_text.whole_only(model):
             self._pieces = Continuations(
                 model, bucket=self._length, longest=self.longest, tokens_at_once=tokens_at_once
             )

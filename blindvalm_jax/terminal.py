@@ -1,0 +1,24 @@
+"""Text that comes from a command line or a terminal, whatever its bytes, and goes to one."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+
+_UNREAD = re.compile("[\ud800-\udfff]")  # how Python keeps bytes of an argument that are no text
+
+
+def take_any_text() -> None:
+    """Lets standard input and output go on where a byte or a character is not in their encoding.
+
+    What is read of such bytes is U+FFFD; such characters are written as their numbers.
+    """
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def argument(text: str) -> str:
+    """An argument of the command line, with U+FFFD for what is no text."""
+    return _UNREAD.sub("\ufffd", text)
