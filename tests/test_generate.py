@@ -764,7 +764,10 @@ def test_what_cannot_write_is_refused() -> None:
         (lambda: asked.generate(["the"], max_new_tokens=80), "2 tokens and 80 new ones .* most 79"),
         (lambda: asked.generate(["the"], max_new_tokens=0), "max_new_tokens must be 1 or more"),
         (lambda: asked.generate(["the"], max_new_tokens=10**7), "at most 1000000, got 10000000"),
-        (lambda: asked.generate(["the", "a" * 99], max_new_tokens=1), "prompt 2 of 100 tokens"),
+        (
+            lambda: asked.generate(["the", "a" * 99], max_new_tokens=1),
+            "prompt 2 of 100 tokens and 1 new ones .*: shorten the prompt$",
+        ),
         (
             lambda: asked.generate(["the"], max_new_tokens=1, samples=2),
             "2 samples at temperature 0 would be the same",

@@ -236,11 +236,11 @@ class Generator:
         if not len(ids):
             raise UserError(f"{name} is empty, and has no end-of-text token in front: no tokens")
         if config.positions == "learned" and len(ids) + new - 1 > config.max_positions:
-            room = max(config.max_positions - len(ids) + 1, 0)
+            room = config.max_positions - len(ids) + 1
+            fewer = f", or ask for at most {room}" if room > 0 else ""
             raise UserError(
                 f"{name} of {len(ids)} tokens and {new} new ones exceed the model's "
-                f"{config.max_positions} learned positions: shorten the prompt, or ask for at most "
-                f"{room}"
+                f"{config.max_positions} learned positions: shorten the prompt{fewer}"
             )
         return ids
 
