@@ -28,7 +28,7 @@ from blindvalm_jax.trained import TrainedModel
 
 _SHORTEST = 16  # tokens of the smallest bucket
 _TOKENS_AT_ONCE = 4096
-_FEWEST_ASKED = 4  # positions of a row: they cost no more than one, and need fewer programs
+_FEWEST_ASKED = 4  # positions of a row that is asked for more than one: for fewer programs
 _LOGITS_AT_ONCE = 512  # positions: of 49,412 entries each they take 100 MB
 
 
@@ -215,7 +215,7 @@ class Scorer:
         asked, each = row.wanted.shape
         return (
             self._length(len(row.tokens)),
-            buckets.power_of_two(max(asked, _FEWEST_ASKED)),
+            buckets.power_of_two(max(asked, _FEWEST_ASKED)) if asked > 1 else 1,
             buckets.power_of_two(each),
         )
 
