@@ -254,7 +254,17 @@ def test_whole_rows_are_read_where_later_tokens_decide(saved: Path, aligned: Tra
 
 @pytest.mark.parametrize(
     ("there", "expected"),
-    [(1, 32), (32, 32), (33, 64), (64, 64), (100, 128), (129, 256), (256, 256), (5000, 256)],
+    [
+        (1, 32),
+        (33, 64),
+        (64, 64),
+        (70, 32),
+        (100, 128),
+        (129, 32),
+        (256, 256),
+        (300, 64),
+        (5000, 256),
+    ],
 )
 def test_few_rows_make_small_batches_of_few_sizes(there: int, expected: int) -> None:
     """4,096 tokens are 256 rows of 16; an eighth of that is the least."""

@@ -13,9 +13,12 @@ def power_of_two(number: int) -> int:
 def rows_at_once(tokens: int, length: int, *, there: int, shards: int) -> int:
     """Rows of the batches of a bucket, a multiple of `shards`.
 
-    They hold `tokens` tokens on each of `shards` devices; where no more than `there` rows are to be
-    read, half as many or a quarter or an eighth do.
+    They hold `tokens` tokens on each of `shards` devices, or half as many, a quarter or an eighth:
+    the most with which no more than a quarter of the `there` rows are added to fill the last batch;
+    where that cannot be, those with which the fewest are.
     """
     most = max(tokens // length, 1)
-    sizes = {max(most >> halvings, 1) for halvings in range(_HALVINGS + 1)}
-    return shards * min(size for size in sizes if size == most or size * shards >= there)
+    sizes = [shards * max(most >> halvings, 1) for halvings in range(_HALVINGS + 1)]
+    added = [-there % size for size in sizes]
+    few = max(min(added), there // 4)
+    return next(size for size, more in zip(sizes, added, strict=True) if more <= few)
