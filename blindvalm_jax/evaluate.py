@@ -13,9 +13,10 @@ token is scored once.
 corrected (default): candidates are scored token by token behind the prompt. published: as the
 reference's scripts do it, faults included; results.json names them.
 
-<workdir>/eval (of published <workdir>/eval/published) or --out holds results.json, report.md with
-figures, and a line for every question in TASK.jsonl. Tasks that are there already, asked of the
-same model in the same way by the same code, are not asked again unless --again says so.
+<workdir>/eval or --out holds results.json, report.md with figures, and a line for every question in
+TASK.jsonl, of one protocol; results of the other are moved to a directory below. Tasks that are
+there already, asked of the same model in the same way by the same code, are not asked again unless
+--again says so.
 
     python -m blindvalm_jax.evaluate report DIR
     python -m blindvalm_jax.evaluate compare A B [--tasks=...] [--out=DIR]

@@ -196,9 +196,16 @@ def test_results_of_two_protocols_make_room_for_each_other(
     }
     assert found == kept
     assert [*results.read(out / "corrected")[0]["tasks"]] == ["memory_colors"]
+    (out / "corrected" / "mine.txt").write_text("kept")
     standing.make_room(out, "corrected")
+    assert [path.name for path in (out / "corrected").iterdir()] == ["mine.txt"]
     assert [*results.read(tmp_path)[0]["tasks"]] == ["memory_colors"]
     assert results.read(out / "published")[1] == out / "published"
+    (out / "before").mkdir()
+    (out / "before" / "mine.txt").write_text("kept")
+    standing.put_aside(out, "before")
+    assert (out / "before" / "mine.txt").read_text() == "kept"
+    assert [*results.read(out / "before")[0]["tasks"]] == ["memory_colors"]
 
 
 def test_printed_figures_are_those_of_the_logs(shared: Path) -> None:

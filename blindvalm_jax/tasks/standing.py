@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +66,7 @@ def make_room(directory: Path, protocol: str) -> None:
         tell(f"what was asked in {directory} under {other} is in {directory / other} now")
     below = directory / protocol
     if (below / "results.json").exists() and not (directory / "results.json").exists():
-        _move(below, directory, read(below).get("tasks", {}))
-        shutil.rmtree(below, ignore_errors=True)
+        _move(below, directory)
         tell(f"what was asked in {below} before is in {directory} again")
 
 
@@ -79,18 +77,29 @@ def put_aside(directory: Path, name: str) -> Path:
       UserError: they cannot be moved.
     """
     aside = directory / name
-    tasks = read(directory).get("tasks", {})
-    shutil.rmtree(aside, ignore_errors=True)
-    _move(directory, aside, tasks)
+    _move(directory, aside)
     return aside
 
 
-def _move(source: Path, target: Path, tasks: Iterable[str]) -> None:
-    """results.json comes last, so that a move that breaks off is seen to be unfinished."""
+def _move(source: Path, target: Path) -> None:
+    """Moves what an evaluation wrote, and nothing else, in place of what another wrote there.
+
+    results.json comes last, so that a move that breaks off is seen to be unfinished.
+    """
     try:
         target.mkdir(parents=True, exist_ok=True)
-        for name in (*_PAGE, *(f"{task}.jsonl" for task in tasks), "results.json"):
-            if (source / name).exists():
-                (source / name).replace(target / name)
+        for path in _written(target):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in _written(source):
+            path.replace(target / path.name)
+        if not any(source.iterdir()):
+            source.rmdir()
     except OSError as error:
         raise UserError(f"results in {source} cannot be moved to {target}: {error}") from error
+
+
+def _written(directory: Path) -> list[Path]:
+    """Files and figures that an evaluation wrote into a directory, results.json last."""
+    lines = [f"{task}.jsonl" for task in read(directory).get("tasks", {})]
+    names = (*_PAGE, *lines, "results.json") if (directory / "results.json").exists() else ()
+    return [directory / name for name in names if (directory / name).exists()]
