@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import select
@@ -61,7 +62,8 @@ def exit_after(main: Callable[[], int | None], *, failure: int = 1, interrupted:
     """Ends the process with what `main` returns, or with one line on stderr; see `run_main`."""
     try:
         code = main() or 0
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is where a shell closed it
+            sys.stdout.flush()
         sys.exit(code)
     except UserError as error:
         _fail(str(error), failure)
@@ -69,6 +71,12 @@ def exit_after(main: Callable[[], int | None], *, failure: int = 1, interrupted:
         if not _nobody_reads():
             raise
         sys.exit(_BROKEN_PIPE)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _drop_output()
+        place = error.filename or "where standard output or a file goes"
+        _fail(f"{place}: {error.strerror}; free some and start again", failure)
     except KeyboardInterrupt:
         _fail(f"interrupted; {interrupted}", failure)
     except Exception as error:
@@ -99,9 +107,14 @@ def _nobody_reads() -> bool:
     poll.register(sys.stdout, 0)
     if not any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
         return False
-    # Else the interpreter complains when it flushes at its end.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _drop_output()
     return True
+
+
+def _drop_output() -> None:
+    """Drops what standard output still holds: the interpreter flushes it at its end."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def first_line(error: BaseException) -> str:

@@ -18,7 +18,7 @@ import dataclasses
 import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -28,7 +28,7 @@ from blindvalm_jax.decoding import generation, shading, tower_text
 from blindvalm_jax.decoding.generation import Generation, Generator, Taken, Written
 from blindvalm_jax.decoding.record import Record
 from blindvalm_jax.decoding.sampling import Sampling
-from blindvalm_jax.errors import UserError, print_error, run_main
+from blindvalm_jax.errors import UserError, run_main
 from blindvalm_jax.trained import TrainedModel
 
 flags.adopt_module_key_flags(model_flags)
@@ -138,12 +138,15 @@ def _prompts() -> list[str]:
                 f"--interactive shows one text of each prompt as it comes, and writes no file: "
                 f"leave out {' and '.join(named)}"
             )
+        if sys.stdin is None:
+            raise UserError("--interactive reads standard input, which is closed")
         return []
     prompts = [terminal.argument(prompt) for prompt in _PROMPT.value]
     if _PROMPTS.value:
         try:
-            text = Path(_PROMPTS.value).expanduser().read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+            path = Path(_PROMPTS.value).expanduser()
+            text = path.read_text(encoding="utf-8-sig", errors="replace")
+        except OSError as error:
             raise UserError(f"--prompts={_PROMPTS.value} cannot be read: {error}") from error
         prompts = [line for line in text.split("\n") if line.strip()]
         if not prompts:
@@ -232,21 +235,7 @@ def _interact(trained: TrainedModel, settings: Sampling) -> None:
             print("" if shaded is None else shaded.rest(text.ending), flush=True)
         _report(found)
 
-    _each_line(go_on)
-
-
-def _each_line(go_on: Callable[[str], None]) -> None:
-    """Calls it with every line of standard input; Ctrl-C ends a text, at the prompt the program."""
-    try:
-        for line in sys.stdin:
-            try:
-                go_on(line.rstrip("\n"))
-            except UserError as error:
-                print_error(str(error))
-            except KeyboardInterrupt:
-                print(flush=True)
-    except KeyboardInterrupt:
-        print(flush=True)
+    terminal.each_line(go_on)
 
 
 def _report(found: Generation) -> None:

@@ -39,8 +39,8 @@ class NamedModel:
 
     @property
     def path(self) -> str:
-        """The directory or hub id of the model."""
-        return self.hf or str(Path(self.workdir or self.checkpoint).expanduser())
+        """The absolute directory of the model, or its hub id."""
+        return self.hf or str(Path(self.workdir or self.checkpoint).expanduser().absolute())
 
     @property
     def run(self) -> Path | None:

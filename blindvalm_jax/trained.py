@@ -167,7 +167,7 @@ def _read_decoder(directory: str | Path) -> tuple[str, formats.Converted]:
         return found.layout, formats.load(found)
     if found.layout == "run":
         raise UserError(
-            f"{path} is a run, which is read whole: weights without a run were expected"
+            f"{path} is a run, which is read whole (--workdir): weights without a run were expected"
         )
     raise UserError(
         f"{path} is of the layout {found.layout}: make weights of it first, with python -m "

@@ -8,8 +8,10 @@ import json
 import re
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,11 +20,12 @@ import pytest
 from blindvalm_jax import partitioning, trained
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.explain import probing, report, words
+from blindvalm_jax.grounding import index
 from blindvalm_jax.tasks import answers, catalog
 from blindvalm_jax.tasks.questions import Question
 from blindvalm_jax.tasks.scoring import Scorer
 from blindvalm_jax.trained import TrainedModel
-from tests import small_models, small_text, test_train
+from tests import small_index, small_models, small_text, test_train
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT, CANDIDATES = "the boat on the sea is", ["red", "blue and green", "sea"]
@@ -120,7 +123,7 @@ def test_a_word_is_nearest_to_itself(model: TrainedModel) -> None:
     found = words.of_vocabulary(model, count=40)
     assert len(set(found.texts)) == len(found.texts) > 5
     assert all(len(text) >= 3 and text.isalpha() for text in found.texts)
-    near = words.nearest(found, found.vectors[3], count=5)
+    near = words.nearest(found, found.vectors[3], others=found.vectors, count=5)
     assert near.words[0] == found.texts[3]
     assert near.cosines[0] == pytest.approx(1, abs=1e-6)
     assert list(near.cosines) == sorted(near.cosines, reverse=True)
@@ -130,22 +133,40 @@ def test_a_word_is_nearest_to_itself(model: TrainedModel) -> None:
 
 
 def test_the_nulls_are_what_chance_gives() -> None:
-    """2.5 % of meaningless vectors, drawn anew, pass the 97.5 % quantile: 2,000 give 1.5 to 4 %."""
+    """2.5 % of vectors drawn anew pass the 97.5 % quantile: of 2,000 and 512 1 to 4.5 %."""
     rng = np.random.default_rng(1)
     cone = rng.normal(size=(300, 12)) @ np.diag(np.linspace(0.1, 1, 12)) + 2
-    known = words.Words([f"w{n}" for n in range(300)], probing.unit(cone.astype(np.float32)))
-    near = words.nearest(known, known.vectors[0], count=3)
-    centred = known.vectors - known.vectors.mean(axis=0)
-    draws = rng.multivariate_normal(known.vectors.mean(axis=0), np.cov(centred.T), size=2000)
+    vectors = probing.unit(cone.astype(np.float32))
+    known = words.Words([f"w{n}" for n in range(300)], np.arange(300), vectors)
+    others = probing.unit(rng.normal(size=(2512, 12)) + 1)
+    near = words.nearest(known, known.vectors[0], others=others[:512], count=3)
     for null, meaningless in (
         (near.directions, rng.normal(size=(2000, 12))),
-        (near.cloud, draws),
+        (near.others, others[512:]),
     ):
         best = np.sort(probing.unit(meaningless) @ known.vectors.T, axis=1)[:, ::-1][:, :3]
         passed = (best > null[1]).mean(axis=0)
         assert np.all((passed > 0.01) & (passed < 0.045)), passed
         np.testing.assert_allclose(null[0], best.mean(axis=0), atol=0.03, rtol=0)
-    assert near.cloud[0, 0] > near.directions[0, 0], "words in a cone are near each other"
+
+
+def test_other_grounding_is_of_random_texts_or_of_images(
+    model: TrainedModel, tmp_path: Path
+) -> None:
+    """Each vector is that of some text of as many words; of a VALM one of the index's."""
+    known = words.of_vocabulary(model, count=2)
+    pairs = [f" {one} {other}" for one in known.texts for other in known.texts]
+    possible = np.stack([probing.read(model, pair, ["red"]).vectors[-1, 0] for pair in pairs])
+    found = words.drawn(model, known, tokens=2)
+    apart = np.abs(found[:, None] - possible).max(axis=2)
+    assert np.all(apart.min(axis=1) < 1e-5)
+    assert set(apart.argmin(axis=1)) == set(range(4)), "all of them are drawn"
+    small_index.build(tmp_path / "index", count=7)
+    images: Any = types.SimpleNamespace(index=index.ImageIndex.open(tmp_path / "index"))
+    found = words.drawn(dataclasses.replace(model, images=images), known, tokens=2)
+    vectors = probing.unit(images.index.vectors.rows(np.arange(7)))
+    alike = np.abs(found[:, None] - vectors).max(axis=2) < 1e-6
+    np.testing.assert_array_equal(alike.sum(axis=0), np.ones(7))
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -168,7 +189,7 @@ def test_the_command_writes_a_page_a_figure_and_numbers(
     assert (tmp_path / "explain.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "explain.md").read_text()
     assert page.startswith("![explanation](explain.png)")
-    assert "random direction" in page
+    assert "| random direction | vector of another text |" in page
 
 
 def test_signs_of_markdown_and_formulas_are_only_text(tmp_path: Path) -> None:
@@ -185,7 +206,7 @@ def test_signs_of_markdown_and_formulas_are_only_text(tmp_path: Path) -> None:
     )
     chance = np.zeros((2, 6))
     near = [words.Nearest(signs, np.arange(6.0), chance, chance)]
-    lines = report.write(reading, near, at=2, out=tmp_path)
+    lines = report.write(reading, near, other="another text", at=2, out=tmp_path)
     assert (tmp_path / "explain.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((tmp_path / "explain.json").read_text())
     assert [*found["candidates"]] == signs
@@ -201,7 +222,7 @@ def test_the_page_is_there_without_the_figure(tmp_path: Path, reading: probing.R
     near = [words.Nearest(["a"], np.ones(1), chance, chance)]
     (tmp_path / "explain.png").mkdir()
     with pytest.raises(IsADirectoryError):
-        report.write(reading, near, at=0, out=tmp_path)
+        report.write(reading, near, other="another text", at=0, out=tmp_path)
     assert (tmp_path / "explain.md").exists()
     assert (tmp_path / "explain.json").exists()
 

@@ -439,6 +439,15 @@ def test_a_record_holds_what_is_done_whatever_comes(tmp_path: Path) -> None:
     assert held() == (False, [0, 1, 2])
 
 
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_a_line_is_a_prompt_without_its_end(ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Line feeds of other systems are no part of a prompt either."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"the cat{ends}{ends}a dog", newline=""))
+    prompts: list[str] = []
+    terminal.each_line(prompts.append)
+    assert prompts == ["the cat", "", "a dog"]
+
+
 def test_what_is_no_text_is_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
     given = io.TextIOWrapper(io.BytesIO(b"a \xff b\n"), encoding="utf-8", errors="strict")
     shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
@@ -1008,6 +1017,21 @@ def test_a_reader_that_goes_away_is_no_error(lines: int, unbuffered: str) -> Non
             env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
         )
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("shell", "code", "told"),
+    [
+        (">&-", 0, ""),
+        (">/dev/full", 1, "error: where standard output or a file goes: No space left on device"),
+    ],
+)
+def test_standard_output_that_is_closed_or_full(shell: str, code: int, told: str) -> None:
+    program = "from blindvalm_jax.errors import run_main; run_main(lambda argv: print('x'))"
+    line = f'exec "{sys.executable}" -c "{program}" {shell}'
+    done = subprocess.run(line, shell=True, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr.partition(";")[0].strip()) == (code, told)
+    assert done.stderr.count("\n") == code
 
 
 def test_another_broken_pipe_is_an_error() -> None:

@@ -542,6 +542,7 @@ def test_a_valm_of_weights_finds_its_images(tmp_path: Path) -> None:
         ("checkpoints/2", "is a run without a checkpoint yet|cannot be restored"),
         ("run.json", "run.json"),
         ("tower/config.json", "config.json"),
+        ("checkpoints of nothing", "is no run's directory"),
     ],
 )
 def test_a_run_that_lacks_something_is_refused_in_one_line(
@@ -549,7 +550,10 @@ def test_a_run_that_lacks_something_is_refused_in_one_line(
 ) -> None:
     shutil.copytree(run, tmp_path / "run", ignore=lambda *_: ["data"])
     path = tmp_path / "run" / gone
-    if gone.startswith("checkpoints"):
+    if gone == "checkpoints of nothing":
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+        (tmp_path / "run" / "run.json").unlink()
+    elif gone.startswith("checkpoints"):
         shutil.rmtree(path.parent)
         path.parent.mkdir()
     elif gone.startswith("tower/vocab"):

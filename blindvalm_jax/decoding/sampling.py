@@ -129,7 +129,7 @@ def top_k(logits_BV: Array, k: int) -> Array:
 def top_p(logits_BV: Array, p: float) -> Array:
     """Of each row the smallest set of likeliest tokens whose probability reaches p.
 
-    Of equally likely ones those with the larger ids go in first, as in transformers.
+    Of equally likely ones those with the larger ids go in first.
     """
     order_BV = jnp.argsort(logits_BV, axis=1)  # ascending, and stable
     sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=1)

@@ -64,10 +64,13 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--token={_TOKEN.value}: the prompt has {count} tokens, 0 to {count - 1}")
     at = _TOKEN.value % count
     vocabulary = words.of_vocabulary(model, count=_WORDS.value)
+    others = words.drawn(model, vocabulary, tokens=at)
     near = [
-        words.nearest(vocabulary, vector, count=_NEAREST.value) for vector in reading.vectors[at]
+        words.nearest(vocabulary, vector, others=others, count=_NEAREST.value)
+        for vector in reading.vectors[at]
     ]
-    print("\n".join(report.write(reading, near, at=at, out=out)))
+    other = "another text" if model.images is None else "another image"
+    print("\n".join(report.write(reading, near, other=other, at=at, out=out)))
     print(f"{out}/explain.md, explain.json, explain.png")
     return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,23 @@ _GROUNDED, _UNGROUNDED, _INK = "#D55E00", "#666666", "0.15"  # Okabe and Ito's
 _WIDTH = 8.6  # inches
 
 
-def write(reading: Reading, near: Sequence[Nearest], *, at: int, out: Path) -> list[str]:
+def write(
+    reading: Reading, near: Sequence[Nearest], *, other: str, at: int, out: Path
+) -> list[str]:
     """Writes explain.json, explain.md and explain.png; gives the lines of the page.
 
-    near: for each of the K grounding vectors of the token at place `at`.
+    near: for each of the K grounding vectors of the token at place `at`; other: what the vectors
+    are of that theirs are compared with, "another text" or "another image".
     """
+    names = {"random direction": "directions", f"vector of {other}": "others"}
     lines = [
         *_scores(reading),
         *_attention(reading),
-        *(line for number, one in enumerate(near) for line in _words(reading, at, number, one)),
+        *(
+            line
+            for number, one in enumerate(near)
+            for line in _words(reading, at, number, one, names)
+        ),
     ]
     out.mkdir(parents=True, exist_ok=True)
     page = ["![explanation](explain.png)", "", *lines]
@@ -40,7 +48,7 @@ def write(reading: Reading, near: Sequence[Nearest], *, at: int, out: Path) -> l
     with warnings.catch_warnings():
         # The figure shows a box for what its font lacks, such as emoji; the page has them.
         warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from")
-        _figure(reading, near, at=at).savefig(out / "explain.png", dpi=150)
+        _figure(reading, near, names, at=at).savefig(out / "explain.png", dpi=150)
     return lines
 
 
@@ -80,14 +88,17 @@ def _attention(reading: Reading) -> list[str]:
     ]
 
 
-def _words(reading: Reading, at: int, number: int, near: Nearest) -> list[str]:
+def _words(
+    reading: Reading, at: int, number: int, near: Nearest, names: Mapping[str, str]
+) -> list[str]:
+    """names: of the nulls, as they are called and as `Nearest` has them."""
     rows = [
         [
             _escaped(word),
             f"{cosine:.3f}",
             *(
                 f"{null[0][rank]:.3f} ({null[1][rank]:.3f})"
-                for null in (near.directions, near.cloud)
+                for null in (getattr(near, field) for field in names.values())
             ),
         ]
         for rank, (word, cosine) in enumerate(zip(near.words, near.cosines, strict=True))
@@ -95,13 +106,15 @@ def _words(reading: Reading, at: int, number: int, near: Nearest) -> list[str]:
     which = f" {number + 1}" if reading.vectors.shape[1] > 1 else ""
     return [
         f"Words nearest to grounding vector{which} of {_escaped(_named(reading.tokens[at]))}, and "
-        "how near the word of that rank is to a vector that means nothing, mean (97.5 % quantile):",
+        "how near the word of that rank is by chance, mean (97.5 % quantile):",
         "",
-        *table(["word", "cosine", "random direction", "draw from the words' cloud"], rows),
+        *table(["word", "cosine", *names], rows),
     ]
 
 
-def _figure(reading: Reading, near: Sequence[Nearest], *, at: int) -> Figure:
+def _figure(
+    reading: Reading, near: Sequence[Nearest], names: Mapping[str, str], *, at: int
+) -> Figure:
     layers = len(reading.layers)
     heights = [
         0.32 * len(reading.candidates) + 0.6,
@@ -113,7 +126,7 @@ def _figure(reading: Reading, near: Sequence[Nearest], *, at: int) -> Figure:
     _score_panel(panels[0], reading)
     for panel, layer, share_TN in zip(panels[1:-1], reading.layers, reading.attention, strict=True):
         _attention_panel(panel, layer, share_TN, reading.tokens)
-    _word_panel(panels[-1], near, reading.tokens[at])
+    _word_panel(panels[-1], near, names, reading.tokens[at])
     return figure
 
 
@@ -143,19 +156,16 @@ def _attention_panel(panel: Axes, layer: int, share_TN: np.ndarray, tokens: Sequ
     panel.figure.colorbar(picture, ax=panel, fraction=0.03)
 
 
-def _word_panel(panel: Axes, near: Sequence[Nearest], token: str) -> None:
+def _word_panel(panel: Axes, near: Sequence[Nearest], names: Mapping[str, str], token: str) -> None:
     places = np.arange(len(near[0].words))[::-1]
     for number, one in enumerate(near):
         label = f"vector {number + 1}" if len(near) > 1 else "grounding vector"
         panel.plot(one.cosines, places, "o", label=label)
-    first = near[0]
-    for null, name, style in (
-        (first.directions, "random directions,\n97.5 %", ":"),
-        (first.cloud, "draws from the\nwords' cloud, 97.5 %", "--"),
-    ):
-        panel.plot(null[1], places, style, color="0.35", label=name)
-    names = [", ".join(words) for words in zip(*(one.words for one in near), strict=True)]
-    panel.set_yticks(places, names, parse_math=False)
+    for (name, field), style in zip(names.items(), (":", "--"), strict=True):
+        null = getattr(near[0], field)
+        panel.plot(null[1], places, style, color="0.35", label=f"{name},\n97.5 %")
+    labels = [", ".join(words) for words in zip(*(one.words for one in near), strict=True)]
+    panel.set_yticks(places, labels, parse_math=False)
     panel.set_xlabel("cosine", color=_INK)
     panel.set_title(
         f"Words nearest to the grounding of {_named(token)}",
@@ -197,7 +207,10 @@ def _numbers(reading: Reading, near: Sequence[Nearest], *, at: int) -> dict[str,
                     "mean": one.directions[0].tolist(),
                     "q97.5": one.directions[1].tolist(),
                 },
-                "cloud": {"mean": one.cloud[0].tolist(), "q97.5": one.cloud[1].tolist()},
+                "other_grounding": {
+                    "mean": one.others[0].tolist(),
+                    "q97.5": one.others[1].tolist(),
+                },
             }
             for one in near
         ],

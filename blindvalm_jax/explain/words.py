@@ -1,9 +1,9 @@
 """Words whose features lie nearest to a grounding vector, and how near chance brings some word.
 
 With tens of thousands of words, some are near any vector: a list of nearest words says something
-only where they are nearer than those of a vector that means nothing. Two such nulls stand beside
-it: directions at random, and draws from the cloud that the words themselves make (a Gaussian with
-their mean and covariance), which lies in a narrow cone of CLIP's space.
+only where they are nearer than chance has them. Two nulls stand beside it: directions at random,
+which every vector of CLIP's narrow cone is nearer than, and the grounding that has nothing to do
+with the prompt: texts of words drawn at random, of a VALM images drawn from its index.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from blindvalm_jax.trained import TrainedModel
 
 _ROWS = 256
 _DRAWS = 1000
+_OTHERS = 512
 _LETTERS = 3  # a word has at least so many
 
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """Words and what the tower makes of each alone: vectors float32 [W, E], unit length."""
+    """Words, their ids [W], what the tower makes of each alone: float32 [W, E], unit length."""
 
     texts: list[str]
+    ids: np.ndarray
     vectors: np.ndarray
 
 
@@ -37,14 +39,14 @@ class Words:
 class Nearest:
     """The words nearest to a vector.
 
-    cosines: of each. directions, cloud: float [2, n], mean and 97.5 % quantile of the cosine of
-    the nearest, second nearest ... word of random directions, and of draws from the words' cloud.
+    cosines: of each. directions, others: float [2, n], mean and 97.5 % quantile of the cosine of
+    the nearest, second nearest ... word of random directions, and of other grounding vectors.
     """
 
     words: list[str]
     cosines: np.ndarray
     directions: np.ndarray
-    cloud: np.ndarray
+    others: np.ndarray
 
 
 def of_vocabulary(model: TrainedModel, *, count: int) -> Words:
@@ -57,10 +59,8 @@ def of_vocabulary(model: TrainedModel, *, count: int) -> Words:
       UserError: the vocabulary has no such words.
     """
     tokenizer = model.tokenizer
-    # A tower that reads text, not tokens, knows a word by the blank behind it.
-    behind = tokenizer.encode_lm(" " if model.tower_tokenizer else "")
     texts: list[str] = []
-    rows: list[np.ndarray] = []
+    found: list[int] = []
     for token in range(tokenizer.vocab_size - tokenizer.lm_offset):
         text = tokenizer.decode([token]).strip()
         if len(text) < _LETTERS or not text.isalpha() or text in texts[-1:]:
@@ -68,29 +68,43 @@ def of_vocabulary(model: TrainedModel, *, count: int) -> Words:
         ids = tokenizer.encode_lm(f" {text}")
         if len(ids) == 1 and int(ids[0]) - tokenizer.lm_offset == token:
             texts.append(text)
-            rows.append(np.concatenate([[tokenizer.eos_id], ids, behind]).astype(np.int32))
+            found.append(int(ids[0]))
         if len(texts) == count:
             break
     if not texts:
         raise UserError("the vocabulary has no token that is a word of letters")
-    return Words(texts, unit(_features(model, rows)))
+    ids = np.array(found)
+    return Words(texts, ids, unit(_features(model, ids[:, None])))
 
 
-def nearest(words: Words, vector: np.ndarray, *, count: int, seed: int = 0) -> Nearest:
-    """The `count` words nearest to a vector [E] of unit length, and what chance gives."""
+def drawn(model: TrainedModel, words: Words, *, tokens: int, seed: int = 0) -> np.ndarray:
+    """Grounding vectors [n, E] of unit length that no prompt asked for.
+
+    Of a VALM images of its index; else texts of `tokens` words, at the last of them.
+    """
+    rng = np.random.default_rng(seed)
+    if model.images is not None:
+        vectors = model.images.index.vectors
+        return unit(vectors.rows(rng.permutation(len(vectors))[:_OTHERS]))
+    return unit(_features(model, rng.choice(words.ids, (_OTHERS, max(tokens, 1)))))
+
+
+def nearest(
+    words: Words, vector: np.ndarray, *, others: np.ndarray, count: int, seed: int = 0
+) -> Nearest:
+    """The `count` words nearest to a vector [E] of unit length, and what chance gives.
+
+    others: vectors as `drawn` gives them.
+    """
     count = min(count, len(words.texts))
     cosines = words.vectors @ vector
     order = np.argsort(-cosines, kind="stable")[:count]
-    rng = np.random.default_rng(seed)
-    mean = words.vectors.mean(axis=0)
-    spread = (words.vectors - mean) / np.sqrt(max(len(words.vectors) - 1, 1))
-    drawn = mean + rng.standard_normal((_DRAWS, len(spread)), np.float32) @ spread
-    random = rng.standard_normal((_DRAWS, len(vector)), np.float32)
+    random = np.random.default_rng(seed).standard_normal((_DRAWS, len(vector)), np.float32)
     return Nearest(
         [words.texts[place] for place in order],
         cosines[order],
         _null(words, unit(random), count),
-        _null(words, unit(drawn), count),
+        _null(words, others, count),
     )
 
 
@@ -99,9 +113,15 @@ def _null(words: Words, vectors: np.ndarray, count: int) -> np.ndarray:
     return np.stack([cosines.mean(axis=0), np.quantile(cosines, 0.975, axis=0)])
 
 
-def _features(model: TrainedModel, rows: list[np.ndarray]) -> np.ndarray:
-    """Text features [rows, E] behind the last token of rows of one length; no images are sought."""
+def _features(model: TrainedModel, ids: np.ndarray) -> np.ndarray:
+    """Text features [rows, E] at the last of words [rows, n], behind the start of a text.
+
+    No images are sought.
+    """
     text = dataclasses.replace(model.model, search=None)
+    # A tower that reads text, not tokens, knows a word by the blank behind it.
+    behind = model.tokenizer.encode_lm(" " if model.tower_tokenizer else "")
+    rows = [np.concatenate([[model.tokenizer.eos_id], row, behind]).astype(np.int32) for row in ids]
 
     @jax.jit
     def run(frozen: Any, batch: Any) -> Any:

@@ -117,7 +117,7 @@ def _layout_of_directory(path: Path) -> str:
         return "open_clip"
     raise UserError(
         f"{path} has no config.json of a GPT-2 or CLIP (model_type {model_type!r}) and none of "
-        f"{', '.join(clip_openai.OPEN_CLIP)}: give the weights file itself, or --from"
+        f"{', '.join(clip_openai.OPEN_CLIP)}: give the weights file itself, or to convert --from"
     )
 
 

@@ -46,8 +46,12 @@ def load(directory: Path, *, step: int | None = None) -> Trained:
     Raises:
       UserError: there is no such checkpoint, or the run's files lack something or do not agree.
     """
-    settings = config.from_dict(files.read_object(directory / "config.json"))
     record_path = directory / "run.json"
+    if not is_run(directory) and not record_path.exists():
+        raise UserError(
+            f"{directory} is no run's directory: it has neither run.json nor checkpoints/"
+        )
+    settings = config.from_dict(files.read_object(directory / "config.json"))
     record = files.read_object(record_path)
     tokenizer = _table(record, "tokenizer", record_path)
     spec = _spec(settings, record, record_path)
