@@ -18,7 +18,7 @@ import dataclasses
 import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -215,10 +215,11 @@ def _interact(trained: TrainedModel, settings: Sampling) -> None:
     if shades:
         print(f"attention to the grounding, at least: {shading.legend()}", file=sys.stderr)
 
-    def go_on(prompt: str) -> None:
+    def go_on(prompt: str, check: Callable[[], None]) -> None:
         shaded = shading.Shades(trained.tokenizer) if shades else None
 
         def show(taken: Taken) -> None:
+            check()
             if table is not None:
                 print(table.line(taken), flush=True)
             else:

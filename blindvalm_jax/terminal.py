@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import signal
 import sys
 from collections.abc import Callable
 
@@ -27,15 +28,42 @@ def argument(text: str) -> str:
     return _UNREAD.sub("\ufffd", text)
 
 
-def each_line(go_on: Callable[[str], None]) -> None:
-    """Calls it with every line of standard input; Ctrl-C ends a text, at the prompt the program."""
+def each_line(go_on: Callable[[str, Callable[[], None]], None]) -> None:
+    """Calls it with every line of standard input, and with what it is to call now and then.
+
+    That raises KeyboardInterrupt once Ctrl-C was pressed, which ends the work on this line; pressed
+    at the prompt, Ctrl-C ends all. Raised wherever the interpreter is, it could be lost: what is
+    raised while an object is torn down goes nowhere. A second Ctrl-C on one line does not wait.
+    """
+    waiting = pressed = False
+
+    def press(number: int, frame: object) -> None:
+        nonlocal pressed
+        again, pressed = pressed, True
+        if waiting or again:
+            raise KeyboardInterrupt
+
+    def check() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, press)
     try:
-        for line in sys.stdin:
+        while True:
+            waiting = True
+            check()
+            line = sys.stdin.readline()
+            waiting = False
+            if not line:
+                return
             try:
-                go_on(line.rstrip("\r\n"))
+                go_on(line.rstrip("\r\n"), check)
             except UserError as error:
                 print_error(str(error))
             except KeyboardInterrupt:
+                pressed = False
                 print(flush=True)
     except KeyboardInterrupt:
         print(flush=True)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -444,8 +444,39 @@ def test_a_line_is_a_prompt_without_its_end(ends: str, monkeypatch: pytest.Monke
     """Line feeds of other systems are no part of a prompt either."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"the cat{ends}{ends}a dog", newline=""))
     prompts: list[str] = []
-    terminal.each_line(prompts.append)
+    terminal.each_line(lambda line, check: prompts.append(line))
     assert prompts == ["the cat", "", "a dog"]
+
+
+class _TornDown:
+    """Ctrl-C is pressed while this goes, where what is raised is lost."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_is_not_lost_where_an_object_is_torn_down(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ends the line it is pressed on; pressed behind a line's end, all of it; twice, at once."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1\n2\n3\n4\n"))
+    seen: list[str] = []
+
+    def go_on(line: str, check: Callable[[], None]) -> None:
+        seen.append(line)
+        if line == "2":
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        _TornDown()
+        if line == "1":
+            check()
+        seen.append("done")
+
+    before = signal.getsignal(signal.SIGINT)
+    terminal.each_line(go_on)
+    assert seen == ["1", "2", "3", "done"]
+    assert capsys.readouterr().out == "\n" * 3
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_what_is_no_text_is_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
