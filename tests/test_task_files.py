@@ -214,7 +214,7 @@ def test_two_rows_of_one_index_are_refused(tmp_path: Path) -> None:
         read(tmp_path, "memory_colors", "memory_color_data.csv", rows)
 
 
-def stored(ids: object, lens: object) -> bytes:
+def stored(ids: Any, lens: Any) -> bytes:
     """An .npz of these arrays."""
     file = io.BytesIO()
     np.savez(file, ids=ids, lens=lens)
@@ -302,6 +302,7 @@ def sized(*rows: tuple[str, str, str]) -> str:
     ("rows", "message"),
     [
         ([("ant", "cow", "small"), ("ant", "cow", "big")], "'ant' is said to be both more and"),
+        ([("ant ", "cow", "small"), ("ant", " cow", "big")], "'ant' is said to be both more and"),
         ([("ant", "cow", "small"), ("cow", "ant", "small")], "'cow' is said to be both more and"),
         ([("ant", "ant", "small")], "'ant' is compared with itself"),
     ],
