@@ -25,8 +25,6 @@ _GENERATION: dict[str, Any] = {
     "num_beams": 1,
     **{name: Sampling.__dataclass_fields__[name].default for name in _RULES},
 }
-
-
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _KINDS = {
     "until": "a text, or a list of texts",
@@ -53,8 +51,9 @@ def asked(arguments: Mapping[str, Any], tokenizer: Tokenizer) -> Asked:
       UserError: an argument is unknown, not of its kind, or asks for what we do not do.
     """
     said = {name: value for name, value in arguments.items() if value is not None}
-    for name in said.keys() & _KINDS.keys():
-        _check(name, said[name], _KINDS[name])
+    for name, kind in _KINDS.items():
+        if name in said:
+            _check(name, said[name], kind)
     if isinstance(said.get("until"), tuple):
         said["until"] = [*said["until"]]
     # Its max_gen_toks has three other names, and what is sampled follows from the temperature.
