@@ -13,6 +13,9 @@ COLORS = """Index,Descriptor,Item,Color
 """
 
 
+THINGS = ("sunflower", "ocean", "grass", "garden")
+
+
 def write(directory: Path) -> Path:
     """Colours of four things, and three pairs of heights."""
     directory.mkdir(parents=True)

@@ -170,7 +170,13 @@ def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
 
 
 def harness(
-    model: str, arguments: Mapping[str, Any], data: Path, own_tasks: Path, *, tasks: list[str]
+    model: str,
+    arguments: Mapping[str, Any],
+    data: Path,
+    own_tasks: Path,
+    *,
+    tasks: list[str],
+    **flags: Any,
 ) -> dict[str, Any]:
     """What the harness finds, called as its command line calls it."""
     pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install -e '.[harness]'")
@@ -195,13 +201,18 @@ def harness(
             batch_size=1,
             device="cpu" if model == "hf" else None,
             bootstrap_iters=0,
+            **flags,
         )
+
+
+def sampled(found: Mapping[str, Any], task: str) -> list[Any]:
+    """What was asked and answered, document by document."""
+    return sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
 
 
 def answered(found: Mapping[str, Any], task: str) -> list[Any]:
     """Responses to the requests of each document."""
-    samples = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
-    return [sample["filtered_resps"] for sample in samples]
+    return [sample["filtered_resps"] for sample in sampled(found, task)]
 
 
 @pytest.mark.torch
@@ -296,6 +307,8 @@ def test_what_is_asked_of_a_generation() -> None:
     assert asked({"until": [""]}) == Asked(Sampling(), 256, [])
     assert asked({"until": ["", "a"], "max_tokens": 3, "top_k": 5}) == Asked(Sampling(), 3, ["a"])
     assert asked({"max_completion_tokens": 5}).new == 5
+    assert asked({"until": ("a", "b")}) == asked({"until": ["a", "b"]})
+    assert asked({"temperature": 1, "top_p": 0.5}).sampling == Sampling(temperature=1, top_p=0.5)
     nothing = {"until": None, "do_sample": None, "temperature": None, "top_k": None}
     assert asked(nothing) == asked({})
     assert asked({"do_sample": True, "temperature": None}).sampling == Sampling(temperature=1)
@@ -306,6 +319,17 @@ def test_what_is_asked_of_a_generation() -> None:
     for wrong, message in (
         ({"num_beams": 2}, "num_beams=2 is asked for: blindvalm has no beam search"),
         ({"length_penalty": 2}, "generation with length_penalty is asked for; blindvalm knows"),
+        ({"until": 5}, "generation with until=5 is asked for: expected a text, or a list of texts"),
+        ({"until": ["a", 5]}, r"with until=\['a', 5\] is asked for: expected a text, or a list"),
+        ({"until": {"a": 1}}, r"with until=\{'a': 1\} is asked for: expected a text, or a list"),
+        ({"temperature": "0.5"}, "with temperature='0.5' is asked for: expected a number"),
+        ({"do_sample": True, "temperature": True}, "temperature=True is asked for: expected a n"),
+        ({"max_gen_toks": "many"}, "max_gen_toks='many' is asked for: expected a whole number"),
+        ({"max_gen_toks": 4.7}, "max_gen_toks=4.7 is asked for: expected a whole number"),
+        ({"max_tokens": True}, "max_tokens=True is asked for: expected a whole number"),
+        ({"do_sample": True, "top_k": 2.5}, "top_k=2.5 is asked for: expected a whole number"),
+        ({"do_sample": "no"}, "do_sample='no' is asked for: expected true or false"),
+        ({"do_sample": True, "min_p": "low"}, "min_p='low' is asked for: expected a number"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             asked(wrong)
@@ -391,6 +415,55 @@ def test_the_flag_stands_before_the_config_file(tmp_path: Path) -> None:
         assert command.included(arguments) == expected
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--tasks", "x", "--log_samples"], "lm-evaluation-harness: Specify --output_path if pro"),
+        (["--tasks", "x", "--metadata", '{"data": '], "lm-evaluation-harness: Invalid JSON: "),
+        (["run", "--config", "nowhere.yaml"], "lm-evaluation-harness: Config file not found: .*"),
+        (["run", "--config", "wrong.yaml"], "wrong.yaml has taks; the harness knows config, mod"),
+        (["run", "--config", "open.yaml"], "lm-evaluation-harness: Invalid YAML in open.yaml: "),
+        pytest.param(
+            *(["--tasks", "nothing"], "lm-evaluation-harness: Tasks not found: nothing"),
+            marks=pytest.mark.slow,  # it reads all its tasks
+        ),
+    ],
+)
+def test_what_the_harness_refuses_is_one_line(
+    given: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness_or_skip()
+    from blindvalm_jax.lm_eval import command
+
+    (tmp_path / "wrong.yaml").write_text("taks: [x]\n")
+    (tmp_path / "open.yaml").write_text("[\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *given])
+    # Put back afterwards: other tests read what is logged.
+    monkeypatch.setattr(logging.getLogger("blindvalm_jax.lm_eval"), "propagate", True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(UserError, match=message) as caught:
+            command.run()
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_that_is_no_refusal_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of our own, and one of the harness's reading that it does not raise in so many words."""
+    harness_or_skip()
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    from blindvalm_jax.lm_eval import command
+
+    monkeypatch.setattr(logging.getLogger("blindvalm_jax.lm_eval"), "propagate", True)
+    wrong: Any = 5
+    for fail in (lambda: int("x"), EvaluatorConfig(model_args=wrong)._process_arguments):
+        monkeypatch.setattr(command, "_execute", fail)
+        with pytest.raises((ValueError, TypeError)) as caught:
+            command.run()
+        assert not isinstance(caught.value, UserError)
+
+
 @pytest.mark.torch
 def test_what_the_model_writes_is_greedy(gpt2: Path) -> None:
     """Its own text counts as greedy, the same with another token in any place does not."""
@@ -427,10 +500,63 @@ def test_the_harness_counts_what_evaluate_counts(gpt2: Path, data: Path, own_tas
         own_tasks,
         tasks=[f"blindvalm_{task}"],
     )
-    for one, scores in zip(answered(found, f"blindvalm_{task}"), expected.scores, strict=True):
-        np.testing.assert_allclose([value for value, _ in one], scores, atol=1e-4, rtol=0)
+    by_prompt = dict(zip([question.prompt for question in questions], expected.scores, strict=True))
+    samples = sampled(found, f"blindvalm_{task}")
+    assert len(samples) == len(by_prompt)
+    for sample in samples:
+        values = [value for value, _ in sample["filtered_resps"]]
+        scores = by_prompt[sample["doc"]["prompt"]]
+        np.testing.assert_allclose(values, scores, atol=1e-4, rtol=0)
     accuracy = expected.right["continuation"].mean()
     assert found["results"][f"blindvalm_{task}"]["acc,none"] == pytest.approx(accuracy)
+
+
+def test_examples_are_about_other_things(tmp_path: Path, own_tasks: Path) -> None:
+    """No template of the question, no pair with a thing of it, no other row of its text."""
+    harness_or_skip()
+    from lm_eval.utils import handle_non_serializable
+
+    data = small_tasks.write(tmp_path / "data")
+    things = ["bug", "cod", "dog", "fig", "gnu", "hen"]
+    pairs = [(a, b) for n, a in enumerate(things) for b in things[n + 1 :]]
+    rows = [{"obj_a": a, "obj_b": b, "label": 1} for a, b in pairs]
+    (data / "tnwit_height.json").write_text("\n".join(map(json.dumps, rows)))
+    reviews = [{"text": text, "label": "Positive"} for text in ("good", "fine", " good", "well")]
+    (data / "sst2_test.jsonl").write_text("\n".join(map(json.dumps, reviews)))
+    tasks = {"memory_colors": 20, "tnwit_height": 20, "sst2": 2}
+    for task, shots in tasks.items():
+        name = f"blindvalm_{task}"
+        found = harness("dummy", {}, data, own_tasks, tasks=[name], num_fewshot=shots)
+        for sample in sampled(found, name):
+            own = sample["doc"]
+            *examples, asked = sample["arguments"][0][0].split("\n\n")
+            assert asked == own["prompt"]
+            assert len(examples) == shots
+            if task == "tnwit_height":
+                words = own["candidates"]
+            elif task == "sst2":
+                words = [asked.split()[1]]
+            else:
+                words = [thing for thing in small_tasks.THINGS if thing in asked]
+            assert words
+            for word in words:
+                assert not re.search(rf"\b{word}\b", " ".join(examples)), (asked, examples)
+        written = {key: value for key, value in found.items() if key != "samples"}
+        assert json.dumps(written, default=handle_non_serializable)
+    few = "--num_fewshot=4: 3 questions are about other things than 0: ask for fewer"
+    (data / "sst2_test.jsonl").write_text(
+        "\n".join(json.dumps({"text": text, "label": "Positive"}) for text in "abcd")
+    )
+    with pytest.raises(UserError, match=few):
+        harness("dummy", {}, data, own_tasks, tasks=["blindvalm_sst2"], num_fewshot=4)
+
+
+def test_a_limit_is_of_whole_items(data: Path, own_tasks: Path) -> None:
+    harness_or_skip()
+    name = "blindvalm_memory_colors"
+    found = harness("dummy", {}, data, own_tasks, tasks=[name], limit=18)
+    asked = [(sample["doc"]["item"], sample["doc"]["template"]) for sample in sampled(found, name)]
+    assert asked == [(item, template) for item in "12" for template in range(9)]
 
 
 def test_a_tower_with_a_tokenizer_of_its_own_is_asked_choices(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.tasks import catalog, comparisons, evaluation, passages, readers, results
 from blindvalm_jax.tasks.asked import Outcome, Windows
-from blindvalm_jax.tasks.perplexity import AskedBlocks
+from blindvalm_jax.tasks.perplexity import AskedBlocks, AskedTexts
 from blindvalm_jax.tasks.questions import Item
 from tests import small_text
 from tests.test_text_tasks import Counting
@@ -144,7 +145,7 @@ def test_a_row_is_named_by_its_line(tmp_path: Path) -> None:
 def test_a_field_may_be_long(tmp_path: Path) -> None:
     long = "word " * 40_000
     [item] = read(tmp_path, "agnews", "agnews_test.csv", f'world,Title,"{long}"\n')
-    assert item.words["text"] == long
+    assert item.words["text"] == long.strip()
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0c", "\x1c"])
@@ -158,6 +159,102 @@ def test_only_line_feeds_end_a_line(tmp_path: Path, mark: str) -> None:
     row = json.dumps({"item": f"so{mark}it is", "right": True}, ensure_ascii=False)
     (tmp_path / "own.jsonl").write_text(f"{row}\n{row}\n", encoding="utf-8")
     assert len(results.read_lines(tmp_path, "own", {"metric": "accuracy"})) == 2
+
+
+def test_a_return_alone_ends_no_line(tmp_path: Path) -> None:
+    """As in training: the same file has the same lines as text: and as file:."""
+    own = put_bytes(tmp_path / "own.txt", b"\xef\xbb\xbfone\rtwo\r\nthree")
+    for kind in ("text", "file"):
+        [asked] = evaluation.read([f"{kind}:{own}"], "corrected", None)
+        assert isinstance(asked, AskedTexts)
+        assert asked.texts == ["one\rtwo\nthree"]
+    [item] = read(tmp_path, "agnews", "agnews_test.csv", b'world,Title,"one\rtwo\r\nthree"\r\n')
+    assert item.words["text"] == "one\rtwo\nthree"
+    rows = read(tmp_path, "color_terms", "color-concrete-objects.csv", "object,color\rsun,red\r")
+    assert [item.answer for item in rows] == ["red"], "as the csv module has it"
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "content"),
+    [
+        ("color_terms", "color-concrete-objects.csv", "object,color\n cat, black \ndog,black"),
+        ("shapeit", "shape_association.csv", "word,gt,options\n cat, black ,\ndog,black,a"),
+        *[
+            (
+                f"vicomte_{name}",
+                file,
+                "\n".join(
+                    json.dumps({"sub": thing, "obj": value, "alt": value})
+                    for thing, value in ((" cat", " black "), ("dog", "black"))
+                ),
+            )
+            for name, file in (
+                ("color_all", "test_color_all.jsonl"),
+                ("color_all_alt", "test_color_all.jsonl"),
+                ("shape_single", "test_shape.jsonl"),
+            )
+        ],
+    ],
+)
+def test_blanks_make_no_other_candidates(
+    tmp_path: Path, task: str, name: str, content: str
+) -> None:
+    """Nor other things; the scripts compare without them too."""
+    put_bytes(tmp_path / name, content.encode())
+    for protocol in catalog.TASKS[task].protocols.values():
+        questions = protocol.questions(protocol.items(tmp_path))
+        assert {question.candidates for question in questions} == {("black",)}
+        first, second = (question.prompt for question in questions[:2])
+        assert first.replace("cat", "dog") == second
+
+
+def test_two_rows_of_one_index_are_refused(tmp_path: Path) -> None:
+    rows = "Index,Descriptor,Item,Color\n1,a,sun,red\n2,a,sea,blue\n1 ,a,car,red\n"
+    with pytest.raises(UserError, match="color_data.csv: 2 rows have 1 as Index, expected one"):
+        read(tmp_path, "memory_colors", "memory_color_data.csv", rows)
+
+
+def stored(ids: Any, lens: Any) -> bytes:
+    """An .npz of these arrays."""
+    file = io.BytesIO()
+    np.savez(file, ids=ids, lens=lens)
+    return file.getvalue()
+
+
+def alone() -> bytes:
+    """An array that is in no archive."""
+    file = io.BytesIO()
+    np.save(file, np.array([5, 2]))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no arrays ids and lens: File is not a zip file"),
+        (stored([5, 2], [2])[:-30], "holds no arrays ids and lens"),
+        (alone(), "holds no arrays ids and lens"),
+        (stored([5.0, 2.0], [2]), r"holds ids as float64 \[2\], expected a row of integers"),
+        (stored([5, 2], [2.5]), r"holds lens as float64 \[1\], expected a row of integers"),
+        (stored([[5, 2]], [1]), r"holds ids as int64 \[1, 2\], expected a row of integers"),
+        (stored([49_412, 2], [2]), "holds the id 49412, expected .* 0 to 49411"),
+        (stored([(1 << 32) + 5, 2], [2]), "holds the id 4294967301, expected"),
+        (stored([-1, 2], [2]), "holds the id -1, expected"),
+    ],
+)
+def test_published_ids_that_are_none_are_refused(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    """When the file is read, before any task is asked."""
+    put_bytes(tmp_path / "wikitext103_test_clipbpe.npz", content)
+    with pytest.raises(UserError, match=f"wikitext103: .*clipbpe.npz {message}") as caught:
+        evaluation.read(["wikitext103"], "published", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def put_bytes(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
 
 
 def marked(content: str) -> bytes:
@@ -205,6 +302,7 @@ def sized(*rows: tuple[str, str, str]) -> str:
     ("rows", "message"),
     [
         ([("ant", "cow", "small"), ("ant", "cow", "big")], "'ant' is said to be both more and"),
+        ([("ant ", "cow", "small"), ("ant", " cow", "big")], "'ant' is said to be both more and"),
         ([("ant", "cow", "small"), ("cow", "ant", "small")], "'cow' is said to be both more and"),
         ([("ant", "ant", "small")], "'ant' is compared with itself"),
     ],

@@ -167,6 +167,37 @@ def test_published_news_ends_at_commas(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("task", "name", "content", "prompt"),
+    [
+        ("sst2", "sst2_test.jsonl", None, "Review: a  b Sentiment: "),
+        ("agnews", "agnews_test.jsonl", None, "input: a  b type: "),
+        (
+            "agnews",
+            "agnews_test.csv",
+            'world,t," a  b "\nworld,t,a  b\n',
+            "input: a  b type: ",
+        ),
+    ],
+)
+def test_blanks_around_a_text_are_not_asked(
+    tmp_path: Path, task: str, name: str, content: str | None, prompt: str
+) -> None:
+    """Texts that differ in them alone are one item; as published they are as they stand."""
+    label = "Positive" if task == "sst2" else "world"
+    rows = [{"text": text, "label": label} for text in ("a  b ", "\ta  b")]
+    (tmp_path / name).write_text(lines(*rows) if content is None else content)
+    found = asked(catalog.TASKS[task].corrected, tmp_path)
+    assert [(question.item, question.prompt) for question in found] == [("0", prompt)] * 2
+    if task == "sst2":
+        (tmp_path / "test_with_labels.json").write_text(lines(*rows))
+        published = asked(catalog.TASKS[task].published, tmp_path)
+        assert [(question.item, question.prompt) for question in published] == [
+            ("0", "Review: a  b  Sentiment: "),
+            ("1", "Review: \ta  b Sentiment: "),
+        ]
+
+
 def test_rows_of_one_text_are_one_item(tmp_path: Path) -> None:
     """Whatever their labels: they are asked the same."""
     texts = [("1", "It is."), ("2", "It was."), ("3", "It is."), ("1", "It was.")]

@@ -512,6 +512,8 @@ def test_prepared_tfds_datasets_are_read(tmp_path: Path) -> None:
         "Positive",
         "TFDS glue/sst2/1.0.0, validation",
     )
+    # There its sentences end in a blank.
+    assert [question.prompt for question in sst2.questions] == ["Review: fun Sentiment: "]
     assert isinstance(words, last_word.AskedLastWords)
     assert isinstance(perplexities, AskedTexts)
     assert sorted(words.passages) == sorted(perplexities.texts) == ["one two", "two three"]

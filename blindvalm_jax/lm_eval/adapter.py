@@ -189,7 +189,8 @@ class BlindValm(TemplateLM):
         contexts = [self.tok_encode(request.args[0]) for request in requests]
         groups: dict[str, list[int]] = {}
         for place, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(place)
+            arguments = json.dumps(request.args[1], sort_keys=True, default=repr)
+            groups.setdefault(arguments, []).append(place)
         with Progress("generate", total=len(requests), unit="text") as progress:
             for arguments, own in groups.items():
                 asked = asking.asked(requests[own[0]].args[1], self._tokenizer)

@@ -25,6 +25,13 @@ _GENERATION: dict[str, Any] = {
     "num_beams": 1,
     **{name: Sampling.__dataclass_fields__[name].default for name in _RULES},
 }
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_KINDS = {
+    "until": "a text, or a list of texts",
+    "do_sample": "true or false",
+    **dict.fromkeys((*_LENGTHS, "top_k", "num_beams"), "a whole number"),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), "a number"),
+}
 
 
 class Asked(NamedTuple):
@@ -41,17 +48,21 @@ def asked(arguments: Mapping[str, Any], tokenizer: Tokenizer) -> Asked:
     CLIP's tokenizer writes no line breaks: with it stop strings of white space alone are left out.
 
     Raises:
-      UserError: an argument is unknown, or asks for what we do not do.
+      UserError: an argument is unknown, not of its kind, or asks for what we do not do.
     """
-    # Its max_gen_toks has three other names, and what is sampled follows from the temperature.
     said = {name: value for name, value in arguments.items() if value is not None}
+    for name, kind in _KINDS.items():
+        if name in said:
+            _check(name, said[name], kind)
+    if isinstance(said.get("until"), tuple):
+        said["until"] = [*said["until"]]
+    # Its max_gen_toks has three other names, and what is sampled follows from the temperature.
     given = utils.normalize_gen_kwargs(said, _GENERATION["max_gen_toks"])
     unknown = sorted(given.keys() - _GENERATION.keys())
     if unknown:
         raise UserError(
             f"generation with {', '.join(unknown)} is asked for; blindvalm knows "
-            f"{', '.join(_GENERATION)}, and max_new_tokens, max_tokens, max_completion_tokens for "
-            "max_gen_toks"
+            f"{', '.join(_GENERATION)}, and {', '.join(_LENGTHS[1:])} for {_LENGTHS[0]}"
         )
     values = {**_GENERATION, **given}
     if values["num_beams"] != 1:
@@ -68,6 +79,20 @@ def asked(arguments: Mapping[str, Any], tokenizer: Tokenizer) -> Asked:
     # As transformers does, which leaves out what only matters to draws.
     greedy = Sampling(repetition_penalty=values["repetition_penalty"])
     return Asked(greedy, values["max_gen_toks"], stop)
+
+
+def _check(name: str, value: object, kind: str) -> None:
+    """Refuses a value that is not of its kind; to Python true and false are numbers too."""
+    if name == "until":
+        texts = value if isinstance(value, list | tuple) else [value]
+        good = all(isinstance(text, str) for text in texts)
+    elif name == "do_sample":
+        good = isinstance(value, bool)
+    else:
+        number = int if kind == "a whole number" else int | float
+        good = isinstance(value, number) and not isinstance(value, bool)
+    if not good:
+        raise UserError(f"generation with {name}={value!r} is asked for: expected {kind}")
 
 
 class Prompt(NamedTuple):

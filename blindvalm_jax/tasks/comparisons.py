@@ -88,7 +88,8 @@ def pairs(
 
 
 def _pair(a: str, b: str, answer: str) -> Item:
-    """An item whose id and objects are those of the pair in both orders."""
+    """An item whose id and objects are those of the pair in both orders; no blanks around names."""
+    a, b = a.strip(), b.strip()
     objects = (min(a, b), max(a, b))
     return Item(id=" | ".join(objects), words={"a": a, "b": b}, answer=answer, objects=objects)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,13 +15,14 @@ import numpy as np
 from blindvalm_jax.data import corpora
 from blindvalm_jax.data.clip_bpe import FAIRSEQ_EOS
 from blindvalm_jax.data.tokenizers import Tokenizer
-from blindvalm_jax.errors import UserError
+from blindvalm_jax.errors import UserError, first_line
 from blindvalm_jax.tasks import readers
 
 _TITLE = re.compile(r" ?= [^=\s](.*[^=\s])? = ?")
 _QUOTES = re.compile("“|”|''|``")
-# Of OpenAI's vocabulary of 49,408 entries behind fairseq's four specials.
+# Of OpenAI's vocabulary of 49,408 entries behind fairseq's four specials, and the size of both.
 CLIP_FINGERPRINT = "2fe2c1a3f033352bb928cbd0d2731e12c8918788c441a647884d416051008dce"
+CLIP_SIZE = 49_412
 ReadTexts = Callable[[Path], list[str]]
 
 
@@ -111,18 +113,35 @@ def fairseq_lines(path: Path) -> list[np.ndarray]:
     """Lines of language-model ids, each with its end token; arrays `ids` and `lens` of an .npz.
 
     Raises:
-      UserError: it holds other arrays, or a line lacks its end.
+      UserError: it holds other arrays, an id is none of CLIP's, or a line lacks its end.
     """
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            ids, lens = stored["ids"].astype(np.int32), stored["lens"].astype(np.int64)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} holds no arrays ids and lens: {error}") from error
+    ids, lens = (_whole_numbers(path, name) for name in ("ids", "lens"))
+    lens = lens.astype(np.int64)
     if lens.sum() != len(ids) or not len(lens) or lens.min() < 1:
         raise UserError(f"{path}: lens add up to {lens.sum()}, there are {len(ids)} ids")
-    found = np.split(ids, np.cumsum(lens)[:-1])
+    wrong = ids[(ids < 0) | (ids >= CLIP_SIZE)]
+    if len(wrong):
+        raise UserError(
+            f"{path} holds the id {wrong[0]}, expected those of CLIP's tokenizer behind fairseq's "
+            f"specials, 0 to {CLIP_SIZE - 1}"
+        )
+    found = np.split(ids.astype(np.int32), np.cumsum(lens)[:-1])
     if any(line[-1] != FAIRSEQ_EOS for line in found):
         raise UserError(f"{path}: every line must end in {FAIRSEQ_EOS}, the end token of fairseq")
+    return found
+
+
+def _whole_numbers(path: Path, name: str) -> np.ndarray:
+    """An array of an .npz: one dimension, whole numbers."""
+    try:
+        with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as stored:
+            found = np.asarray(stored[name])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} holds no arrays ids and lens: {first_line(error)}") from error
+    if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
+        raise UserError(
+            f"{path} holds {name} as {found.dtype} {list(found.shape)}, expected a row of integers"
+        )
     return found
 
 

@@ -99,13 +99,15 @@ def read_files(paths: Sequence[Path], pattern: str) -> File:
 
 
 def text_of(path: Path) -> str:
-    """The text of a file: line feeds alone end its lines, no byte order mark.
+    """The text of a file: line feeds end its lines, with or without a return in front.
+
+    A return alone stays in its line, as in training (`corpora`). No byte order mark.
 
     Raises:
       UserError: it cannot be read, or is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
@@ -153,7 +155,10 @@ def bare_csv_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _fields(path: Path) -> list[tuple[int, list[str]]]:
-    """Rows that are not blank, and the line each ends in; a field may be as long as the file."""
+    """Rows that are not blank, and the line each ends in; a field may be as long as the file.
+
+    Here a return alone ends a row too, unless its field stands in quotes.
+    """
     text = text_of(path)
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     try:

@@ -22,7 +22,12 @@ DBPEDIA = (
 _HEADER = "the first example is left out as if it named the columns"
 
 
-def numbered(rows: Iterable[tuple[str, str]], *, start: int = 0) -> list[Item]:
+def numbered(rows: Iterable[tuple[str, str]]) -> list[Item]:
+    """Items of texts and labels without blanks around; texts that are then alike are one item."""
+    return _as_they_are((text.strip(), label.strip()) for text, label in rows)
+
+
+def _as_they_are(rows: Iterable[tuple[str, str]], *, start: int = 0) -> list[Item]:
     """Items of texts and labels; the id of a text is the number of the first row that has it."""
     first: dict[str, int] = {}
     return [
@@ -33,8 +38,17 @@ def numbered(rows: Iterable[tuple[str, str]], *, start: int = 0) -> list[Item]:
 
 def labelled(path: Path) -> list[Item]:
     """Objects with a text and a label, as a JSON list or lines."""
+    return numbered(_labelled(path))
+
+
+def labelled_as_published(path: Path) -> list[Item]:
+    """The same with the blanks around their texts."""
+    return _as_they_are(_labelled(path))
+
+
+def _labelled(path: Path) -> list[tuple[str, str]]:
     rows = readers.json_rows(path, ("text", "label"), may_be_blank=["text"])
-    return numbered((row["text"], row["label"]) for row in rows)
+    return [(row["text"], row["label"]) for row in rows]
 
 
 def topics(words: tuple[str, ...]) -> readers.Read:
@@ -71,7 +85,7 @@ def cut_at_commas(path: Path) -> list[Item]:
         text = fields[2].replace('""', '"').removeprefix(" ")
         label = fields[0].replace('"', "").strip()
         rows.append((text, label))
-    return numbered(rows, start=1)
+    return _as_they_are(rows, start=1)
 
 
 def _sentiment(name: str, source: str, files: tuple[str, ...], published: Protocol) -> ChoiceTask:
@@ -84,7 +98,7 @@ def _sentiment(name: str, source: str, files: tuple[str, ...], published: Protoc
 def _published(*files: str, faults: tuple[str, ...] = ()) -> Protocol:
     return Protocol(
         files=files,
-        read=labelled,
+        read=labelled_as_published,
         ask=asking(_REVIEW, _SENTIMENTS),
         scores=("sum",),
         start=False,

@@ -7,8 +7,11 @@ do otherwise than they should is named beside each.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.tasks import comparisons, readers, ties
 from blindvalm_jax.tasks.questions import Item, asking
 from blindvalm_jax.tasks.task import ONE_DISTRIBUTION, ChoiceTask, Protocol
@@ -57,22 +60,36 @@ _SHAPES_OF = (
 
 
 def memory_colors(path: Path) -> list[Item]:
-    """Memory Colors (Norlund et al. 2021)."""
+    """Memory Colors (Norlund et al. 2021).
+
+    Raises:
+      UserError: two rows have one index, or see `readers.csv_rows`.
+    """
     columns = ["Index", "Descriptor", "Item", "Color"]
-    rows = readers.csv_rows(path, columns, may_be_blank=["Descriptor"])
+    rows = _stripped(readers.csv_rows(path, columns, may_be_blank=["Descriptor"]))
+    for index, count in Counter(row["Index"] for row in rows).items():
+        if count > 1:
+            raise UserError(
+                f"{path}: {count} rows have {index} as Index, expected one: number them anew"
+            )
     return [
         Item(
             id=row["Index"],
-            words={"descriptor": row["Descriptor"].strip(), "item": row["Item"].strip()},
-            answer=row["Color"].strip(),
+            words={"descriptor": row["Descriptor"], "item": row["Item"]},
+            answer=row["Color"],
         )
         for row in rows
     ]
 
 
+def _stripped(rows: Iterable[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Fields without blanks around, which would be other candidates; the scripts drop them too."""
+    return [{name: field.strip() for name, field in row.items()} for row in rows]
+
+
 def color_terms(path: Path) -> list[Item]:
     """Color Terms (Bruni et al. 2012)."""
-    rows = readers.csv_rows(path, ["object", "color"])
+    rows = _stripped(readers.csv_rows(path, ["object", "color"]))
     return [
         Item(id=x["object"], words={"descriptor": "", "item": x["object"]}, answer=x["color"])
         for x in rows
@@ -89,7 +106,7 @@ def color_terms_valm(path: Path) -> list[Item]:
 
 def _vicomte(path: Path, answer: str) -> list[Item]:
     return [
-        Item(id=f"{number}", words={"item": row["sub"]}, answer=row[answer])
+        Item(id=f"{number}", words={"item": row["sub"].strip()}, answer=row[answer].strip())
         for number, row in enumerate(readers.json_rows(path, ("sub", answer)))
     ]
 
@@ -106,7 +123,8 @@ def vicomte_alt(path: Path) -> list[Item]:
 
 def shapeit(path: Path) -> list[Item]:
     """ShapeIt (Alper et al. 2023)."""
-    rows = readers.csv_rows(path, ["word", "gt", "options"], may_be_blank=["options"])
+    columns = ["word", "gt", "options"]
+    rows = _stripped(readers.csv_rows(path, columns, may_be_blank=["options"]))
     return [Item(id=row["word"], words={"item": row["word"]}, answer=row["gt"]) for row in rows]
 
 
