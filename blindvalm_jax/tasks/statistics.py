@@ -61,14 +61,22 @@ def _as_many(mean: float, found: Spread, questions: int) -> float:
     error below that of independent questions is no more evidence: right and wrong answers cancel
     within items, as where one that is always the same is right in every second question. The
     number then falls with the error again, to that of clusters, which it is of all right or wrong.
+
+    Near 0 and 1 the error is of few clusters, and small just where the mean is far out. So it is
+    taken with two halves of a cluster more, one all right and one all wrong (as Agresti & Min 2005
+    add to proportions), where the number is above that of clusters.
     """
     count = found.independent
     if not 0 < mean < 1 or count < 2:
         return float(count)
-    wider = stats.t.ppf(0.975, questions - 1) / stats.t.ppf(0.975, count - 1)
-    most = questions * wider**2
-    effect = found.error**2 * (count - 1) / count * questions / (mean * (1 - mean))
-    return float(most / effect if effect >= 1 else max(most * effect, min(most, count)))
+    wider = (stats.t.ppf(0.975, questions - 1) / stats.t.ppf(0.975, count - 1)) ** 2
+    squares = count * (count - 1) * found.error**2  # of as many equal clusters, about their mean
+    effect = squares / count**2 * questions / (mean * (1 - mean))
+    known = questions / effect if effect >= 1 else max(questions * effect, count / wider)
+    middle = (count * mean + 0.5) / (count + 1)
+    squares += count * (mean - middle) ** 2 + 0.5 * ((1 - middle) ** 2 + middle**2)
+    further = middle * (1 - middle) * (count + 1) ** 2 / squares - 1
+    return float(wider * min(known, questions, further if known > count else known))
 
 
 def exact_interval(right: float, count: float) -> tuple[float, float]:
