@@ -71,7 +71,7 @@ def _about(whole: Mapping[str, Any], place: Path, protocol: str) -> dict[str, An
 def described(about: Mapping[str, Any]) -> str:
     """One of the two evaluations in a line; about: `A` or `B` of what `compare` gives."""
     told = [f"{about['model']}", f"step {about['step']}", f"tokenizer {about['tokenizer']}"]
-    told += [about["dtype"]] if "dtype" in about else []
+    told += [f"{about['dtype']}"] if "dtype" in about else []
     if "grounding" in about:
         grounding = about["grounding"]
         told += ["no grounding"] if grounding is None else []
