@@ -158,6 +158,8 @@ def _compare(arguments: Sequence[str]) -> int:
     first, second = (Path(name).expanduser() for name in arguments)
     out = _possible(Path(_OUT.value).expanduser()) if _OUT.value else None
     found = compare.compare(first, second, names=_TASKS.value)
+    for which in ("A", "B"):
+        print(f"{which}: {compare.described(found[which])}")
     print(compare.HEAD)
     for name, entry in found["tasks"].items():
         print(compare.line_of(name, entry))

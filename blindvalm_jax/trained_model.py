@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -19,6 +21,21 @@ from blindvalm_jax.grounding import segments
 from blindvalm_jax.grounding.images import Images
 from blindvalm_jax.objectives import language
 from blindvalm_jax.objectives.language_model import Batch, Model
+
+
+@contextlib.contextmanager
+def computing(model: Model, mesh: Mesh) -> Iterator[None]:
+    """Makes a mesh visible while a trained model is asked, with products as exact as its dtype.
+
+    Left to themselves, GPUs round the operands of products in float32 to TF32, and TPUs to
+    bfloat16. A model of bfloat16 throughout is left to itself. To be entered around every call:
+    what is compiled inside is not what is compiled outside.
+    """
+    dtypes = [model.decoder.dtype] + ([] if model.tower is None else [model.tower.dtype])
+    in_float32 = any(jnp.dtype(dtype) == jnp.float32 for dtype in dtypes)
+    exact = jax.default_matmul_precision("highest") if in_float32 else contextlib.nullcontext()
+    with partitioning.use(mesh), exact:
+        yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +55,10 @@ class TrainedModel:
     step: int
     mesh: Mesh
     images: Images | None
+
+    def computing(self) -> contextlib.AbstractContextManager[None]:
+        """See the function of this name."""
+        return computing(self.model, self.mesh)
 
     def batch(self, texts: Sequence[str], *, length: int = 0, start: bool = True) -> Batch:
         """Rows of texts, each as the beginning of a document, padded behind to a common length.

@@ -16,13 +16,14 @@ from scipy import stats
 
 from blindvalm_jax import files
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.tasks import catalog, results, statistics
+from blindvalm_jax.tasks import catalog, readers, results, statistics
 from blindvalm_jax.tasks.answers import Answers
-from blindvalm_jax.tasks.compare import compare, holm, line_of, write
+from blindvalm_jax.tasks.compare import compare, described, holm, line_of, write
 from tests import small_tasks
 
 ROOT = Path(__file__).resolve().parents[1]
-ABOUT = {"step": 3, "tokenizer": "clip", "commit": "0"}
+GROUNDING = {"source": "text", "readout": "eos", "segments": "causal", "tower": "random"}
+ABOUT = {"step": 3, "tokenizer": "clip", "dtype": "float32", "grounding": GROUNDING, "commit": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +196,23 @@ def test_perplexities_that_are_no_floats_are_compared(tmp_path: Path) -> None:
     assert "| wikitext103 | corrected | – | 20.09 |" in write(found, tmp_path / "c").read_text()
 
 
+def test_models_are_told_apart_by_dtype_and_grounding(data: Path, tmp_path: Path) -> None:
+    """As far as an evaluation says it; one of before grew no such words."""
+    for name, more in (("b", {"dtype": "bfloat16"}), ("c", {"grounding": None}), ("d", {})):
+        whole = files.read_object(answered(tmp_path / name, data, seed=1) / "results.json")
+        whole |= {"model": "M", **more}
+        if name == "d":
+            del whole["dtype"], whole["grounding"]
+        files.write_json(tmp_path / name / "results.json", whole)
+    told = [compare(tmp_path / name, tmp_path / name)["A"] for name in "bcd"]
+    assert told[0]["grounding"] == {"source": "text", "readout": "eos"}
+    assert [described(of).split("; protocol")[0] for of in told] == [
+        "M, step 3, tokenizer clip, bfloat16, grounding source text, grounding readout eos",
+        "M, step 3, tokenizer clip, float32, no grounding",
+        "M, step 3, tokenizer clip",
+    ]
+
+
 def test_holms_correction() -> None:
     """An example of Holm's procedure, worked by hand."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
@@ -245,6 +263,55 @@ def test_another_file_is_refused_though_its_questions_are_the_same(
     assert compare(tmp_path / "a", tmp_path / "as_a")["tasks"]["memory_colors"]["p"] == 1.0
     unknown = answered(tmp_path / "unknown", data, seed=1)
     assert compare(tmp_path / "a", unknown)["tasks"]["memory_colors"]["p"] == 1.0
+
+
+def with_last_words(
+    directory: Path, passages: list[str], *, source: str, file: dict[str, str] | None
+) -> Path:
+    """An evaluation of LAMBADA of which every second word is right."""
+    lines = [
+        {
+            **{"item": f"{number}", "word": text.split()[-1], "nats": 1.0, "tokens": 1},
+            **{"right": number % 2 == 0, "text_sha256": readers.text_sha256(text)},
+        }
+        for number, text in enumerate(passages)
+    ]
+    entry = {
+        **{"metric": "accuracy", "protocol": "corrected", "score": 0.5, "stderr": 0.1},
+        **{"interval": [0.1, 0.9], "n": len(lines), "majority": 0.1, "random": 0.1},
+        **{"per_prompt": [0.5], "faults": [], "clustered_by": "item"},
+        **{"source": source, "file": file},
+    }
+    return save(directory, "lambada", entry, lines)
+
+
+def test_a_file_and_a_data_set_are_compared_by_their_texts(tmp_path: Path) -> None:
+    """The same last words behind other contexts are other data, whatever names its file."""
+    texts = [f"{number} so it was the {word}" for number, word in enumerate("abcdef")]
+    file = {"name": "lambada.jsonl", "sha256": "0a" * 32}
+    tfds = "TFDS lambada/1.0.0, test"
+    a = with_last_words(tmp_path / "a", texts, source="LAMBADA", file=file)
+    same = with_last_words(tmp_path / "same", texts, source=tfds, file=None)
+    assert compare(a, same)["tasks"]["lambada"]["p"] == 1.0
+    others = [f"but {text}" for text in texts]
+    for name, source in (("other", tfds), ("unnamed", "LAMBADA")):
+        other = with_last_words(tmp_path / name, others, source=source, file=None)
+        for pair in ((a, other), (other, a)):
+            with pytest.raises(UserError, match="lambada: question 1 differs in text_sha256, '"):
+                compare(*pair)
+    of_before = "".join(
+        f"{json.dumps({k: v for k, v in json.loads(line).items() if k != 'text_sha256'})}\n"
+        for line in (same / "lambada.jsonl").read_text().splitlines()
+    )
+    (same / "lambada.jsonl").write_text(of_before)
+    told = (
+        r"lambada was asked of lambada.jsonl \(0a0a0a0a0a0a\) in A and TFDS lambada/1.0.0, test in "
+        "B, and not every line of both says of which text it is"
+    )
+    with pytest.raises(UserError, match=told):
+        compare(a, same)
+    older = with_last_words(tmp_path / "older", texts, source=tfds, file=None)
+    assert compare(older, same)["tasks"]["lambada"]["p"] == 1.0
 
 
 def test_other_windows_and_tokens_are_refused(tmp_path: Path) -> None:
@@ -309,7 +376,13 @@ def test_the_command_writes_a_page(data: Path, tmp_path: Path) -> None:
         [*line, f"{tmp_path}/b", f"--out={tmp_path}/out"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert [row.split()[0] for row in done.stdout.splitlines()[1:4]] == [
+    told = done.stdout.splitlines()
+    for which, row in zip("AB", told, strict=False):
+        assert row == (
+            f"{which}: eval, step 3, tokenizer clip, float32, grounding source text, grounding "
+            f"readout eos; protocol corrected; in {tmp_path}/{which.lower()}/eval"
+        )
+    assert [row.split()[0] for row in told[3:6]] == [
         *("memory_colors", "tnwit_height", "wikitext103"),
     ]
     kept = json.loads((tmp_path / "out" / "compare.json").read_text())
@@ -318,6 +391,7 @@ def test_the_command_writes_a_page(data: Path, tmp_path: Path) -> None:
     assert [*group["tasks"]] == ["memory_colors", "tnwit_height"]
     page = write(kept, tmp_path / "out").read_text()
     assert "corrected for these 3 tasks" in page
+    assert [f"- {row}" in page.splitlines() for row in told[:2]] == [True, True]
     for figure in ("figures/compare.png",):
         assert f"]({figure})" in page
         assert (tmp_path / "out" / figure).read_bytes().startswith(b"\x89PNG")

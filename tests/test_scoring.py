@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import pytest
 from blindvalm_jax import config, partitioning, system, trained
 from blindvalm_jax.config import MeshConfig
 from blindvalm_jax.data import packing
+from blindvalm_jax.decoding import generation
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.explain import probing
 from blindvalm_jax.interop import weights
 from blindvalm_jax.named_model import NamedModel
 from blindvalm_jax.objectives.language_model import Batch
@@ -71,10 +74,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def model_of(kind: str, saved: Path, mesh: MeshConfig | None = None) -> TrainedModel:
+def model_of(
+    kind: str, saved: Path, mesh: MeshConfig | None = None, *, dtype: str = "float32"
+) -> TrainedModel:
     tower = "" if kind == "plain" else saved / "tower"
     placed = None if mesh is None else partitioning.make_mesh(mesh)
-    return trained.from_weights(saved / kind, mesh=placed, tower=tower)
+    return trained.from_weights(saved / kind, mesh=placed, tower=tower, dtype=dtype)
 
 
 def rows_of(model: TrainedModel, count: int) -> list[Row]:
@@ -224,6 +229,37 @@ def test_prompts_are_split_over_the_devices_of_a_mesh(saved: Path) -> None:
     for got, own in zip(split.continuations(prompts, candidates), expected, strict=True):
         for values, right in zip(got, own, strict=True):
             np.testing.assert_allclose(values, right, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
+def test_products_of_float32_keep_its_precision_on_accelerators(
+    saved: Path, tmp_path: Path, dtype: str, precision: str
+) -> None:
+    """Of all programs that score, write or explain, as they are lowered; each of them is seen."""
+    model = model_of("blind", saved, dtype=dtype)
+    ids = np.arange(40, dtype=np.int32)
+    jax.config.update("jax_dump_ir_to", str(tmp_path))
+    try:
+        Scorer(model).scores([Row(ids, np.array([3]), np.array([[5]]))])
+        Scorer(model).continuations([ids], [[ids[:3]]])
+        if dtype == "float32":
+            generation.generate(model, ["red"], max_new_tokens=2)
+            generation.Generator(model, cached=False).generate(["red"], max_new_tokens=1)
+            probing.read(model, "red", ["ring"])
+    finally:
+        jax.config.update("jax_dump_ir_to", None)
+    found = [
+        (path.name, re.findall(r"dot_general .* : ", path.read_text()))
+        for path in tmp_path.iterdir()
+    ]
+    names = [
+        name.split("jit_")[1].removesuffix("_compile.mlir") for name, products in found if products
+    ]
+    written = ["_first", "_more", "_new", "_whole", "run"] if dtype == "float32" else []
+    assert sorted(names) == sorted(["run", "_new", "_first", "_further", *written])
+    wanted = f"precision = [{precision}, {precision}]"
+    for name, products in found:
+        assert all(wanted in product for product in products), name
 
 
 def test_positions_may_run_out_behind_a_prompt_that_is_read_once(saved: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -160,6 +161,8 @@ def test_perplexity_is_that_of_plain_windows(model: TrainedModel) -> None:
         assert len(own) == counts[-1]
     np.testing.assert_allclose([line["nats"] for line in outcome.lines], nats, rtol=1e-5)
     assert [line["tokens"] for line in outcome.lines] == counts
+    hashes = [hashlib.sha256(text.encode()).hexdigest() for text in DOCUMENTS]
+    assert [line["text_sha256"] for line in outcome.lines] == hashes
     entry, total = outcome.entry, sum(nats)
     assert entry["score"] == pytest.approx(math.exp(total / sum(counts)), rel=1e-5)
     size = sum(len(text.encode()) for text in DOCUMENTS)
@@ -246,6 +249,7 @@ def test_last_words_are_whole_and_as_in_running_text(model: TrainedModel) -> Non
         nats = plain_nats(model, stream)[-count:]
         assert line["nats"] == pytest.approx(nats.sum(), abs=1e-4)
         assert line["tokens"] == count
+        assert line["text_sha256"] == hashlib.sha256(text.encode()).hexdigest()
         log_p = test_evaluate.plainly(model, stream[:-1])[len(stream) - 1 - count : len(stream) - 1]
         assert line["right"] == bool((log_p.argmax(axis=1) == stream[-count:]).all())
     mean = np.mean([line["nats"] for line in outcome.lines])

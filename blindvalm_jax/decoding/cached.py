@@ -29,6 +29,7 @@ from blindvalm_jax.errors import UserError
 from blindvalm_jax.models.decoder import memory_shares
 from blindvalm_jax.objectives.language_model import Model
 from blindvalm_jax.trained import TrainedModel
+from blindvalm_jax.trained_model import computing
 
 Wanted = Literal["all", "last"]
 
@@ -94,7 +95,7 @@ class Reader:
           UserError: the mesh does not divide the rows.
         """
         self._check_rows(rows)
-        with partitioning.use(self.mesh):
+        with computing(self._model, self.mesh):
             state = self._start(frozen, rows=rows)
         return dataclasses.replace(state, length_B=np.zeros(rows, np.int32))
 
@@ -137,7 +138,7 @@ class Reader:
         rows = partitioning.batch_sharding(self.mesh)
         tokens_BT = jax.device_put(jnp.asarray(tokens_BT, jnp.int32), rows)
         run = self._consume if consume else self._keep
-        with partitioning.use(self.mesh):
+        with computing(self._model, self.mesh):
             found, state = run(
                 params,
                 frozen,
@@ -166,7 +167,7 @@ class Reader:
 
     def widened(self, state: State) -> State:
         """The state of the same rows for this reader, from that of one of a smaller capacity."""
-        with partitioning.use(self.mesh):
+        with computing(self._model, self.mesh):
             return dataclasses.replace(state, caches=self._widen(state.caches))
 
     def step(

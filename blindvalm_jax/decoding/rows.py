@@ -13,7 +13,6 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from blindvalm_jax import partitioning
 from blindvalm_jax.decoding import cached, sampling, unstacked
 from blindvalm_jax.decoding.cached import Reader, State
 from blindvalm_jax.decoding.sampling import Sampling
@@ -109,7 +108,7 @@ class CachedRows:
         tokens_PT, counts_P = _padded(prompts, width)
         row_B = np.repeat(np.arange(len(prompts), dtype=np.int32), samples)
         self._fixed = {"keys_B": keys_B, "most": np.int32(most)}
-        with partitioning.use(self._trained.mesh):
+        with self._trained.computing():
             state = reader.start(self._weights[1], rows=len(prompts))
             self._carry, shares = first(
                 *self._weights, state, tokens_PT, counts_P, row_B, **self._fixed
@@ -124,7 +123,7 @@ class CachedRows:
 
     def _advance(self, stopped_B: np.ndarray, steps: int) -> Drawn:
         self._make_room(steps)
-        with partitioning.use(self._trained.mesh):
+        with self._trained.computing():
             self._carry, tokens_BT, shares = self._more(
                 *self._weights, self._carry, stopped_B, np.int32(steps), **self._fixed
             )
@@ -250,7 +249,7 @@ class WholeRows:
         length = _rounded(self._trained, int(counts_B.max()))
         batch = self._trained.batch_of_ids(self._rows, length=length)
         number_B = (counts_B - self._prompts).astype(np.int32)
-        with partitioning.use(self._trained.mesh):
+        with self._trained.computing():
             token_B, shares = self._next(
                 *(self._trained.params, self._trained.frozen, batch),
                 *(counts_B, self._keys_B, number_B),

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from blindvalm_jax import partitioning
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.models import decoder
 from blindvalm_jax.objectives.language_model import Batch, Model
@@ -83,7 +82,7 @@ def _run(
     behind_BT = np.zeros((len(batch.tokens_BT), max(map(len, behind))), np.int32)
     for row, ids in zip(behind_BT, behind, strict=False):
         row[: len(ids)] = ids
-    with partitioning.use(model.mesh):
+    with model.computing():
         log_p_BT, shares_LTN, z_TKE = _compiled(model.model, len(front))(
             model.params, model.frozen, batch, behind_BT, jnp.full(batch.tokens_BT.shape, grounded)
         )

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from blindvalm_jax import partitioning
 from blindvalm_jax.data.workers import Progress
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.explain.probing import unit
@@ -133,7 +132,7 @@ def _features(model: TrainedModel, ids: np.ndarray) -> np.ndarray:
         for first in range(0, len(rows), _ROWS):
             part = rows[first : first + _ROWS]
             batch = model.batch_of_ids([*part, *[part[-1]] * (_ROWS - len(part))])
-            with partitioning.use(model.mesh):
+            with model.computing():
                 values = run(model.frozen, batch)
             found.append(np.asarray(values, np.float32)[: len(part)])
             progress.advance(len(part))

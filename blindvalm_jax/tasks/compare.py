@@ -22,6 +22,8 @@ from blindvalm_jax.tasks.task import GROUPS
 # What a line holds that the model has said; the rest is what it was asked.
 _SAID = ("scores", "chosen", "right", "nats")
 _WINDOWS = ("window", "stride")
+# What a line says of the text itself: a question in full, or the hash of a passage or document.
+_TEXT = ("prompt", "text_sha256")
 HEAD = (
     f"{'task':22} {'A':>8} {'B':>8} {'A - B':>8} {'stderr':>7} {'95 % interval':>19} {'p':>7} "
     f"{'Holm':>7} {'only A':>6} {'only B':>6}"
@@ -39,25 +41,42 @@ def compare(first: Path, second: Path, *, names: Sequence[str] = ()) -> dict[str
     """
     (mine, here), (base, there) = results.read(first), results.read(second)
     tasks = _shared(mine["tasks"], base["tasks"], names)
-    found = {
-        name: {
-            **_settings(name, mine["tasks"][name], base["tasks"][name]),
-            **_compared(
-                name,
-                mine["tasks"][name],
-                results.read_lines(here, name, mine["tasks"][name]),
-                results.read_lines(there, name, base["tasks"][name]),
-            ),
-        }
-        for name in tasks
-    }
+    found = {}
+    for name in tasks:
+        entries = mine["tasks"][name], base["tasks"][name]
+        settings = _settings(name, *entries)
+        lines = [
+            results.read_lines(place, name, entry)
+            for place, entry in zip((here, there), entries, strict=True)
+        ]
+        _check_texts(name, *entries, lines)
+        found[name] = {**settings, **_compared(name, entries[0], *lines)}
     for name, p in zip(found, holm([entry["p"] for entry in found.values()]), strict=True):
         found[name]["p_holm"] = p
-    about = [
-        {"directory": str(place), **{name: whole[name] for name in ("model", "step", "tokenizer")}}
-        for whole, place in ((mine, here), (base, there))
-    ]
+    protocol = ", ".join(sorted({entry["protocol"] for entry in found.values()}))
+    about = [_about(whole, place, protocol) for whole, place in ((mine, here), (base, there))]
     return {"A": about[0], "B": about[1], "tasks": found, "correction": "Holm"}
+
+
+def _about(whole: Mapping[str, Any], place: Path, protocol: str) -> dict[str, Any]:
+    """What tells an evaluation from the other, as far as results.json says it."""
+    names = ("model", "step", "tokenizer", "dtype", "grounding")
+    known = {name: whole[name] for name in names if name in whole}
+    if known.get("grounding") is not None:
+        grounding = known["grounding"]
+        known["grounding"] = {x: grounding[x] for x in ("source", "readout") if x in grounding}
+    return {"directory": str(place), **known, "protocol": protocol}
+
+
+def described(about: Mapping[str, Any]) -> str:
+    """One of the two evaluations in a line; about: `A` or `B` of what `compare` gives."""
+    told = [f"{about['model']}", f"step {about['step']}", f"tokenizer {about['tokenizer']}"]
+    told += [f"{about['dtype']}"] if "dtype" in about else []
+    if "grounding" in about:
+        grounding = about["grounding"]
+        told += ["no grounding"] if grounding is None else []
+        told += [f"grounding {name} {value}" for name, value in (grounding or {}).items()]
+    return f"{', '.join(told)}; protocol {about['protocol']}; in {about['directory']}"
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -85,27 +104,46 @@ def _shared(mine: Mapping[str, Any], base: Mapping[str, Any], names: Sequence[st
 
 
 def _settings(name: str, mine: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Metric and protocol of a task, which must be the same, and so must windows and clusters.
-
-    So must the file, where both say which they have read.
-    """
+    """Metric and protocol of a task, which must be the same, and so must windows and clusters."""
     for key in ("metric", "protocol", *_WINDOWS, "clustered_by"):
         a, b = mine.get(key), base.get(key)
         if a != b:
             raise UserError(
                 f"{name} was asked with {key} {a} in A and {b} in B: evaluate both alike"
             )
-    files_read = [of["file"] for of in (mine, base) if of.get("file") is not None]
-    if len({file["sha256"] for file in files_read}) > 1:
-        a, b = (f"{file['name']} ({file['sha256'][:12]})" for file in files_read)
-        raise UserError(
-            f"{name} was asked of {a} in A and {b} in B: other data, evaluate both alike"
-        )
     if mine["metric"] == "accuracy" and "clustered_by" not in mine:
         raise UserError(
             f"{name} does not say what it is clustered by, in A nor in B: evaluate again to have it"
         )
     return {"metric": mine["metric"], "protocol": mine["protocol"]}
+
+
+def _check_texts(
+    name: str,
+    mine: Mapping[str, Any],
+    base: Mapping[str, Any],
+    lines: Sequence[Sequence[Mapping[str, Any]]],
+) -> None:
+    """Refuses other files, and other sources where the lines do not say what was asked.
+
+    Where they do, the questions themselves are compared later on (`_check_same`).
+    """
+    hashes = [None if of.get("file") is None else of["file"]["sha256"] for of in (mine, base)]
+    if hashes[0] == hashes[1] and (hashes[0] is not None or mine["source"] == base["source"]):
+        return
+    a, b = (
+        of["source"] if sha256 is None else f"{of['file']['name']} ({sha256[:12]})"
+        for of, sha256 in zip((mine, base), hashes, strict=True)
+    )
+    if None not in hashes:
+        raise UserError(
+            f"{name} was asked of {a} in A and {b} in B: other data, evaluate both alike"
+        )
+    if not all(any(text in line for text in _TEXT) for own in lines for line in own):
+        raise UserError(
+            f"{name} was asked of {a} in A and {b} in B, and not every line of both says of which "
+            "text it is: evaluate both alike, or again to have it"
+        )
 
 
 def _compared(
@@ -167,6 +205,8 @@ def _check_same(
 ) -> None:
     """Refuses other questions: other data or templates; for perplexities another tokenizer too."""
     said = _SAID if metric == "perplexity" else (*_SAID, "tokens")
+    if not all("text_sha256" in line for line in (*mine, *base)):
+        said = (*said, "text_sha256")  # older lines lack it
     if not mine or len(mine) != len(base):
         raise UserError(
             f"{name}: A has {len(mine)} questions or documents, B has {len(base)}: other data or "
@@ -179,7 +219,7 @@ def _check_same(
             told = (_short(of[key]) if key in of else "nothing" for of in (a, b))
             raise UserError(
                 f"{name}: question {number} differs in {key}, {' in A, '.join(told)} in B: other "
-                "data, templates or tokens"
+                "data, or in another order, templates or tokens"
             )
 
 
@@ -227,11 +267,7 @@ def write(found: Mapping[str, Any], out: Path) -> Path:
     head += ["only A", "only B", "of"]
     rows = [_row(name, entry) for name, entry in tasks.items()]
     lines = ["# Two evaluations compared", ""]
-    lines += [
-        f"- {which}: {found[which]['model']}, step {found[which]['step']}, in "
-        f"{found[which]['directory']}"
-        for which in ("A", "B")
-    ]
+    lines += [f"- {which}: {described(found[which])}" for which in ("A", "B")]
     lines += [
         "",
         "![differences](figures/compare.png)",
@@ -240,7 +276,9 @@ def write(found: Mapping[str, Any], out: Path) -> Path:
         "points: under `published` the sizes of results.json are half of them. Of perplexities the "
         "difference is in nats per token, with the ratio of perplexities in brackets; less is "
         "better. Errors and tests are clustered by item or document, those of pairs by their "
-        "objects. p is that of a permutation test, of pairs that of t; p (Holm) is corrected for "
+        "objects. Intervals of accuracies count two further items, one that differs each way, so "
+        "that they are wide where few differ; those of perplexities are of t. p is that of a "
+        "permutation test, of pairs that of t; p (Holm) is corrected for "
         f"these {len(tasks)} tasks. Only A: questions that A alone has right, or documents that it "
         "predicts better; of: questions or documents.",
         "",

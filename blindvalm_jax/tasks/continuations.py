@@ -129,7 +129,7 @@ class Continuations:
             wanted[row, 0, : len(own)] = [ids[0] for ids in own]
         asked = self._placed(*_filled(prompts, size=size, length=shape.prompt), wanted)
         caches = programs.reader.start(frozen, rows=size).caches
-        with partitioning.use(self._model.mesh):
+        with self._model.computing():
             values, state = programs.first(params, frozen, caches, *asked)
         log_p, best = _finite(values)
         found = [
@@ -147,7 +147,7 @@ class Continuations:
         for first in range(0, len(longer), at_once):
             part = longer[first : first + at_once]
             asked = self._placed(*_asked(part, size=at_once, length=shape.further))
-            with partitioning.use(self._model.mesh):
+            with self._model.computing():
                 values = programs.further(params, frozen, state, *asked)
             self._sizes.add(("further", size, at_once, shape.prompt, shape.further))
             for one, log_p_TK, best_T in zip(part, *_finite(values), strict=False):

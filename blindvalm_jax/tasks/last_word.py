@@ -82,11 +82,14 @@ class AskedLastWords:
             {
                 "item": item,
                 "word": word,
+                "text_sha256": readers.text_sha256(text),
                 "nats": float(own),
                 "tokens": len(row.wanted),
                 "right": bool(hit),
             }
-            for item, word, own, row, hit in zip(items, words, nats, rows, right, strict=True)
+            for item, text, word, own, row, hit in zip(
+                items, self.passages, words, nats, rows, right, strict=True
+            )
         ]
         answers = [int(row.wanted[-1, 0]) for row in rows] if published else words
         sure = statistics.accuracy(right, items)

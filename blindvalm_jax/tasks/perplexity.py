@@ -192,6 +192,7 @@ def _scored(
         for line, number in zip(lines, tokens.kept, strict=True):
             text = tokens.texts[number]
             line |= {"bytes": len(text.encode()), "words": len(text.split())}
+            line["text_sha256"] = readers.text_sha256(text)
         if lower_cased:
             notes = (*notes, "bytes are those of the text before the tokenizer drops its case")
     for file in (tokens.file, tokens.majority_file):

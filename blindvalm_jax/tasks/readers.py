@@ -98,6 +98,11 @@ def read_files(paths: Sequence[Path], pattern: str) -> File:
     return File(pattern, hashlib.sha256(lines.encode()).hexdigest())
 
 
+def text_sha256(text: str) -> str:
+    """What a text is known by, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def text_of(path: Path) -> str:
     """The text of a file: line feeds end its lines, with or without a return in front.
 

@@ -243,7 +243,7 @@ class Scorer:
         batch = model.batch_of_ids([row.tokens for row in filled], length=length)
         read = 0 if batch.tower is None else batch.tower.tokens_BS.shape[1]
         self._shapes.add((size, length, asked, each, read))
-        with partitioning.use(model.mesh):
+        with model.computing():
             log_p_BMK, best_BM = _compiled(model.model)(
                 model.params, model.frozen, batch, at_BM, wanted_BMK
             )

@@ -61,14 +61,22 @@ def _as_many(mean: float, found: Spread, questions: int) -> float:
     error below that of independent questions is no more evidence: right and wrong answers cancel
     within items, as where one that is always the same is right in every second question. The
     number then falls with the error again, to that of clusters, which it is of all right or wrong.
+
+    Near 0 and 1 the error is of few clusters, and small just where the mean is far out. So it is
+    taken with two halves of a cluster more, one all right and one all wrong (as Agresti & Min 2005
+    add to proportions), where the number is above that of clusters.
     """
     count = found.independent
     if not 0 < mean < 1 or count < 2:
         return float(count)
-    wider = stats.t.ppf(0.975, questions - 1) / stats.t.ppf(0.975, count - 1)
-    most = questions * wider**2
-    effect = found.error**2 * (count - 1) / count * questions / (mean * (1 - mean))
-    return float(most / effect if effect >= 1 else max(most * effect, min(most, count)))
+    wider = (stats.t.ppf(0.975, questions - 1) / stats.t.ppf(0.975, count - 1)) ** 2
+    squares = count * (count - 1) * found.error**2  # of as many equal clusters, about their mean
+    effect = squares / count**2 * questions / (mean * (1 - mean))
+    known = questions / effect if effect >= 1 else max(questions * effect, count / wider)
+    middle = (count * mean + 0.5) / (count + 1)
+    squares += count * (mean - middle) ** 2 + 0.5 * ((1 - middle) ** 2 + middle**2)
+    further = middle * (1 - middle) * (count + 1) ** 2 / squares - 1
+    return float(wider * min(known, questions, further if known > count else known))
 
 
 def exact_interval(right: float, count: float) -> tuple[float, float]:
@@ -179,7 +187,10 @@ def power(nats: float) -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class Paired:
-    """One model less another on the same questions: the mean difference, its error, a p-value."""
+    """One model less another on the same questions: the mean difference, its error, a p-value.
+
+    low, high: of the 95 % interval, nan with a single item.
+    """
 
     difference: float
     stderr: float
@@ -197,12 +208,12 @@ def paired(
     objects: Objects = None,
     seed: int = 0,
 ) -> Paired:
-    """Compares values [n] of two models, question by question.
+    """Compares values [n] of two models, each from 0 to 1, question by question.
 
-    p: of a permutation test that swaps the models' answers to all questions about an item; exact
-    up to 14 items that differ, with 20,000 draws beyond. For one question an item it is McNemar's.
-    Answers about pairs that share objects cannot be swapped one by one: with objects, as `spread`
-    has them, p is that of t.
+    The interval is that of `difference_interval`. p: of a permutation test that swaps the models'
+    answers to all questions about an item; exact up to 14 items that differ, with 20,000 draws
+    beyond. For one question an item it is McNemar's. Answers about pairs that share objects cannot
+    be swapped one by one: with objects, as `spread` has them, p is that of t.
     """
     gaps = np.asarray(mine, float) - np.asarray(base, float)
     mean, found = float(gaps.mean()), spread(gaps, items, objects=objects)
@@ -211,7 +222,7 @@ def paired(
         p = _sign_flips(np.bincount(place, weights=gaps), seed)
     else:
         p = _t_test(mean, found)
-    return _within(mean, found, p)
+    return Paired(mean, found.error, *difference_interval(mean, found), p, found.clusters)
 
 
 def paired_ratio(
@@ -219,18 +230,35 @@ def paired_ratio(
 ) -> Paired:
     """Compares the means over all values of two models, given sums by item [n] and their counts.
 
-    Items with more values weigh more: the error is that of a ratio of two sums. p: as of `paired`.
+    Items with more values weigh more: the error is that of a ratio of two sums, and the interval
+    that of t with one degree of freedom less than there are items. p: as of `paired`.
     """
     gaps = np.asarray(mine, float) - np.asarray(base, float)
     mean, items = float(np.sum(gaps) / np.sum(counts)), len(gaps)
-    found = Spread(ratio_error(gaps, counts), items, items)
-    return _within(mean, found, _sign_flips(gaps, seed))
+    error = ratio_error(gaps, counts)
+    half = float(stats.t.ppf(0.975, max(items - 1, 1)) * error)
+    return Paired(mean, error, mean - half, mean + half, _sign_flips(gaps, seed), items)
 
 
-def _within(mean: float, found: Spread, p: float) -> Paired:
-    """A difference with its 95 % interval of t."""
-    half = float(stats.t.ppf(0.975, max(found.independent - 1, 1)) * found.error)
-    return Paired(mean, found.error, mean - half, mean + half, p, found.clusters)
+def difference_interval(mean: float, found: Spread) -> tuple[float, float]:
+    """The adjusted 95 % Wald interval of a mean of differences from -1 to 1; nan of one cluster.
+
+    Two further items, one that differs wholly each way, join the k that there are (Bonett & Price
+    2012, Journal of Educational and Behavioral Statistics 37(4), 479-488): of all k + 2 the mean is
+    k mean / (k + 2). Without them few items that differ make the interval too narrow, and none a
+    point. Of one question an item it is theirs, but for t of k - 1 degrees of freedom in place of
+    the normal quantile. Items of several questions, and pairs, come in by their clustered error:
+    they are k independent clusters, and a further item weighs as much as one of these, since one
+    that was not seen may differ in all its questions.
+    """
+    count = found.independent
+    if count < 2:
+        return math.nan, math.nan
+    squares = count * (count - 1) * found.error**2  # of k equal items, about their mean
+    square = squares + 2 + 2 * count * mean**2 / (count + 2)
+    middle = count * mean / (count + 2)
+    half = float(stats.t.ppf(0.975, count - 1)) * math.sqrt(square) / (count + 2)
+    return max(middle - half, -1.0), min(middle + half, 1.0)
 
 
 def _t_test(mean: float, found: Spread) -> float:
@@ -253,9 +281,14 @@ def _sign_flips(sums: np.ndarray, seed: int) -> float:
     if len(sums) <= _EXACT_ITEMS:
         places = np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums)) & 1
         return float(np.mean(np.abs((1 - 2 * places) @ sums) >= seen))
+    sizes, counts = np.unique(np.abs(sums), return_counts=True)
+    often = counts > 1
     rng = np.random.default_rng(seed)
     as_far = 0
     for _ in range(_DRAWS // 1000):
-        signs = 1 - 2 * rng.integers(0, 2, (1000, len(sums)), np.int8)
-        as_far += int(np.sum(np.abs(signs @ sums) >= seen))
+        # Of as many items of one size only the number of those that turn matters.
+        turned = rng.binomial(counts[often], 0.5, (1000, int(often.sum())))
+        signs = 1 - 2 * rng.integers(0, 2, (1000, int((~often).sum())), np.int8)
+        totals = (counts[often] - 2 * turned) @ sizes[often] + signs @ sizes[~often]
+        as_far += int(np.sum(np.abs(totals) >= seen))
     return (as_far + 1) / (_DRAWS + 1)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from blindvalm_jax import partitioning
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.objectives.language_model import Batch, Model
 from blindvalm_jax.toyworld.language import Probe
@@ -80,7 +79,7 @@ def ask(
             z_BKE = _filled(given[first : first + _ROWS])
             z_BTKE = np.broadcast_to(z_BKE[:, None], (_ROWS, length, *z_BKE.shape[1:]))
             batch = dataclasses.replace(batch, z_BTKE=jnp.asarray(z_BTKE))
-        with partitioning.use(trained.mesh):
+        with trained.computing():
             logits_BV, share_B = _last(trained.model)(
                 trained.params, trained.frozen, batch, grounded=grounded
             )
@@ -97,7 +96,7 @@ def features(trained: TrainedModel, prompts: Sequence[str]) -> np.ndarray:
     """The grounding vector [n, E] at the last position of each prompt, before any search."""
     model = dataclasses.replace(trained.model, search=None)
     batch = trained.batch(prompts)
-    with partitioning.use(trained.mesh):
+    with trained.computing():
         z_BTKE = jax.jit(model.features)(trained.frozen, batch)
     if z_BTKE is None:
         raise ValueError("a model without grounding has no features")
