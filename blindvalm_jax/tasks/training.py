@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from blindvalm_jax import trained
+from blindvalm_jax import metrics, trained
 from blindvalm_jax.config import Config, EvalConfig
 from blindvalm_jax.errors import UserError, print_error
 from blindvalm_jax.objectives.language import Language
@@ -46,7 +46,6 @@ class TrainingTasks:
             evaluation.rehearse(self._asked, self._model)
         except UserError as error:
             raise _of_settings(error, settings) from error
-        standing.make_room(self._out, self._protocol)
 
     def ask(
         self,
@@ -63,27 +62,37 @@ class TrainingTasks:
         model = dataclasses.replace(self._model, params=params, frozen=frozen, step=step)
         self._scorer.ask(params, frozen)
         try:
-            found = evaluation.run(
-                self._asked,
-                self._scorer,
-                model.tokenizer,
-                protocol=self._protocol,
-                out=self._out,
-                about=identity.about(str(self._workdir), model),
-                quiet=True,
-            )
+            with standing.held(self._out):
+                found = evaluation.run(
+                    self._asked,
+                    self._scorer,
+                    model.tokenizer,
+                    protocol=self._protocol,
+                    out=self._out,
+                    about=identity.about(str(self._workdir), model),
+                    in_training=True,
+                )
         except (UserError, OSError) as error:
             print_error(f"tasks of step {step} are not answered: {error}; training goes on")
             return
         report(step, scores({one.name: found["tasks"][one.name] for one in self._asked}))
 
+    def lacks(self, step: int) -> bool:
+        """Whether a step has no scores of these tasks, as that of a run cut off while it asked."""
+        known = metrics.names_at(self._workdir, step)
+        return not ({_metric(one.name) for one in self._asked} <= known)
+
 
 def scores(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """By task an accuracy as a share, or a perplexity, inf where it is no float."""
     return {
-        f"eval/tasks/{name}": math.inf if entry["score"] is None else entry["score"]
+        _metric(name): math.inf if entry["score"] is None else entry["score"]
         for name, entry in tasks.items()
     }
+
+
+def _metric(task: str) -> str:
+    return f"eval/tasks/{task}"
 
 
 def unanswered(settings: Config, workdir: Path, *, step: int) -> str:
@@ -95,8 +104,12 @@ def unanswered(settings: Config, workdir: Path, *, step: int) -> str:
     tasks, protocol = settings.eval, settings.eval.tasks_protocol
     there: Mapping[str, Any] = {}
     try:
-        found, _ = results.read(workdir)
-        there = found["tasks"] if found["step"] == step else {}
+        found, place = results.read(workdir)
+        there = {
+            name: entry
+            for name, entry in found["tasks"].items()
+            if found["step"] == step and results.holds_lines(place, name, entry)
+        }
     except UserError:  # they are damaged, or were never written
         pass
     try:
