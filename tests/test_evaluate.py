@@ -340,10 +340,10 @@ def test_another_evaluation_of_the_same_model_adds_to_what_is_there(
     assert back == f"note: what was asked in {aside} before is in {tmp_path} again"
 
     given = runs / "given"
-    for place, text in (("a", "the boat is on the sea"), ("b", "the sea"), ("a", "")):
-        (given / place).mkdir(parents=True, exist_ok=True)
-        (given / place / "x.txt").write_text(text or "the boat is on the sea")
-    names = [f"text:{given}/{place}/x.txt" for place in "ab"]
+    for letter, text in (("a", "the boat is on the sea"), ("b", "the sea")):
+        (given / letter).mkdir(parents=True)
+        (given / letter / "x.txt").write_text(text)
+    names = [f"text:{given}/{letter}/x.txt" for letter in "ab"]
     in_b = {**about, "step": 5}
     assert run(names[:1], in_b, protocol="corrected") == ["text_x.txt"]
     assert run(names[1:], in_b, protocol="corrected") == ["text_x.txt"]
