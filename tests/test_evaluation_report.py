@@ -356,6 +356,7 @@ def test_two_evaluations_cannot_write_to_one_directory(tmp_path: Path) -> None:
         standing.held(out),
     ):
         pass
+    assert not [*out.iterdir()]
     with standing.held(out):
         pass
 

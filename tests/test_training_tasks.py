@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import shutil
@@ -122,8 +123,14 @@ def test_what_goes_wrong_with_tasks_ends_no_training(
         *(f"--workdir={place.parent}", f"--tasks=text:{files}/short.txt"),
         *("--protocol=corrected", "--dtype=float32"),
     ]
-    assert train.train(config.parse(asking(files)), files / "asked") == 0
-    assert "tasks were not asked" not in capfd.readouterr().out
+    found = json.loads((files / "asked" / "eval" / "results.json").read_text())
+    del found["tasks"]
+    for protocol in ("published", "corrected"):  # by the latter its answers are put aside
+        more: dict[str, Any] = {"protocol": protocol, "names": ["sst2"], "in_training": False}
+        standing.settle(files / "asked" / "eval", found, **more)
+        assert train.train(config.parse(asking(files)), files / "asked") == 0
+        assert "tasks were not asked" not in capfd.readouterr().out
+    assert not (files / "asked" / "eval" / "results.json").exists()
 
 
 @pytest.mark.parametrize(

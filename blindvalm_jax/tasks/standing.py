@@ -12,11 +12,12 @@ import dataclasses
 import fcntl
 import itertools
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from blindvalm_jax import files
 from blindvalm_jax.errors import UserError
@@ -64,22 +65,30 @@ def held(directory: Path) -> Iterator[None]:
     Raises:
       UserError: another one writes there, or it cannot be made.
     """
+    path = directory / _LOCK
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        stream = (directory / _LOCK).open("w")
+        stream = path.open("w")
     with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not _is_mine(stream, path):
             raise UserError(
                 f"another evaluation is writing to {directory}: wait until it has ended"
-            ) from error
-        except OSError as error:
-            raise UserError(f"{directory} cannot be locked: {error.strerror}") from error
+            )
         try:
             yield
         finally:
-            fcntl.flock(stream, fcntl.LOCK_UN)
+            path.unlink(missing_ok=True)
+
+
+def _is_mine(stream: IO[str], path: Path) -> bool:
+    """Locks a file if no other process has; one that was opened is gone if its holder has ended."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError as error:
+        raise UserError(f"{path} cannot be locked: {error.strerror}") from error
 
 
 @contextlib.contextmanager
@@ -90,6 +99,11 @@ def writing(directory: Path) -> Iterator[None]:
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"results cannot be written to {directory}: {why}") from error
+
+
+def everywhere(directory: Path) -> list[Path]:
+    """Where results may lie: the directory, and those below it to which some were put aside."""
+    return [directory, *sorted((directory / _BEFORE).glob("*"))]
 
 
 def read(directory: Path, names: Sequence[str] = ()) -> Standing | None:
@@ -172,7 +186,8 @@ def _check_free(directory: Path, wanted: Sequence[str], there: Standing | None) 
 def _stays(directory: Path, there: Standing, of: Mapping[str, Any], *, in_training: bool) -> bool:
     """Whether results are of this model and protocol; others are put aside."""
     if there.damaged:
-        tell(f"{there.damaged}: it is in {_put_aside(directory, _DAMAGED, there.files)} now")
+        aside = _put_aside(directory, _DAMAGED, there.files)
+        tell(f"{there.damaged}: it is in {aside} now, with all files that tasks have")
         return False
     other = there.differs(of)
     if not other:

@@ -102,16 +102,6 @@ def unanswered(settings: Config, workdir: Path, *, step: int) -> str:
       UserError: there is no such task.
     """
     tasks, protocol = settings.eval, settings.eval.tasks_protocol
-    there: Mapping[str, Any] = {}
-    try:
-        found, place = results.read(workdir)
-        there = {
-            name: entry
-            for name, entry in found["tasks"].items()
-            if found["step"] == step and results.holds_lines(place, name, entry)
-        }
-    except UserError:  # they are damaged, or were never written
-        pass
     try:
         chosen = catalog.chosen(_names(tasks))
     except UserError as error:
@@ -121,7 +111,7 @@ def unanswered(settings: Config, workdir: Path, *, step: int) -> str:
         for task in chosen
         if not isinstance(task, ChoiceTask) or protocol in task.protocols
     ]
-    if all(name in there and there[name]["protocol"] == protocol for name in wanted):
+    if {*wanted} <= _answered(workdir / "eval", step=step, protocol=protocol):
         return ""
     given = {
         **{"workdir": workdir, "tasks": ",".join(_names(tasks)), "data": tasks.tasks_data},
@@ -131,6 +121,20 @@ def unanswered(settings: Config, workdir: Path, *, step: int) -> str:
         f"--{name}={shlex.quote(str(value))}" for name, value in given.items() if value
     )
     return f"python -m blindvalm_jax.evaluate {flags}"
+
+
+def _answered(directory: Path, *, step: int, protocol: str) -> set[str]:
+    """Tasks of which there are answers at a step, wherever they were put."""
+    found = set()
+    for place in standing.everywhere(directory):
+        there = standing.read(place)
+        if there is not None and not there.damaged and there.head.get("step") == step:
+            found |= {
+                name
+                for name, entry in there.sound.items()
+                if entry["protocol"] == protocol and results.holds_lines(place, name, entry)
+            }
+    return found
 
 
 def _names(settings: EvalConfig) -> list[str]:
