@@ -171,7 +171,7 @@ def settle(
 
 
 def _check_free(directory: Path, wanted: Sequence[str], there: Standing | None) -> None:
-    """Refuses to write over what is no file that results accounts for."""
+    """Refuses to write over what is no file that results.json accounts for."""
     for name in wanted:
         path = directory / name
         mine = there is not None and name in there.files
@@ -187,7 +187,7 @@ def _stays(directory: Path, there: Standing, of: Mapping[str, Any], *, in_traini
     """Whether results are of this model and protocol; others are put aside."""
     if there.damaged:
         aside = _put_aside(directory, _DAMAGED, there.files)
-        tell(f"{there.damaged}: it is in {aside} now, with all files that tasks have")
+        tell(f"{there.damaged}: it is in {aside} now, and so are the files of tasks")
         return False
     other = there.differs(of)
     if not other:
@@ -221,8 +221,8 @@ def _free(directory: Path, name: str, names: Sequence[str]) -> Path:
 def _move(source: Path, target: Path, names: Sequence[str]) -> None:
     """Moves those files that there are, in their order; directories that it empties go.
 
-    A move that breaks off is gone on with if results.json is the last to leave a directory that is
-    written to, and the first to come: what stands there is accounted for at any time.
+    results.json is the last to leave a directory that is written to, and the first to come back:
+    what stands there is accounted for also after a move that broke off.
     """
     for name in names:
         if (source / name).is_file():
