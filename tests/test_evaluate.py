@@ -20,7 +20,7 @@ from blindvalm_jax import partitioning, trained
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import run_directory, weights
 from blindvalm_jax.objectives.language_model import Batch, Model
-from blindvalm_jax.tasks import answers, catalog, evaluation, identity, results
+from blindvalm_jax.tasks import answers, catalog, evaluation, identity, results, standing
 from blindvalm_jax.tasks.questions import Question
 from blindvalm_jax.tasks.scoring import Row, Scorer
 from blindvalm_jax.tasks.task import Protocol
@@ -247,6 +247,14 @@ WRONG = [
         "--workdir=RUN --tasks=lm --data=DATA --protocol=published --window=8",
         "--window and --stride are of the corrected protocol",
     ),
+    (
+        "--workdir=RUN --tasks=memory_colors --data=DATA --out=HELD",
+        "another evaluation is writing to",
+    ),
+    (
+        "--workdir=RUN --tasks=memory_colors --data=DATA --out=OWN",
+        "memory_colors.jsonl would be written over, and no results.json in",
+    ),
     ("report DATA --workdir=RUN --out=o", "report does not read --workdir, --out: it takes none"),
     (
         "compare DATA DATA --workdir=RUN",
@@ -260,19 +268,22 @@ WRONG = [
 
 def test_wrong_commands_are_one_line(runs: Path) -> None:
     places = {"FILE": "DATA/vlu/shape_association.csv", "RUN": f"{runs / 'eos'}"}
-    places["DATA"] = f"{runs / 'data'}"
+    places |= {"DATA": f"{runs / 'data'}", "HELD": f"{runs / 'held'}", "OWN": f"{runs / 'own'}"}
+    (runs / "own").mkdir()
+    (runs / "own" / "memory_colors.jsonl").write_text("the user's")
     lines = []
     for arguments, _ in WRONG:
         for name, place in places.items():
             arguments = arguments.replace(name, place)
         lines.append(arguments.split())
-    done = subprocess.run(
-        [sys.executable, "-c", COMMANDS],
-        input=json.dumps(lines),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    with standing.held(runs / "held"):
+        done = subprocess.run(
+            [sys.executable, "-c", COMMANDS],
+            input=json.dumps(lines),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     for (arguments, message), (code, told) in zip(WRONG, answers, strict=True):
@@ -280,6 +291,7 @@ def test_wrong_commands_are_one_line(runs: Path) -> None:
         assert message in told, arguments
         assert told.count("\n") == 1, arguments
     assert not list(runs.glob("eos/eval/text*")), "asked before all was checked"
+    assert [path.read_text() for path in (runs / "own").iterdir()] == ["the user's"]
 
 
 def test_another_evaluation_of_the_same_model_adds_to_what_is_there(
