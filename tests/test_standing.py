@@ -32,8 +32,9 @@ def settle(out: Path, head: dict[str, Any], protocol: str = "corrected", **more:
 def evaluated(out: Path, data: Path, task: str, way: str = "corrected", **more: Any) -> Path:
     """Results of `HEAD` with their page; more: of the head."""
     test_evaluation_report.constant(out, data, task, way)
-    found = json.loads((out / "results.json").read_text())
-    (out / "results.json").write_text(json.dumps({**found, **HEAD, **more}))
+    tasks = json.loads((out / "results.json").read_text())["tasks"]
+    whole = {"tasks": tasks, "tokenizer": "clip", "commit": "0", **HEAD, **more}
+    (out / "results.json").write_text(json.dumps(whole))
     report.write(*results.read(out))
     return out
 
