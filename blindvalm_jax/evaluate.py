@@ -14,9 +14,9 @@ corrected (default): candidates are scored token by token behind the prompt. pub
 reference's scripts do it, faults included; results.json names them.
 
 <workdir>/eval or --out holds results.json, report.md with figures, and a line for every question in
-TASK.jsonl, of one protocol; results of the other are moved to a directory below. Tasks that are
-there already, asked of the same model in the same way by the same code, are not asked again unless
---again says so.
+TASK.jsonl, of one model under one protocol; other results that stand there are moved to before/NAME
+below it, and come back when they are asked for again. Tasks that are there already, asked of the
+same model in the same way by the same code, are not asked again unless --again says so.
 
     python -m blindvalm_jax.evaluate report DIR
     python -m blindvalm_jax.evaluate compare A B [--tasks=...] [--out=DIR]
@@ -82,18 +82,18 @@ def main(argv: Sequence[str]) -> int:
     model = model_flags.load()
     _make(out)
     known = evaluation.rehearse(asked, model)
-    standing.make_room(out, _PROTOCOL.value)
     scorer = Scorer(model)
-    found = evaluation.run(
-        asked,
-        scorer,
-        model.tokenizer,
-        protocol=_PROTOCOL.value,
-        out=out,
-        about=identity.about(named.path, model),
-        there=None if _AGAIN.value else known,
-    )
-    page = report.write(found, out)
+    with standing.held(out):
+        found = evaluation.run(
+            asked,
+            scorer,
+            model.tokenizer,
+            protocol=_PROTOCOL.value,
+            out=out,
+            about=identity.about(named.path, model),
+            there=None if _AGAIN.value else known,
+        )
+        page = report.write(found, out)
     print(f"{page}, {out}/results.json; {scorer.compiled} programs were compiled")
     return 0
 
@@ -127,17 +127,8 @@ def _out(named: NamedModel) -> Path:
 
 
 def _possible(out: Path) -> Path:
-    """The directory, which need not be there yet.
-
-    Raises:
-      UserError: something else is there, or above it.
-    """
-    try:
-        there = next(place for place in (out, *out.parents) if place.exists())
-    except OSError as error:
-        raise UserError(f"results cannot be written to {out}: {error.strerror}") from error
-    if not there.is_dir():
-        raise UserError(f"results cannot be written to {out}: {there} is no directory")
+    """The directory, which need not be there yet."""
+    files.check_possible(out, what=f"results in {out}")
     return out
 
 

@@ -42,6 +42,21 @@ def check_writable(directory: Path, *, what: str) -> None:
         raise UserError(f"{what} cannot be written: {error.strerror}") from error
 
 
+def check_possible(directory: Path, *, what: str) -> None:
+    """Checks that a directory can be made, or written to where it is; makes none.
+
+    Raises:
+      UserError: something else is there or above it, or it cannot be written.
+    """
+    try:
+        there = next(place for place in (directory, *directory.parents) if place.exists())
+    except OSError as error:
+        raise UserError(f"{what} cannot be written: {error.strerror}") from error
+    if not there.is_dir():
+        raise UserError(f"{what} cannot be written: {there} is no directory")
+    check_writable(there, what=what)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file, see `replacing`."""
     with replacing(path) as partial:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -52,6 +53,12 @@ class MetricWriter:
             self._events.close()
 
 
+def names_at(workdir: Path, step: int) -> set[str]:
+    """Metrics that a run has of a step."""
+    lines = _lines(workdir / "metrics.jsonl")
+    return {name for _, record in lines if record["step"] == step for name in record}
+
+
 def import_tensorboard() -> Any:
     """The class that writes TensorBoard events.
 
@@ -68,16 +75,20 @@ def import_tensorboard() -> Any:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    kept = []
+    if path.exists():
+        kept = [line for line, record in _lines(path) if record["step"] <= step]
+        files.write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
+
+
+def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Each line with what it holds, without one that was being written when the run was cut off."""
+    found = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue  # a line that was being written when the run was cut off
-    files.write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                found.append((line, record))
+    return found
 
 
 class StepTimer:

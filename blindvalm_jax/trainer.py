@@ -145,8 +145,13 @@ def loop(
     # done the next update by then, which would be counted as part of this one.
     late = jax.devices()[0].platform != "cpu"
     pending = None
-    batch = objective.to_device(next(batches))
     try:
+        if tasks is not None and first and first % tasks_every == 0 and tasks.lacks(first):
+            say(f"tasks of step {first} were not answered before the run was cut off: asked now")
+            begin = time.perf_counter()
+            tasks.ask(first, state.params, frozen, report=reporter.answered)
+            reporter.timer.pause(time.perf_counter() - begin)
+        batch = objective.to_device(next(batches))
         for done in range(first + 1, last + 1):
             state, scalars = compiled(state, frozen, batch)
             finished = done == last

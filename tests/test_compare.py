@@ -355,7 +355,9 @@ def test_lines_of_another_evaluation_are_refused(data: Path, tmp_path: Path) -> 
     b = answered(tmp_path / "b", data, seed=2)
     whole = json.loads((a / "results.json").read_text())
     lines = results.read_lines(a, "memory_colors", whole["tasks"]["memory_colors"])
-    whole["tasks"]["memory_colors"]["lines"] = results.write_lines(a, "memory_colors", lines)
+    content = results.as_lines(lines)
+    (a / "memory_colors.jsonl").write_bytes(content)
+    whole["tasks"]["memory_colors"]["lines"] = results.about_lines(content)
     files.write_json(a / "results.json", whole)
     assert whole["tasks"]["memory_colors"]["lines"]["count"] == 36
     compare(a, b)

@@ -20,7 +20,7 @@ from blindvalm_jax import partitioning, trained
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import run_directory, weights
 from blindvalm_jax.objectives.language_model import Batch, Model
-from blindvalm_jax.tasks import answers, catalog, evaluation, identity, results
+from blindvalm_jax.tasks import answers, catalog, evaluation, identity, results, standing
 from blindvalm_jax.tasks.questions import Question
 from blindvalm_jax.tasks.scoring import Row, Scorer
 from blindvalm_jax.tasks.task import Protocol
@@ -210,10 +210,12 @@ def test_the_command_writes_what_checks_rely_on(runs: Path) -> None:
     assert np.mean([row["right"] for row in rows]) == pytest.approx(colors["score"])
     assert all(np.argmax(row["scores"]) == row["chosen"] for row in rows)
     assert sum(chosen for chosen, _ in colors["answers"].values()) == 36
-    here, other = runs / "eos" / "eval", runs / "eos" / "eval" / "corrected"
+    here = runs / "eos" / "eval"
     again = command(runs, *tasks, "--protocol=published")
     assert again.returncode == 0, again.stderr
-    assert f"what was asked in {here} under corrected is in {other} now" in again.stderr
+    [other] = (here / "before").iterdir()
+    held = f"{here} held memory_colors, tnwit_height of protocol 'corrected', now 'published'"
+    assert f"{held}: they are in {other} now" in again.stderr
     assert json.loads((other / "results.json").read_text())["tasks"] == found
     heights = json.loads((here / "results.json").read_text())["tasks"]["tnwit_height"]
     assert heights["score"] <= 0.5
@@ -245,6 +247,14 @@ WRONG = [
         "--workdir=RUN --tasks=lm --data=DATA --protocol=published --window=8",
         "--window and --stride are of the corrected protocol",
     ),
+    (
+        "--workdir=RUN --tasks=memory_colors --data=DATA --out=HELD",
+        "another evaluation is writing to",
+    ),
+    (
+        "--workdir=RUN --tasks=memory_colors --data=DATA --out=OWN",
+        "memory_colors.jsonl would be written over, and no results.json in",
+    ),
     ("report DATA --workdir=RUN --out=o", "report does not read --workdir, --out: it takes none"),
     (
         "compare DATA DATA --workdir=RUN",
@@ -258,19 +268,22 @@ WRONG = [
 
 def test_wrong_commands_are_one_line(runs: Path) -> None:
     places = {"FILE": "DATA/vlu/shape_association.csv", "RUN": f"{runs / 'eos'}"}
-    places["DATA"] = f"{runs / 'data'}"
+    places |= {"DATA": f"{runs / 'data'}", "HELD": f"{runs / 'held'}", "OWN": f"{runs / 'own'}"}
+    (runs / "own").mkdir()
+    (runs / "own" / "memory_colors.jsonl").write_text("the user's")
     lines = []
     for arguments, _ in WRONG:
         for name, place in places.items():
             arguments = arguments.replace(name, place)
         lines.append(arguments.split())
-    done = subprocess.run(
-        [sys.executable, "-c", COMMANDS],
-        input=json.dumps(lines),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    with standing.held(runs / "held"):
+        done = subprocess.run(
+            [sys.executable, "-c", COMMANDS],
+            input=json.dumps(lines),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     for (arguments, message), (code, told) in zip(WRONG, answers, strict=True):
@@ -278,6 +291,7 @@ def test_wrong_commands_are_one_line(runs: Path) -> None:
         assert message in told, arguments
         assert told.count("\n") == 1, arguments
     assert not list(runs.glob("eos/eval/text*")), "asked before all was checked"
+    assert [path.read_text() for path in (runs / "own").iterdir()] == ["the user's"]
 
 
 def test_another_evaluation_of_the_same_model_adds_to_what_is_there(
@@ -317,21 +331,40 @@ def test_another_evaluation_of_the_same_model_adds_to_what_is_there(
     assert told() == ["already there: memory_colors (--again asks anew)"]
     assert run(both, about, again=True) == both
     assert not told()
-    assert run(["memory_colors"], about, protocol="corrected") == both
-    assert told() == ["note: in the place of what was asked with protocol published"]
     other = {**about, "grounding": {**about["grounding"], "readout": "token"}}
     assert run(["tnwit_height"], other) == ["tnwit_height"]
     [line] = told()
+    aside = tmp_path / "before" / identity.name({**about, "protocol": "published"})
     assert line == (
         f"note: {tmp_path} held memory_colors, tnwit_height of grounding/readout 'eos', now "
-        f"'token': they are in {tmp_path}/before now"
+        f"'token': they are in {aside} now"
     )
-    kept, place = results.read(tmp_path / "before")
+    kept, place = results.read(aside)
     assert kept["grounding"]["readout"] == "eos"
     assert len(results.read_lines(place, "memory_colors", kept["tasks"]["memory_colors"])) == 36
     assert not (tmp_path / "memory_colors.jsonl").exists()
     assert run(["tnwit_height"], {**other, "weights_sha256": "0" * 64}) == ["tnwit_height"]
     assert f"of weights_sha256 {about['weights_sha256'][:12]}…, now 0" in told()[0]
+    assert run(["memory_colors"], about) == both
+    there, held, back = told()
+    assert there == "already there: memory_colors (--again asks anew)"
+    assert f"{tmp_path} held tnwit_height of weights_sha256 00" in held
+    assert back == f"note: what was asked in {aside} before is in {tmp_path} again"
+
+    given = runs / "given"
+    for letter, text in (("a", "the boat is on the sea"), ("b", "the sea")):
+        (given / letter).mkdir(parents=True)
+        (given / letter / "x.txt").write_text(text)
+    names = [f"text:{given}/{letter}/x.txt" for letter in "ab"]
+    in_b = {**about, "step": 5}
+    assert run(names[:1], in_b, protocol="corrected") == ["text_x.txt"]
+    assert run(names[1:], in_b, protocol="corrected") == ["text_x.txt"]
+    digits = hashlib.sha256(b"the boat is on the sea").hexdigest()[:12]
+    assert told()[-1] == (
+        f"note: text_x.txt is in the place of what was asked with source {given}/a/x.txt, "
+        f"file x.txt ({digits}…)"
+    )
+    assert run(names, in_b, protocol="corrected") == ["text_x.txt", "text_a_x.txt", "text_b_x.txt"]
 
 
 def test_a_model_is_known_by_its_weights_and_its_grounding(runs: Path) -> None:
@@ -347,6 +380,57 @@ def test_a_model_is_known_by_its_weights_and_its_grounding(runs: Path) -> None:
     found = said["eos"]["grounding"]
     assert found["tower_sha256"] == kept["sha256"]  # the run computes in float32
     assert (found["source"], found["readout"], found["segments"]) == ("text", "eos", "causal")
+    assert json.loads(json.dumps(said)) == said
+
+
+# What changes no parameter and no shape, but what is computed.
+TURNED: list[tuple[str, dict[str, Any]]] = [
+    ("decoder", {"activation": "quick_gelu"}),
+    ("decoder", {"norm_epsilon": 0.1}),
+    ("decoder", {"embedding_scale": "none"}),
+    ("decoder", {"heads": 4}),
+    ("decoder/fusion", {"query_scale": "head_width"}),
+    ("grounding/tower_config", {"activation": "gelu_erf"}),
+    ("grounding/tower_config", {"norm_epsilon": 0.1}),
+    ("grounding/tower_config", {"heads": 1}),
+]
+
+
+def test_a_model_is_known_by_all_that_it_computes_by(runs: Path) -> None:
+    """And not by what training alone does with it, nor by where it is kept."""
+    model = trained.load(runs / "eos")
+    one, tower = model.model.decoder, model.model.tower
+    assert tower is not None
+    said = identity.about("a", model)
+    names = set()
+    for place, changes in TURNED:
+        decoder, read = one, tower
+        if place == "decoder":
+            decoder = one.clone(config=dataclasses.replace(one.config, **changes))
+        elif place == "decoder/fusion":
+            decoder = one.clone(fusion=dataclasses.replace(one.fusion, **changes))
+        else:
+            read = tower.clone(config=dataclasses.replace(tower.config, **changes))
+        parts = dataclasses.replace(model.model, decoder=decoder, tower=read)
+        other = identity.about("a", dataclasses.replace(model, model=parts))
+        [(field, value)] = changes.items()
+        assert f"now {value!r}" in identity.differences(said, other)
+        assert identity.differences(said, other).startswith(f"{place}/{field} ")
+        names.add(identity.name({**other, "protocol": "published"}))
+    idle: dict[str, Any] = {
+        "dropout": 0.5,
+        "attention_dropout": 0.5,
+        "init": "gpt2",
+        "max_positions": 7,
+    }
+    same = one.clone(config=dataclasses.replace(one.config, **idle), remat="full", scan_unroll=2)
+    parts = dataclasses.replace(model.model, decoder=same)
+    moved = identity.about("b", dataclasses.replace(model, model=parts))
+    assert not identity.differences(said, moved)
+    own = {identity.name({**x, "protocol": "published"}) for x in (said, moved)}
+    assert len(own) == 1
+    assert len(names | own) == len(TURNED) + 1
+    assert identity.differences({**said, "device": "a GPU"}, said).startswith("device 'a GPU', now")
 
 
 def test_what_is_damaged_is_put_aside_before_tasks_are_asked(
@@ -356,7 +440,7 @@ def test_what_is_damaged_is_put_aside_before_tasks_are_asked(
     asked = evaluation.read(["memory_colors"], "published", runs / "data")
     scorer = Scorer(model)
 
-    def run(*, step: int = 2, quiet: bool = False) -> dict[str, Any]:
+    def run(*, step: int = 2, in_training: bool = False) -> dict[str, Any]:
         about = {"model": "gpt2", "step": step}
         return evaluation.run(
             asked,
@@ -365,15 +449,14 @@ def test_what_is_damaged_is_put_aside_before_tasks_are_asked(
             protocol="published",
             out=tmp_path,
             about=about,
-            quiet=quiet,
+            in_training=in_training,
         )
 
-    path = tmp_path / "results.json"
-    for damaged in ('{"tasks": {"sst2"', "[5]", '{"tasks": 5}'):
-        path.write_text(damaged)
-        assert [*run()["tasks"]] == ["memory_colors"]
-        assert (tmp_path / "results.json.damaged").read_text() == damaged
-        assert f"it is moved to {path}.damaged" in capsys.readouterr().err
+    path, before = tmp_path / "results.json", tmp_path / "before"
+    path.write_text('{"tasks": {"sst2"')
+    assert [*run()["tasks"]] == ["memory_colors"]
+    assert (before / "damaged" / "results.json").read_text() == '{"tasks": {"sst2"'
+    assert "cannot be read as JSON: Expecting" in capsys.readouterr().err
     found = json.loads(path.read_text())
     entry = found["tasks"]["memory_colors"]
     found["tasks"] |= {"sst2": {**entry, "interval": None}, "mpqa": entry, "agnews": 5}
@@ -384,11 +467,17 @@ def test_what_is_damaged_is_put_aside_before_tasks_are_asked(
     assert "has null as sst2.interval, expected two numbers or nulls: the entry is" in notes[0]
     assert "has 5 as agnews, expected a table" in notes[1]
     capsys.readouterr()
-    assert [*run(step=3, quiet=True)["tasks"]] == ["memory_colors"]  # as in training
+    assert [*run(step=3, in_training=True)["tasks"]] == ["memory_colors"]
     assert "held memory_colors, mpqa of step 2, now 3: they" in capsys.readouterr().err
-    run(step=4, quiet=True)
-    assert not capsys.readouterr().out
-    assert json.loads((tmp_path / "before" / "results.json").read_text())["step"] == 2
+    run(step=4, in_training=True)
+    told = capsys.readouterr()
+    assert (told.out, "note" in told.err) == ("", False)
+    [aside] = before.glob("step_*")
+    assert json.loads((aside / "results.json").read_text())["step"] == 2
+    (tmp_path / "memory_colors.jsonl").unlink()
+    lines = run(step=4)["tasks"]["memory_colors"]["lines"]
+    content = (tmp_path / "memory_colors.jsonl").read_bytes()
+    assert lines == results.about_lines(content)
 
 
 def test_scores_that_are_no_numbers_are_refused(runs: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.tasks import catalog, evaluation, published, report, results, standing
+from blindvalm_jax.tasks import catalog, evaluation, published, report, results
 from blindvalm_jax.tasks.answers import Answers
 from tests import small_tasks, test_compare
 
@@ -93,6 +94,8 @@ def test_the_page_names_what_is_always_answered(data: Path, tmp_path: Path) -> N
     before = {path.name: path.read_bytes() for path in out.rglob("*.png")}
     report.write(found, place)
     assert {path.name: path.read_bytes() for path in out.rglob("*.png")} == before
+    found["tasks"]["memory_colors"]["answers"]["$a_{$"] = [1, 1]  # no formula
+    report.write(found, place)
 
 
 def test_sizes_are_doubled_beside_doubled_figures(data: Path, tmp_path: Path) -> None:
@@ -137,6 +140,14 @@ def test_what_lacks_something_is_refused(data: Path, tmp_path: Path) -> None:
     line = [sys.executable, "-m", "blindvalm_jax.evaluate", "report", str(out)]
     done = subprocess.run(line, cwd=test_compare.ROOT, capture_output=True, text=True)
     assert done.stderr == f"error: {path} lacks memory_colors.random: evaluate again to have it\n"
+    for name, value, message in (
+        ("tasks", {}, "has the results of no task"),
+        ("tasks", {"../a": {}}, 'has "../a", which is no name of a task'),
+        ("grounding", {"images": 5}, "grounding.images must be a table or null, got 5"),
+    ):
+        path.write_text(json.dumps({**found, name: value}))
+        with pytest.raises(UserError, match=re.escape(message)):
+            results.read(out)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +165,13 @@ def test_what_lacks_something_is_refused(data: Path, tmp_path: Path) -> None:
         ("answers", {"red": [1]}, "expected a table of pairs of whole numbers"),
         ("beside", {"sum": 0.5}, "lacks wikitext103.scored_by"),
         ("lines", 5, "expected a table with sha256"),
+        ("score", math.nan, "has NaN as wikitext103.score, expected a number"),
+        ("random", 10**400, "as wikitext103.random, expected a number"),
+        ("n", 10**400, "as wikitext103.n, expected a whole number"),
+        ("answers", {"a": [0, 0]}, "expected a table of pairs of whole numbers, not all 0"),
+        ("answers", {}, "expected a table of pairs of whole numbers, not all 0"),
+        ("file", {"name": "a"}, "expected a table with name and sha256, or null"),
+        ("bytes", math.inf, "has a number in wikitext103 that is not finite"),
     ],
 )
 def test_entries_that_are_none_are_refused(
@@ -170,42 +188,6 @@ def test_entries_that_are_none_are_refused(
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         results.read(path.parent)
     assert "\n" not in str(caught.value)
-
-
-def test_results_of_two_protocols_make_room_for_each_other(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Nothing is lost, nor anything else in the directory touched."""
-    out = constant(tmp_path / "eval", data, "tnwit_height", "published")
-    report.write(*results.read(out))
-    mine = out / "notes.jsonl"
-    mine.write_text("{}")
-    standing.make_room(out, "published")
-    assert not capsys.readouterr().err
-    kept = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    standing.make_room(out, "corrected")
-    assert f"under published is in {out}/published now" in capsys.readouterr().err
-    assert {path.name for path in out.iterdir()} == {"published", "notes.jsonl"}
-    constant(out, data, "memory_colors", "corrected")
-    standing.make_room(out, "published")
-    assert f"before is in {out} again" in capsys.readouterr().err
-    found = {
-        path.relative_to(out): path.read_bytes()
-        for path in out.rglob("*")
-        if path.is_file() and path.parent.name != "corrected"
-    }
-    assert found == kept
-    assert [*results.read(out / "corrected")[0]["tasks"]] == ["memory_colors"]
-    (out / "corrected" / "mine.txt").write_text("kept")
-    standing.make_room(out, "corrected")
-    assert [path.name for path in (out / "corrected").iterdir()] == ["mine.txt"]
-    assert [*results.read(tmp_path)[0]["tasks"]] == ["memory_colors"]
-    assert results.read(out / "published")[1] == out / "published"
-    (out / "before").mkdir()
-    (out / "before" / "mine.txt").write_text("kept")
-    standing.put_aside(out, "before")
-    assert (out / "before" / "mine.txt").read_text() == "kept"
-    assert [*results.read(out / "before")[0]["tasks"]] == ["memory_colors"]
 
 
 def test_printed_figures_are_those_of_the_logs(shared: Path) -> None:

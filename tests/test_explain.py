@@ -238,7 +238,10 @@ def test_what_cannot_be_explained_is_one_line(run: Path, model: TrainedModel) ->
     place = run / "config.json"
     done = command("--workdir=none", "--prompt=x", "--candidates=y", f"--out={place}/out")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert f"--out={place}/out cannot be made: Not a directory" in done.stderr
+    assert f"--out={place}/out cannot be written: {place} is no directory" in done.stderr
+    new = run.parent / "refused"
+    assert command("--workdir=none", "--prompt=x", "--candidates=y", f"--out={new}").returncode == 1
+    assert not new.exists()
     plain = dataclasses.replace(model.model.decoder, fusion_layers=(), memory_width=0)
     bare = dataclasses.replace(model, model=dataclasses.replace(model.model, decoder=plain))
     with pytest.raises(UserError, match="without grounding has nothing to explain"):

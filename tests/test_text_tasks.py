@@ -410,8 +410,10 @@ def test_own_texts_are_read_as_in_training_or_whole(tmp_path: Path) -> None:
         evaluation.read([f"file:{tmp_path}/*"], "corrected", None)
     with pytest.raises(UserError, match="not published with a protocol"):
         evaluation.read([f"text:{tmp_path}/*"], "published", None)
-    with pytest.raises(UserError, match="2 texts are called text_x"):
-        evaluation.read(["text:a/x", "text:b/x"], "corrected", None)
+    chosen = catalog.chosen(["text:a/x", "text:b/x", "text:c/b/x", "text:d/y"])
+    assert [task.name for task in chosen] == ["text_a_x", "text_b_x", "text_c_b_x", "text_y"]
+    with pytest.raises(UserError, match="two texts are called text_a_b_x: evaluate one of them"):
+        catalog.chosen(["text:a b/x", "text:a_b/x"])
     with pytest.raises(UserError, match="--data is missing"):
         evaluation.read(["wikitext103"], "corrected", None)
 

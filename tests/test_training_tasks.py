@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,9 @@ import pytest
 
 from blindvalm_jax import config, runs, train, trained
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.tasks import evaluation, identity, results, training
+from blindvalm_jax.tasks import evaluation, identity, results, standing, training
 from blindvalm_jax.tasks.scoring import Scorer
-from tests import small_models, small_tasks, small_text, test_train
+from tests import small_models, small_tasks, small_text, test_compare, test_train
 
 SHARDED = {"mesh__data": 2, "mesh__fsdp": 4, "eval__every_steps": 0, "train__steps": 3}
 
@@ -48,7 +50,9 @@ def asking(files: Path, **changes: Any) -> Any:
     return values(files, **{**tasks, "eval__tasks_data": str(files / "tasks"), **changes})
 
 
-def test_asking_changes_no_update_and_is_what_the_run_says_afterwards(files: Path) -> None:
+def test_asking_changes_no_update_and_is_what_the_run_says_afterwards(
+    files: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     plain = test_train.run(values(files), files / "plain")
     asked = test_train.run(asking(files), files / "asked")
     scores = asked.pop("eval/tasks/memory_colors")
@@ -77,11 +81,22 @@ def test_asking_changes_no_update_and_is_what_the_run_says_afterwards(files: Pat
         # Sums of a few log probabilities in fp32, added up over devices in another order.
         np.testing.assert_allclose(a["scores"], b["scores"], atol=1e-4, rtol=0)
 
+    # Cut off while it asked at step 2: the checkpoint is there, and no score.
+    shutil.rmtree(files / "asked" / "checkpoints" / "3")
+    path = files / "asked" / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if "eval/tasks" not in line))
+    resumed = test_train.run(asking(files), files / "asked")
+    assert resumed["eval/tasks/memory_colors"] == scores
+    assert "tasks of step 2 were not answered before" in capfd.readouterr().out
+    assert results.read(files / "asked")[0]["step"] == 3
+    assert not (files / "asked" / "eval" / "before").exists()
+
 
 def test_what_goes_wrong_with_tasks_ends_no_training(
     files: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """And a run that was never asked says how to: here its last answers could not be written."""
+    """And a run that was never asked says how to: here another evaluation writes there."""
     given = asking(files, eval__tasks_protocol="corrected", eval__tasks_every_steps=9)
     given.eval.tasks = f"text:{files}/short.txt"  # lies where it says, so no tasks_data
     given.eval.tasks_data = ""
@@ -91,12 +106,11 @@ def test_what_goes_wrong_with_tasks_ends_no_training(
     runs.claim(place.parent)
     place.mkdir()
     (place / "results.json").write_text('{"tasks": {')
-    (place / "text_short.txt.jsonl").mkdir()  # in the way of the lines
-    found = test_train.run(given, place.parent)
+    with standing.held(place):
+        found = test_train.run(given, place.parent)
     told = capfd.readouterr().err
-    assert "results.json cannot be read as JSON" in told
-    assert (place / "results.json.damaged").read_text() == '{"tasks": {'
-    assert "error: tasks of step 3 are not answered: " in told
+    assert (place / "results.json").read_text() == '{"tasks": {'
+    assert "error: tasks of step 3 are not answered: another evaluation is writing to" in told
     assert "training goes on" in told
     assert sorted(found["train/loss"]) == [1, 2, 3]
     assert not [name for name in found if name.startswith("eval/tasks")]
@@ -109,8 +123,14 @@ def test_what_goes_wrong_with_tasks_ends_no_training(
         *(f"--workdir={place.parent}", f"--tasks=text:{files}/short.txt"),
         *("--protocol=corrected", "--dtype=float32"),
     ]
-    assert train.train(config.parse(asking(files)), files / "asked") == 0
-    assert "tasks were not asked" not in capfd.readouterr().out
+    found = json.loads((files / "asked" / "eval" / "results.json").read_text())
+    del found["tasks"]
+    for protocol in ("published", "corrected"):  # by the latter its answers are put aside
+        more: dict[str, Any] = {"protocol": protocol, "names": ["sst2"], "in_training": False}
+        standing.settle(files / "asked" / "eval", found, **more)
+        assert train.train(config.parse(asking(files)), files / "asked") == 0
+        assert "tasks were not asked" not in capfd.readouterr().out
+    assert not (files / "asked" / "eval" / "results.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -143,6 +163,17 @@ def test_what_cannot_be_asked_is_refused_before_training(
     with pytest.raises(UserError, match=message):
         train.train(config.parse(given), tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_results_stay_where_they_are_until_tasks_are_asked(files: Path, tmp_path: Path) -> None:
+    """Here training is refused after its tasks were read."""
+    runs.claim(tmp_path)
+    test_compare.answered(tmp_path / "eval", files / "tasks", seed=1)
+    before = (tmp_path / "eval" / "results.json").read_bytes()
+    given = config.parse(asking(files, train__init_from=str(files / "none")))
+    with pytest.raises(UserError, match="none"):
+        train.train(given, tmp_path, dry_run=True)
+    assert (tmp_path / "eval" / "results.json").read_bytes() == before
 
 
 def test_a_score_that_is_no_float_is_said() -> None:

@@ -45,11 +45,7 @@ def main(argv: Sequence[str]) -> int:
     candidates = [terminal.argument(candidate) for candidate in _CANDIDATES.value]
     probing.check(candidates)
     out = Path(_OUT.value).expanduser()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be made: {error.strerror}") from error
-    files.check_writable(out, what=f"--out={out}")
+    files.check_possible(out, what=f"--out={out}")
     model = model_flags.load(rows_over_devices=False)
     why = tower_text.whole_only(model)
     if why:

@@ -35,14 +35,8 @@ def chosen(names: Sequence[str]) -> list[Task]:
             f"--tasks must be names or groups ({', '.join(GROUPS)}), got {', '.join(unknown)!r}; "
             f"known: {', '.join(known)}, text:PATH, file:PATH"
         )
-    called = [task.name for task in given.values()]
-    alike = {name for name in called if called.count(name) > 1}
-    if alike:
-        raise UserError(
-            f"{len(called)} texts are called {alike.pop()}: evaluate one after the other"
-        )
     found = [task for task in known.values() if {task.name, task.group} & set(names)]
-    return [*found, *given.values()]
+    return [*found, *texts.told_apart([*given.values()])]
 
 
 def published_faults(name: str) -> tuple[str, ...]:

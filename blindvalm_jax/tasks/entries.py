@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from blindvalm_jax.tasks import statistics
 
 _LONGEST = 40  # letters of a value in an error
+_MOST = 2**53  # that is counted
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Of a size that a float has: JSON knows larger whole numbers, and Python reads NaN in it."""
+    finite = isinstance(value, int | float) and abs(value) <= sys.float_info.max
+    return finite and not isinstance(value, bool)
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and _is_number(value) and 0 <= value <= _MOST
 
 
 def _is_text(value: object) -> bool:
@@ -41,6 +46,18 @@ def _table(one: Callable[[object], bool]) -> Callable[[object], bool]:
 
 def _are_counts(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
+
+
+def _are_answers(value: object) -> bool:
+    if not isinstance(value, dict) or not all(map(_are_counts, value.values())):
+        return False
+    return any(said for said, _ in value.values())
+
+
+def _is_file(value: object) -> bool:
+    if not isinstance(value, dict):
+        return value is None
+    return {"name", "sha256"} <= value.keys() and all(map(_is_text, value.values()))
 
 
 # A field, what it must be, and what an error calls that.
@@ -69,10 +86,11 @@ _IF_THERE: dict[str, _Check] = {
     "prompts": (_are(_is_text), "a list of texts"),
     "per_item": (_table(_is_number), "a table of numbers"),
     "last_word_perplexity": _KNOWN,
-    "answers": (_table(_are_counts), "a table of pairs of whole numbers"),
+    "answers": (_are_answers, "a table of pairs of whole numbers, not all 0"),
     "beside": (_table(_is_number), "a table of numbers"),
     **dict.fromkeys(("scored_by", "clustered_by"), _TEXT),
     "prompts_cut": _COUNT,
+    **dict.fromkeys(("file", "majority_file"), (_is_file, "a table with name and sha256, or null")),
     "lines": (lambda value: isinstance(value, dict) and "sha256" in value, "a table with sha256"),
 }
 # Of a line of TASK.jsonl, by the metric of its entry.
@@ -88,8 +106,15 @@ _OBJECTS: dict[str, _Check] = {
 }
 
 
+def is_name(task: str) -> bool:
+    """Whether files can be called so, as those of a task are."""
+    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.]*", task) is not None
+
+
 def problem(task: str, entry: object) -> str:
     """What is wrong with an entry, such as "lacks sst2.random"; "" if nothing is."""
+    if not is_name(task):
+        return f"has {_short(task)}, which is no name of a task"
     if not isinstance(entry, dict):
         return f"has {_short(entry)} as {task}, expected a table"
     perplexity = entry.get("metric") == "perplexity"
@@ -100,7 +125,16 @@ def problem(task: str, entry: object) -> str:
         return f"has other numbers of {task}.prompts and {task}.per_prompt"
     if not found and entry.get("beside") and "scored_by" not in entry:
         return f"lacks {task}.scored_by"
-    return found
+    return found or _not_written(task, entry)
+
+
+def _not_written(task: str, entry: object) -> str:
+    """That an entry holds, in a field that is not read, what cannot be written again."""
+    try:
+        json.dumps(entry, allow_nan=False)
+    except ValueError:
+        return f"has a number in {task} that is not finite"
+    return ""
 
 
 def line_problem(line: object, entry: Mapping[str, Any]) -> str:

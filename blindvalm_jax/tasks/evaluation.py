@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from blindvalm_jax import files, runs
 from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.tasks import answers, catalog, identity, readers, results, standing, tfds_data
+from blindvalm_jax.tasks import answers, catalog, places, readers, results, standing, tfds_data
 from blindvalm_jax.tasks.asked import Asked, Outcome, Windows
 from blindvalm_jax.tasks.last_word import AskedLastWords, LastWordTask
 from blindvalm_jax.tasks.perplexity import AskedTexts, TextTask
@@ -162,27 +162,30 @@ def run(
     out: Path,
     about: Mapping[str, Any],
     there: Mapping[str, Mapping[str, Any]] | None = None,
-    quiet: bool = False,
+    in_training: bool = False,
 ) -> dict[str, Any]:
-    """Runs tasks and prints a line for each, unless quiet; `out` gets results.json and TASK.jsonl.
+    """Runs tasks and prints a line for each; `out` gets results.json and TASK.jsonl after each.
 
-    about: what else results.json says of the model (`identity.about`). Both are written after every
-    task. Entries that results.json has of the same model stay in it, those of another are put
-    aside; that is said, and what was asked under another protocol or in other windows. there: of
+    about: what else results.json says of the model (`identity.about`). Entries that results.json
+    has of the same model and protocol stay in it; for others see `standing.settle`. there: of
     `rehearse`: tasks that were asked just so by this code before are not asked again; None: all
-    are.
+    are. in_training: nothing is printed, and entries say that training asked.
 
     Returns what results.json holds.
+
+    Raises:
+      UserError: see `standing.settle`; or a file cannot be written.
     """
     head = {**about, "tokenizer": tokenizer.kind}
-    tell = _silent if quiet else functools.partial(print, flush=True)
+    tell = _silent if in_training else functools.partial(print, flush=True)
     code = {"commit": runs.commit(), "code_sha256": runs.CODE_SHA256}
-    # In training the answers of a step take the place of those before.
-    kept = _kept(out, head, expected=[one.name for one in asked] if quiet else ())
+    own = {"in_training": True} if in_training else {}
+    names = [one.name for one in asked]
+    kept = standing.settle(out, head, protocol=protocol, names=names, in_training=in_training)
     whole = {"tasks": kept, **head, **code, "versions": runs.versions()}
     tell(HEAD)
     for one in asked:
-        before = whole["tasks"].get(one.name)
+        before: Any = kept.get(one.name)
         wanted = {"protocol": protocol, "code_sha256": runs.CODE_SHA256}
         if there is not None and _is_there(out, one.name, before, {**wanted, **there[one.name]}):
             tell(line_of(one.name, before))
@@ -190,36 +193,25 @@ def run(
             continue
         outcome = one.run(scorer, tokenizer)
         # Entries that stay may be of other code: each says its own.
-        entry = {"protocol": protocol, **code, **outcome.entry}
-        out.mkdir(parents=True, exist_ok=True)
-        entry["lines"] = results.write_lines(out, one.name, outcome.lines)
-        whole["tasks"][one.name] = entry
-        files.write_json(out / "results.json", whole)
+        entry = {"protocol": protocol, **code, **own, **outcome.entry}
+        content = results.as_lines(outcome.lines)
+        kept[one.name] = {**entry, "lines": results.about_lines(content)}
+        with standing.writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            # The first of both: no file is there that it does not account for.
+            files.write_json(out / places.RESULTS, whole)
+            files.write_bytes(out / places.lines(one.name), content)
         tell(line_of(one.name, entry))
-        for note in (*outcome.notes, *_replaced(before, entry)):
+        for note in outcome.notes:
             tell(f"note: {note}")
+        if before is not None and (was := _replaced(before, entry)):
+            standing.tell(f"{one.name} is in the place of what was asked with {was}")
     return whole
-
-
-def _kept(out: Path, head: Mapping[str, Any], *, expected: Collection[str]) -> dict[str, Any]:
-    """Entries of results.json in `out` that are of the same model; those of another are put aside.
-
-    expected: names of tasks whose entries may go.
-    """
-    before = standing.read(out)
-    entries = before.get("tasks", {})
-    other = identity.differences(before, head) if entries else ""
-    if not other:
-        return dict(entries)
-    if not set(entries) <= {*expected}:
-        aside = standing.put_aside(out, "before")
-        standing.tell(f"{out} held {', '.join(entries)} of {other}: they are in {aside} now")
-    return {}
 
 
 def _is_there(
     out: Path, task: str, before: Mapping[str, Any] | None, wanted: Mapping[str, Any]
-) -> TypeGuard[Mapping[str, Any]]:
+) -> bool:
     """Whether an entry says that it was asked as wanted, of the same file, and has its lines."""
     if before is None or wanted.get("file") is None:  # a TFDS data set has no file to know it by
         return False
@@ -227,13 +219,15 @@ def _is_there(
     return same and results.holds_lines(out, task, before)
 
 
-def _replaced(before: Mapping[str, Any] | None, entry: Mapping[str, Any]) -> list[str]:
-    """A note on an entry of another protocol, or other windows, in the place of which one is."""
-    if before is None:
-        return []
-    names = [x for x in ("protocol", "window", "stride") if before.get(x) != entry.get(x)]
-    was = ", ".join(f"{name} {before.get(name)}" for name in names)
-    return [f"in the place of what was asked with {was}"] if names else []
+def _replaced(before: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
+    """What was asked otherwise before, in a few words; "" if nothing was."""
+    names = [x for x in ("source", *_ASKED) if before.get(x) != entry.get(x)]
+    return ", ".join(f"{name} {_told(before.get(name))}" for name in names)
+
+
+def _told(value: Any) -> str:
+    """A value of an entry; of a file its name and the beginning of its hash."""
+    return f"{value['name']} ({value['sha256'][:12]}…)" if isinstance(value, dict) else f"{value}"
 
 
 def _silent(line: str) -> None:

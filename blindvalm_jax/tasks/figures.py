@@ -135,7 +135,7 @@ def differences(tasks: Mapping[str, Mapping[str, Any]], *, first: str, second: s
 
 def _rows(panel: Axes, names: Sequence[str]) -> None:
     """Names of rows from top to bottom, and a grid."""
-    panel.set_yticks(range(len(names)), list(names), fontsize=9)
+    panel.set_yticks(range(len(names)), list(names), fontsize=9, parse_math=False)
     panel.set_ylim(len(names) - 0.4, -0.6)
     panel.grid(axis="x", zorder=0, **_GRID)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from blindvalm_jax import files
 from blindvalm_jax.markdown import table
-from blindvalm_jax.tasks import catalog, figures, identity, published
+from blindvalm_jax.tasks import catalog, figures, identity, places, published, standing
 
 _ALMOST_ALWAYS = 0.9  # share of answers from which one is named
 _LONGEST_PROMPT = 90  # letters
@@ -20,13 +20,17 @@ def write(results: Mapping[str, Any], out: Path) -> Path:
     """Writes report.md and its figures/*.png into `out`; gives the path of the page.
 
     results: as `results.read` checks them.
+
+    Raises:
+      UserError: a file cannot be written.
     """
     tasks: Mapping[str, Mapping[str, Any]] = results["tasks"]
-    figures.save(figures.scores(tasks), out / "figures" / "scores.png")
-    lines = [*_head(results), *_scores(tasks), *_constant(tasks), *_published(results)]
-    lines += [line for name, entry in tasks.items() for line in _task(name, entry, out)]
-    path = out / "report.md"
-    files.write_bytes(path, re.sub("\n{3,}", "\n\n", "\n".join(lines)).encode())
+    path = out / places.PAGE
+    with standing.writing(out):
+        figures.save(figures.scores(tasks), out / places.SCORES)
+        lines = [*_head(results), *_scores(tasks), *_constant(tasks), *_published(results)]
+        lines += [line for name, entry in tasks.items() for line in _task(name, entry, out)]
+        files.write_bytes(path, re.sub("\n{3,}", "\n\n", "\n".join(lines)).encode())
     return path
 
 
@@ -57,7 +61,7 @@ def _scores(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
     above = [name for name, entry in tasks.items() if _beats_majority(entry)]
     return [
-        "![scores](figures/scores.png)",
+        f"![scores]({places.SCORES})",
         *table(head, rows),
         "Accuracies are in percent, perplexities as they are. Standard errors are clustered by "
         "item, those of pairs by the objects they share. Majority: the one answer that is right "
@@ -186,8 +190,8 @@ def _own(name: str, entry: Mapping[str, Any], way: str) -> str:
 def _task(name: str, entry: Mapping[str, Any], out: Path) -> list[str]:
     lines = [f"## {name}", "", f"{entry['source']}. Protocol `{entry['protocol']}`.", ""]
     if "answers" in entry:
-        figures.save(figures.answers(entry), out / "figures" / f"{name}.png")
-        lines += [f"![answers to {name}](figures/{name}.png)", ""]
+        figures.save(figures.answers(entry), out / places.figure(name))
+        lines += [f"![answers to {name}]({places.figure(name)})", ""]
     if "prompts" in entry:
         pairs = zip(entry["prompts"], entry["per_prompt"], strict=True)
         rows = [

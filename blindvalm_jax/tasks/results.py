@@ -15,7 +15,7 @@ import numpy as np
 
 from blindvalm_jax import files
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.tasks import catalog, entries, readers, statistics
+from blindvalm_jax.tasks import catalog, entries, places, readers, statistics
 from blindvalm_jax.tasks.answers import Answers
 from blindvalm_jax.tasks.questions import Item, Question
 from blindvalm_jax.tasks.task import ChoiceTask, Protocol
@@ -107,35 +107,42 @@ def read(directory: Path) -> tuple[dict[str, Any], Path]:
     Raises:
       UserError: there is none, or something is missing in it or not what it should be.
     """
-    there = directory / "eval" if not (directory / "results.json").exists() else directory
-    path = there / "results.json"
+    there = directory / "eval" if not (directory / places.RESULTS).exists() else directory
+    path = there / places.RESULTS
     found = files.read_object(path, hint=f"{directory} has not been evaluated")
     lacking = [name for name in _HEAD if name not in found]
     if lacking:
         raise UserError(f"{path} lacks {', '.join(lacking)}: {_AGAIN}")
     if not isinstance(found["tasks"], dict):
         raise UserError(f"{path}: tasks must be a table, got {found['tasks']!r}")
+    if not found["tasks"]:
+        raise UserError(f"{path} has the results of no task: {_AGAIN}")
     grounding = found.get("grounding")
-    if grounding is not None and not isinstance(grounding, dict):
-        raise UserError(f"{path}: grounding must be a table or null, got {grounding!r}")
+    images = grounding.get("images") if isinstance(grounding, dict) else grounding
+    for name, value in (("grounding", grounding), ("grounding.images", images)):
+        if value is not None and not isinstance(value, dict):
+            raise UserError(f"{path}: {name} must be a table or null, got {value!r}")
     for task, entry in found["tasks"].items():
         if wrong := entries.problem(task, entry):
             raise UserError(f"{path} {wrong}: {_AGAIN}")
     return found, there
 
 
-def write_lines(directory: Path, task: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Writes TASK.jsonl; gives what the entry says of it: how many lines, and their hash."""
-    text = "".join(f"{json.dumps(line, ensure_ascii=False, allow_nan=False)}\n" for line in lines)
-    content = text.encode()
-    files.write_bytes(directory / f"{task}.jsonl", content)
-    return {"count": len(lines), "sha256": hashlib.sha256(content).hexdigest()}
+def as_lines(lines: Sequence[Mapping[str, Any]]) -> bytes:
+    """What TASK.jsonl holds."""
+    text = (json.dumps(line, ensure_ascii=False, allow_nan=False) for line in lines)
+    return "".join(f"{line}\n" for line in text).encode()
+
+
+def about_lines(content: bytes) -> dict[str, Any]:
+    """What an entry says of its TASK.jsonl: how many lines, and their hash."""
+    return {"count": content.count(b"\n"), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def holds_lines(directory: Path, task: str, entry: Mapping[str, Any]) -> bool:
     """Whether TASK.jsonl is the one that an entry was written with."""
     try:
-        content = (directory / f"{task}.jsonl").read_bytes()
+        content = (directory / places.lines(task)).read_bytes()
     except OSError:
         return False
     return "lines" in entry and _is_of(content, entry)
@@ -154,7 +161,7 @@ def read_lines(directory: Path, task: str, entry: Mapping[str, Any]) -> list[dic
       UserError: they are not there, are others than the entry was written with, or one is no JSON
         object or lacks what the metric needs.
     """
-    path = directory / f"{task}.jsonl"
+    path = directory / places.lines(task)
     try:
         content = path.read_bytes()
         lines = [json.loads(line) for line in content.decode().split("\n") if line.strip()]
@@ -162,7 +169,7 @@ def read_lines(directory: Path, task: str, entry: Mapping[str, Any]) -> list[dic
         raise UserError(f"{path} cannot be read: {error}; {_AGAIN}") from error
     if "lines" in entry and not _is_of(content, entry):
         raise UserError(
-            f"{path} holds other lines than {directory / 'results.json'} was written with: "
+            f"{path} holds other lines than {directory / places.RESULTS} was written with: "
             "evaluate again to have both"
         )
     for number, line in enumerate(lines, 1):

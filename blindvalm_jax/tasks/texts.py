@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from blindvalm_jax.data import corpora
@@ -96,16 +97,18 @@ TASKS: tuple[TextTask | LastWordTask, ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class OwnTexts:
-    """Texts of the user's: a path or glob, under one of `KINDS`."""
+    """Texts of the user's: a path or glob, under one of `KINDS`; named: by how much of the path."""
 
     kind: str
     pattern: str
+    named: int = 1
     group: Group | None = None
 
     @property
     def name(self) -> str:
-        """Of its entry and its file: the kind, and the last part of the path."""
-        return f"{self.kind}_{re.sub(r'[^A-Za-z0-9.]+', '_', Path(self.pattern).name)}"
+        """Of its entry and its file: the kind, and the last parts of the path."""
+        parts = "/".join(Path(self.pattern).parts[-self.named :])
+        return f"{self.kind}_{re.sub(r'[^A-Za-z0-9.]+', '_', parts)}"
 
     def open(self, protocol: str, cut: Windows) -> Asked:
         """The texts, read; they lie where the pattern says.
@@ -118,6 +121,21 @@ class OwnTexts:
         found = passages.of_pattern(self.pattern, by_file=self.kind == "file")
         file = readers.read_files(corpora.find_files([self.pattern]), self.pattern)
         return AskedTexts(self.name, self.pattern, KINDS[self.kind], found, None, cut, file)
+
+
+def told_apart(asked: Sequence[OwnTexts]) -> list[OwnTexts]:
+    """Texts whose names are alike are called by as much of their paths as tells them apart.
+
+    Raises:
+      UserError: nothing in their paths does.
+    """
+    found = list(asked)
+    while alike := {x.name for x in found if [y.name for y in found].count(x.name) > 1}:
+        more = [dataclasses.replace(x, named=x.named + (x.name in alike)) for x in found]
+        if {x.name for x in more} == {x.name for x in found}:
+            raise UserError(f"two texts are called {alike.pop()}: evaluate one of them alone")
+        found = more
+    return found
 
 
 def own(name: str) -> OwnTexts | None:

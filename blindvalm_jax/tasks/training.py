@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from blindvalm_jax import trained
+from blindvalm_jax import metrics, trained
 from blindvalm_jax.config import Config, EvalConfig
 from blindvalm_jax.errors import UserError, print_error
 from blindvalm_jax.objectives.language import Language
@@ -46,7 +46,6 @@ class TrainingTasks:
             evaluation.rehearse(self._asked, self._model)
         except UserError as error:
             raise _of_settings(error, settings) from error
-        standing.make_room(self._out, self._protocol)
 
     def ask(
         self,
@@ -63,27 +62,37 @@ class TrainingTasks:
         model = dataclasses.replace(self._model, params=params, frozen=frozen, step=step)
         self._scorer.ask(params, frozen)
         try:
-            found = evaluation.run(
-                self._asked,
-                self._scorer,
-                model.tokenizer,
-                protocol=self._protocol,
-                out=self._out,
-                about=identity.about(str(self._workdir), model),
-                quiet=True,
-            )
+            with standing.held(self._out):
+                found = evaluation.run(
+                    self._asked,
+                    self._scorer,
+                    model.tokenizer,
+                    protocol=self._protocol,
+                    out=self._out,
+                    about=identity.about(str(self._workdir), model),
+                    in_training=True,
+                )
         except (UserError, OSError) as error:
             print_error(f"tasks of step {step} are not answered: {error}; training goes on")
             return
         report(step, scores({one.name: found["tasks"][one.name] for one in self._asked}))
 
+    def lacks(self, step: int) -> bool:
+        """Whether a step has no scores of these tasks, as that of a run cut off while it asked."""
+        known = metrics.names_at(self._workdir, step)
+        return not ({_metric(one.name) for one in self._asked} <= known)
+
 
 def scores(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """By task an accuracy as a share, or a perplexity, inf where it is no float."""
     return {
-        f"eval/tasks/{name}": math.inf if entry["score"] is None else entry["score"]
+        _metric(name): math.inf if entry["score"] is None else entry["score"]
         for name, entry in tasks.items()
     }
+
+
+def _metric(task: str) -> str:
+    return f"eval/tasks/{task}"
 
 
 def unanswered(settings: Config, workdir: Path, *, step: int) -> str:
@@ -93,12 +102,6 @@ def unanswered(settings: Config, workdir: Path, *, step: int) -> str:
       UserError: there is no such task.
     """
     tasks, protocol = settings.eval, settings.eval.tasks_protocol
-    there: Mapping[str, Any] = {}
-    try:
-        found, _ = results.read(workdir)
-        there = found["tasks"] if found["step"] == step else {}
-    except UserError:  # they are damaged, or were never written
-        pass
     try:
         chosen = catalog.chosen(_names(tasks))
     except UserError as error:
@@ -108,7 +111,7 @@ def unanswered(settings: Config, workdir: Path, *, step: int) -> str:
         for task in chosen
         if not isinstance(task, ChoiceTask) or protocol in task.protocols
     ]
-    if all(name in there and there[name]["protocol"] == protocol for name in wanted):
+    if {*wanted} <= _answered(workdir / "eval", step=step, protocol=protocol):
         return ""
     given = {
         **{"workdir": workdir, "tasks": ",".join(_names(tasks)), "data": tasks.tasks_data},
@@ -118,6 +121,20 @@ def unanswered(settings: Config, workdir: Path, *, step: int) -> str:
         f"--{name}={shlex.quote(str(value))}" for name, value in given.items() if value
     )
     return f"python -m blindvalm_jax.evaluate {flags}"
+
+
+def _answered(directory: Path, *, step: int, protocol: str) -> set[str]:
+    """Tasks of which there are answers at a step, wherever they were put."""
+    found = set()
+    for place in standing.everywhere(directory):
+        there = standing.read(place)
+        if there is not None and not there.damaged and there.head.get("step") == step:
+            found |= {
+                name
+                for name, entry in there.sound.items()
+                if entry["protocol"] == protocol and results.holds_lines(place, name, entry)
+            }
+    return found
 
 
 def _names(settings: EvalConfig) -> list[str]:
