@@ -74,7 +74,7 @@ def exit_after(main: Callable[[], int | None], *, failure: int = 1, interrupted:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _drop_output()
+        _flush_or_drop()
         place = error.filename or "where standard output or a file goes"
         _fail(f"{place}: {error.strerror}; free some and start again", failure)
     except KeyboardInterrupt:
@@ -109,6 +109,15 @@ def _nobody_reads() -> bool:
         return False
     _drop_output()
     return True
+
+
+def _flush_or_drop() -> None:
+    """Writes what standard output still holds, unless that is what has no room."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        _drop_output()
 
 
 def _drop_output() -> None:

@@ -1065,6 +1065,21 @@ def test_standard_output_that_is_closed_or_full(shell: str, code: int, told: str
     assert done.stderr.count("\n") == code
 
 
+def test_a_disk_that_is_full_elsewhere_takes_no_output_with_it() -> None:
+    program = (
+        "from blindvalm_jax.errors import run_main\n"
+        "def main(argv):\n"
+        "    print('said')\n"
+        "    with open('/dev/full', 'w') as full:\n"
+        "        full.write('x')\n"
+        "run_main(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "said\n")
+    assert "No space left on device" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_another_broken_pipe_is_an_error() -> None:
     program = (
         "import os; from blindvalm_jax.errors import run_main; reads, writes = os.pipe()\n"
