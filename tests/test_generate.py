@@ -1074,7 +1074,8 @@ def test_a_disk_that_is_full_elsewhere_takes_no_output_with_it() -> None:
         "        full.write('x')\n"
         "run_main(main)"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    line, buffered = [sys.executable, "-c", program], {**os.environ, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=buffered)
     assert (done.returncode, done.stdout) == (1, "said\n")
     assert "No space left on device" in done.stderr
     assert done.stderr.count("\n") == 1
