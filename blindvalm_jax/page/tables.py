@@ -1,0 +1,133 @@
+"""The tables of a page: how far runs are, where their time went, what differs, what happened."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from blindvalm_jax.metrics import duration
+from blindvalm_jax.page import curves
+from blindvalm_jax.page.records import Run
+
+_MOST_EVENTS = 200  # of all runs; the newest are shown
+_LOST = "perf/lost_"
+_NOTHING = "–"
+
+
+def all_of(runs: Sequence[Run]) -> list[str]:
+    """All tables, as lines of HTML."""
+    return [*_overview(runs), *_time(runs), *_settings(runs), *_events(runs)]
+
+
+def _overview(runs: Sequence[Run]) -> list[str]:
+    of: list[tuple[str, Callable[[Run], str]]] = [
+        ("model", _model),
+        ("parameters", lambda run: f"{sum(_sizes(run).values()):,}"),
+        ("updates", lambda run: f"{run.step:,} of {run.settings['train.steps']:,}"),
+        ("train loss", lambda run: _number(run.last("train/loss"), ".4f")),
+        ("held-out loss", lambda run: _number(run.last("eval/loss"), ".4f")),
+        ("a second", lambda run: _speed(run)),
+        ("MFU", lambda run: _number(run.last("perf/mfu"), ".1%")),
+        ("goodput", lambda run: _number(run.last("perf/goodput"), ".1%")),
+        ("memory", lambda run: _number(run.last("perf/peak_memory_mib"), ",.0f", " MiB")),
+        ("starts", lambda run: f"{len(run.record['starts']):,}"),
+        ("skipped", lambda run: _number(run.last("train/skipped_updates"), ",.0f")),
+        ("devices", lambda run: html.escape("{1} x {0}".format(*run.record["devices"]))),
+        ("commit", lambda run: html.escape((run.record.get("commit") or _NOTHING)[:9])),
+    ]
+    rows = [[_named(run, runs), *(cell(run) for _, cell in of)] for run in runs]
+    return _table(["run", *(name for name, _ in of)], rows)
+
+
+def _model(run: Run) -> str:
+    if run.settings["train.objective"] == "contrastive":
+        return "CLIP"
+    source, readout = run.settings["grounding.source"], run.settings["grounding.readout"]
+    name = {"none": "GPT-2", "text": "BLIND-VALM", "images": "VALM"}[source]
+    control = run.settings["grounding.control"]
+    name += ", <eos>" if readout == "eos" and source != "none" else ""
+    return html.escape(name + (f", {control}" if control != "none" and source != "none" else ""))
+
+
+def _sizes(run: Run) -> dict[str, int]:
+    return {k: v for k, v in run.record["parameters"].items() if k != "bytes_per_device"}
+
+
+def _speed(run: Run) -> str:
+    return _number(run.last(f"perf/{run.unit}_per_second"), ",.0f", f" {run.unit}")
+
+
+def _time(runs: Sequence[Run]) -> list[str]:
+    """Where the time of each run went, as far as its metrics tell."""
+    lost = sorted({k for run in runs for line in run.lines for k in line if k.startswith(_LOST)})
+    if not lost:
+        return []
+    rows = [[_named(run, runs), *(_seconds(run.last(name)) for name in lost)] for run in runs]
+    head = ["run", *(name.removeprefix(_LOST).removesuffix("_seconds") for name in lost)]
+    about = "<p>Since the newest start; what is left went into updates.</p>"
+    return ["<h2>Where time went besides updates</h2>", about, *_table(head, rows)]
+
+
+def _seconds(value: float | None) -> str:
+    return _NOTHING if value is None else duration(value)
+
+
+def _settings(runs: Sequence[Run]) -> list[str]:
+    names = sorted({name for run in runs for name in run.settings})
+    missing = object()
+    differing = [
+        name
+        for name in names
+        if any(
+            run.settings.get(name, missing) != runs[0].settings.get(name, missing) for run in runs
+        )
+    ]
+    if not differing:
+        return []
+    rows = [
+        [html.escape(name), *(html.escape(str(run.settings.get(name, _NOTHING))) for run in runs)]
+        for name in differing
+    ]
+    head = ["setting", *(_named(run, runs) for run in runs)]
+    return ["<h2>Settings in which they differ</h2>", *_table(head, rows, numbers=False)]
+
+
+def _events(runs: Sequence[Run]) -> list[str]:
+    found = [(str(event.get("time", "")), run, event) for run in runs for event in run.events]
+    found.sort(key=lambda one: one[0])
+    if not found:
+        return []
+    rows = [
+        [html.escape(time), _named(run, runs), html.escape(curves.told(event))]
+        for time, run, event in found[-_MOST_EVENTS:]
+    ]
+    note = f"<p>The newest {_MOST_EVENTS} of {len(found):,}.</p>"
+    shown = [note] if len(found) > _MOST_EVENTS else []
+    return ["<h2>Events</h2>", *shown, *_table(["time", "run", "what"], rows, numbers=False)]
+
+
+def _named(run: Run, runs: Sequence[Run]) -> str:
+    color = curves.COLORS[list(runs).index(run) % len(curves.COLORS)]
+    swatch = f'<span class="swatch" style="background:{color}"></span>'
+    return f"{swatch}{html.escape(run.name)}"
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return _NOTHING if value is None else f"{value:{form}}{unit}"
+
+
+def _table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True
+) -> list[str]:
+    """A table; with numbers, all columns but the first two stand to the right."""
+
+    def line(cells: Sequence[Any], tag: str) -> str:
+        parts = [
+            f"<{tag}{' class=number' if numbers and place > 1 else ''}>{cell}</{tag}>"
+            for place, cell in enumerate(cells)
+        ]
+        return f"<tr>{''.join(parts)}</tr>"
+
+    body = [line(row, "td") for row in rows]
+    return ['<div class="scroll"><table>', line(head, "th"), *body, "</table></div>"]
