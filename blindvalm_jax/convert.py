@@ -14,18 +14,13 @@ start a run (`train.init_from`) or be its tower (`grounding.tower`).
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
-from blindvalm_jax import trees
-from blindvalm_jax.data import tokenizers
 from blindvalm_jax.errors import UserError, run_main
-from blindvalm_jax.interop import formats, gpt2, run_directory, weights
+from blindvalm_jax.interop import formats, gpt2, run_directory, saving, weights
 from blindvalm_jax.models.transformer import ACTIVATIONS
 
 _FROM = flags.DEFINE_enum("from", "auto", ["auto", *formats.FORMATS], "layout of --input")
@@ -51,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     if not _INPUT.value or not _OUT.value:
         raise UserError("give --input (a directory, file or hub id) and --out (a new directory)")
     out = Path(_OUT.value).expanduser()
-    _check_free(out)
+    saving.check_free(out)
     if _TO.value == "hf_gpt2":
         _export(out)
         return
@@ -64,51 +59,7 @@ def main(argv: Sequence[str]) -> None:
         activation=_ACTIVATION.value,
         towers=_TOWERS.value,
     )
-    tokenizer = _tokenizer(model)
-    record = model.tokenizer
-    if record is None and tokenizer is not None:
-        record = {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint}
-    sha256 = weights.save(
-        out,
-        model.params,
-        config=model.config,
-        source=model.source,
-        tokenizer=record,
-        tokenizer_files=model.tokenizer_directory if tokenizer else None,
-    )
-    print(_table(model.params, sha256))
-
-
-def _check_free(out: Path) -> None:
-    """Before a large model is read for nothing."""
-    for path in (out / "config.json", out / "model.safetensors"):
-        if path.exists():
-            raise UserError(f"{out} holds a model already ({path.name}): choose a new directory")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file: choose a new directory")
-
-
-def _tokenizer(model: formats.Converted) -> tokenizers.Tokenizer | None:
-    """The tokenizer beside the weights; one we cannot read or that is another stays there."""
-    directory, record = model.tokenizer_directory, model.tokenizer
-    if directory is None:
-        if record is not None:
-            _warn("its files are no longer where the model was trained")
-        return None
-    kind = "gpt2" if isinstance(model.config, weights.DecoderSpec) else "clip"
-    try:
-        found = tokenizers.load(record["kind"] if record else kind, str(directory))
-    except UserError as error:
-        _warn(str(error))
-        return None
-    if record is not None and found.fingerprint != record["fingerprint"]:
-        _warn(f"the one in {directory} is not the one the model was trained with")
-        return None
-    return found
-
-
-def _warn(reason: str) -> None:
-    print(f"warning: the tokenizer is not taken along: {reason}", file=sys.stderr)
+    print(saving.table(model.params, saving.write(out, model)))
 
 
 def _export(out: Path) -> None:
@@ -122,9 +73,11 @@ def _export(out: Path) -> None:
     if not isinstance(model.config, weights.DecoderSpec):
         raise UserError(f"{_INPUT.value} holds a {weights.kind_of(model.config)}, not a decoder")
     gpt2.check_expressible(model.params, model.config.decoder)
-    tokenizer, files = _tokenizer(model), model.tokenizer_directory
+    tokenizer, files = saving.tokenizer(model), model.tokenizer_directory
     if tokenizer is not None and tokenizer.lm_offset:
-        _warn(f"GPT-2 has no place for its offset of {tokenizer.lm_offset} between text and ids")
+        saving.warn(
+            f"GPT-2 has no place for its offset of {tokenizer.lm_offset} between text and ids"
+        )
         files = None
     eos_id = _EOS_ID.value
     if eos_id is None:
@@ -137,7 +90,7 @@ def _export(out: Path) -> None:
         eos_id=eos_id,
         tokenizer_files=files if tokenizer else None,
     )
-    print(_table(model.params, weights.params_sha256(model.params)))
+    print(saving.table(model.params, weights.params_sha256(model.params)))
 
 
 def _ours(path: Path) -> formats.Converted:
@@ -145,19 +98,6 @@ def _ours(path: Path) -> formats.Converted:
     if run_directory.is_run(path):
         return formats.load(formats.Opened(path, "run"))
     return formats.load_weights(path)
-
-
-def _table(params: Mapping[str, Any], sha256: str) -> str:
-    """Each tensor with its shape and number of parameters, then the totals and the hash."""
-    flat = {path: tuple(value.shape) for path, value in sorted(trees.flatten(params).items())}
-    width = max(len(path) for path in flat)
-    lines = [
-        f"{path:{width}}  {math.prod(shape):>13,}  {list(shape)}" for path, shape in flat.items()
-    ]
-    total = sum(math.prod(shape) for shape in flat.values())
-    lines.append(f"{f'{len(flat)} tensors':{width}}  {total:>13,}  parameters")
-    lines.append(f"sha256 {sha256}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

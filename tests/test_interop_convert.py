@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from blindvalm_jax import config, hub, train, trees
+from blindvalm_jax import config, hub, trainer, trees
 from blindvalm_jax.data import tokenizers
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import (
@@ -174,7 +174,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with small_models.quick_compilation():
         for name, changes in (("blind", {}), ("gpt2", PLAIN)):
             values = test_train.settings(root / "text.txt", **{**short, **changes})
-            assert train.train(config.parse(values), root / name) == 0
+            assert trainer.train(config.parse(values), root / name) == 0
     return root
 
 

@@ -6,6 +6,7 @@ parameters are read, onto the host, whatever devices they were trained on.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from blindvalm_jax import config, files, trees
+from blindvalm_jax import config, digests, files, trees
+from blindvalm_jax.checkpoints import layout
+from blindvalm_jax.checkpoints.orbax_log import quiet
 from blindvalm_jax.errors import UserError, first_line
 from blindvalm_jax.interop import weights
 from blindvalm_jax.models.contrastive import ClipConfig
@@ -44,7 +47,8 @@ def load(directory: Path, *, step: int | None = None) -> Trained:
     """The decoder or CLIP of a run; step: of which checkpoint, None: the newest.
 
     Raises:
-      UserError: there is no such checkpoint, or the run's files lack something or do not agree.
+      UserError: there is no such checkpoint, it is damaged, or the run's files lack something or do
+        not agree.
     """
     record_path = directory / "run.json"
     if not is_run(directory) and not record_path.exists():
@@ -54,14 +58,17 @@ def load(directory: Path, *, step: int | None = None) -> Trained:
     settings = config.from_dict(files.read_object(directory / "config.json"))
     record = files.read_object(record_path)
     tokenizer = _table(record, "tokenizer", record_path)
-    spec = _spec(settings, record, record_path)
+    spec = spec_of(settings, record, record_path)
     there = steps(directory)
     if step is not None and step not in there:
         raise UserError(f"{directory} has no checkpoint of step {step}: it has {there}")
     step = there[-1] if step is None else step
-    path = directory / "checkpoints" / str(step) / "state"
-    params = _restore(path, spec)
-    weights.check(params, spec, str(path))
+    checkpoint = layout.directory(directory) / str(step)
+    if fault := layout.fault(checkpoint):
+        raise _damaged(checkpoint, fault)
+    params = _restore(checkpoint / layout.STATE, spec)
+    weights.check(params, spec, str(checkpoint))
+    _check_digests(checkpoint, params)
     windows = Path(_entry(_table(record, "data", record_path), "directory", str, record_path))
     return Trained(
         config=spec,
@@ -75,7 +82,8 @@ def load(directory: Path, *, step: int | None = None) -> Trained:
     )
 
 
-def _spec(settings: config.Config, record: dict[str, Any], path: Path) -> weights.Spec:
+def spec_of(settings: config.Config, record: dict[str, Any], path: Path) -> weights.Spec:
+    """The shape of the model of a run, by its settings and its record, which lies at `path`."""
     if settings.train.objective == "contrastive":
         return weights.rebuild(ClipConfig, _table(record, "clip", path), f"{path}: clip")
     fused = config.fusion_layers(settings)
@@ -97,8 +105,7 @@ def steps(directory: Path) -> list[int]:
     Raises:
       UserError: there is none.
     """
-    found = (directory / "checkpoints").iterdir()
-    there = sorted(int(path.name) for path in found if path.name.isdecimal())
+    there = layout.steps(directory)
     if not there:
         raise UserError(f"{directory} is a run without a checkpoint yet: train it further first")
     return there
@@ -106,6 +113,7 @@ def steps(directory: Path) -> list[int]:
 
 def _restore(path: Path, spec: weights.Spec) -> dict[str, Any]:
     item = {"params": trees.unflatten(weights.abstract_params(spec))}
+    quiet()
     arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -118,6 +126,26 @@ def _restore(path: Path, spec: weights.Spec) -> dict[str, Any]:
         kind = weights.kind_of(spec)
         raise UserError(f"{path} cannot be restored as the {kind}: {reason}") from error
     return restored["params"]
+
+
+def _check_digests(checkpoint: Path, params: dict[str, Any]) -> None:
+    """Refuses parameters that are not those saved; other arrays are not read."""
+    expected = layout.read_digests(checkpoint)
+    if expected is None:
+        note = f"note: {checkpoint} is older than digests: its parameters are read unchecked"
+        print(note, file=sys.stderr, flush=True)
+        return
+    saved = {k: text for k, text in expected.leaves.items() if k.startswith("params/")}
+    got = digests.of_host_tree(trees.flatten({"params": params}))
+    if wrong := digests.differing(saved, got):
+        raise _damaged(checkpoint, digests.listed(wrong))
+
+
+def _damaged(checkpoint: Path, reason: str) -> UserError:
+    return UserError(
+        f"checkpoint {checkpoint} is damaged: {reason}; python -m blindvalm_jax.checkpoint verify "
+        f"{checkpoint.parents[1]} tells which are sound"
+    )
 
 
 def _table(record: dict[str, Any], name: str, path: Path) -> dict[str, Any]:

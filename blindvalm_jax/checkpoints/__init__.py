@@ -1,0 +1,1 @@
+"""Checkpoints of a run: written, kept, checked, compared and averaged."""

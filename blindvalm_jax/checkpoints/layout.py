@@ -1,0 +1,141 @@
+"""What a checkpoint is on disk: RUN/checkpoints/STEP with one directory for each item.
+
+`state` holds step, parameters and optimizer (Orbax), `guard` what watches over the updates, where
+there is such. The rest is JSON: `data` (the position, and the held-out loss where it was
+measured), `config` (the settings), `digests` of the arrays and of these two. Checkpoints of before
+the digests have none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from blindvalm_jax import digests, files
+from blindvalm_jax.errors import UserError
+
+STATE, GUARD, DATA, CONFIG, DIGESTS = "state", "guard", "data", "config", "digests"
+ITEMS = (STATE, GUARD, DATA, CONFIG, DIGESTS)
+UNFINISHED = "*.orbax-checkpoint-tmp*"
+_METADATA, _JSON = "_CHECKPOINT_METADATA", "metadata"  # names of Orbax
+_INDEX = ("_METADATA", "manifest.ocdbt")
+_FORMAT = 1
+
+
+class Digests(NamedTuple):
+    """The digests of a checkpoint: of arrays by "params/...", of JSON items by their name."""
+
+    leaves: dict[str, str]
+    items: dict[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        """What is saved."""
+        return {"format": _FORMAT, "leaves": self.leaves, "items": self.items}
+
+
+def directory(run: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return run / "checkpoints"
+
+
+def steps(run: Path) -> list[int]:
+    """Updates done in the checkpoints of a run, ascending; only committed ones have such a name."""
+    there = directory(run)
+    names = (path.name for path in there.iterdir()) if there.is_dir() else ()
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def unfinished(run: Path) -> list[Path]:
+    """What saves that never ended have left."""
+    return sorted(directory(run).glob(UNFINISHED))
+
+
+def fault(checkpoint: Path) -> str | None:
+    """What can be seen to be wrong with a checkpoint without reading its arrays."""
+    if not checkpoint.is_dir():
+        return "it is no directory"
+    if not any(checkpoint.iterdir()):
+        return "it is empty"
+    try:
+        items = _items(checkpoint)
+        for name in items:
+            if not (checkpoint / name).is_dir():
+                return f"its {name} is missing"
+        for name in {DATA, CONFIG, DIGESTS} & items:
+            read_json(checkpoint, name)
+    except UserError as error:
+        return str(error)
+    for name in {STATE, GUARD} & items:
+        for part in _INDEX:
+            if not (checkpoint / name / part).is_file():
+                return f"its {name}/{part} is missing"
+    return None
+
+
+def has(checkpoint: Path, name: str) -> bool:
+    """Whether a checkpoint has an item, or says that it should."""
+    return name in _items(checkpoint) or (checkpoint / name).exists()
+
+
+def committed(checkpoint: Path) -> int:
+    """When a checkpoint was written, in nanoseconds since 1970.
+
+    Raises:
+      UserError: it does not say.
+    """
+    found = files.read_object(checkpoint / _METADATA).get("commit_timestamp_nsecs")
+    if not isinstance(found, int):
+        raise UserError(f"{checkpoint / _METADATA} does not say when it was written")
+    return found
+
+
+def _items(checkpoint: Path) -> set[str]:
+    """The items that were saved; of every checkpoint state, data and config.
+
+    Raises:
+      UserError: what says so is damaged.
+    """
+    named = files.read_object(checkpoint / _METADATA).get("item_handlers")
+    if not isinstance(named, dict):
+        raise UserError(f"{checkpoint / _METADATA} does not name the items")
+    return {STATE, DATA, CONFIG} | (named.keys() & set(ITEMS))
+
+
+def read_json(checkpoint: Path, name: str) -> dict[str, Any]:
+    """A JSON item of a checkpoint.
+
+    Raises:
+      UserError: it is missing or no JSON object.
+    """
+    return files.read_object(checkpoint / name / _JSON)
+
+
+def read_digests(checkpoint: Path) -> Digests | None:
+    """The digests of a checkpoint; None: it is older than digests.
+
+    Raises:
+      UserError: they are missing or damaged.
+    """
+    if not has(checkpoint, DIGESTS):
+        return None
+    content = read_json(checkpoint, DIGESTS)
+    if content.keys() != {"format", "leaves", "items"} or content["format"] != _FORMAT:
+        raise UserError(f"{checkpoint / DIGESTS} holds no digests of format {_FORMAT}")
+    for table in (content["leaves"], content["items"]):
+        if not isinstance(table, dict) or not all(isinstance(x, str) for x in table.values()):
+            raise UserError(f"{checkpoint / DIGESTS} is damaged")
+    return Digests(content["leaves"], content["items"])
+
+
+def json_sha256(value: Mapping[str, Any]) -> str:
+    """Hash of a JSON item, in any layout of its text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def wrong_items(checkpoint: Path, expected: Digests) -> dict[str, str]:
+    """What is wrong with the JSON items of a checkpoint, by name."""
+    got = {name: json_sha256(read_json(checkpoint, name)) for name in (DATA, CONFIG)}
+    return digests.differing(expected.items, got)
