@@ -1,119 +1,147 @@
-"""Checkpoints of a run: parameters, optimizer, the data position; Orbax does the writing."""
+"""Looks at the checkpoints of runs.
+
+  python -m blindvalm_jax.checkpoint ls RUN
+  python -m blindvalm_jax.checkpoint verify RUN [--step=N] [--quarantine]
+  python -m blindvalm_jax.checkpoint diff RUN[@STEP] RUN[@STEP] [--json=FILE]
+  python -m blindvalm_jax.checkpoint average RUN@STEP RUN@STEP ... --out=DIR
+
+ls: when each was saved, its size, its loss on held-out data, why it is kept; and what is in
+quarantine.
+verify: reads every array and compares it with the digest saved beside it; names each that differs,
+and exits with 1. --quarantine moves bad checkpoints aside, where a sound one is left: the run goes
+on there. Refused while it trains.
+diff: settings and arrays that differ, and by how much.
+average: the mean of the parameters of checkpoints of the same model, written as weights that
+generate, evaluate, convert and train.init_from read.
+
+RUN alone is its newest checkpoint.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 
-import jax
-import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
+from absl import flags
 
-from blindvalm_jax.config import CheckpointConfig, Config
-from blindvalm_jax.errors import UserError, first_line
-from blindvalm_jax.step import TrainState
+from blindvalm_jax import files, runs
+from blindvalm_jax.checkpoints import (
+    averaging,
+    differences,
+    layout,
+    listing,
+    named,
+    quarantine,
+    verifying,
+)
+from blindvalm_jax.errors import UserError, run_main
+from blindvalm_jax.interop import saving
+
+_STEP = flags.DEFINE_integer("step", None, "verify: of this checkpoint; without it, of all")
+_QUARANTINE = flags.DEFINE_bool("quarantine", False, "verify: move bad checkpoints aside")
+_JSON = flags.DEFINE_string("json", "", "diff: also write what was found to this file")
+_OUT = flags.DEFINE_string("out", "", "average: new directory that is written")
+
+# What each subcommand takes of these.
+_TAKES = {"ls": (), "verify": ("step", "quarantine"), "diff": ("json",), "average": ("out",)}
+_ARGUMENTS = {
+    "ls": (1, "one RUN"),
+    "verify": (1, "one RUN"),
+    "diff": (2, "two of RUN[@STEP]"),
+    "average": (2, "two or more of RUN[@STEP]"),
+}
 
 
-class Checkpoints:
-    """Saves in the background and restores; a step directory appears only when it is whole."""
+def main(argv: Sequence[str]) -> int:
+    """Runs the subcommand that the command line names; returns the exit code."""
+    commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "ls": _ls,
+        "verify": _verify,
+        "diff": _diff,
+        "average": _average,
+    }
+    if len(argv) < 2 or argv[1] not in commands:
+        got = f"got {argv[1]!r}" if len(argv) > 1 else "got none"
+        raise UserError(f"name what to do first: {', '.join(commands)}; {got} (see --help)")
+    command, names = argv[1], argv[2:]
+    for name in sorted({flag for taken in _TAKES.values() for flag in taken}):
+        if flags.FLAGS[name].present and name not in _TAKES[command]:
+            raise UserError(f"--{name} is not for {command} (see --help)")
+    least, wanted = _ARGUMENTS[command]
+    if len(names) < least or (len(names) > least and command != "average"):
+        raise UserError(f"{command} needs {wanted}, got {' '.join(names) or 'none'} (see --help)")
+    return commands[command](names)
 
-    def __init__(self, workdir: Path, config: CheckpointConfig) -> None:
-        """Opens <workdir>/checkpoints."""
-        self._directory = (workdir / "checkpoints").absolute()
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            item_names=("state", "data", "config"),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.LatestN(config.keep),
-                enable_async_checkpointing=True,
-            ),
-        )
 
-    @property
-    def latest_step(self) -> int | None:
-        """Updates done in the newest checkpoint."""
-        return self._manager.latest_step()
+def _ls(names: Sequence[str]) -> int:
+    run, _ = named.run(names[0])
+    print(listing.table(run))
+    return 0
 
-    def save(self, state: TrainState, *, step: int, config: Config) -> None:
-        """Saves in the background.
 
-        The data position is one integer: batches are a pure function of (seed, step).
-        """
-        with self._writing():
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    data=ocp.args.JsonSave({"next_step": step, "seed": config.seed}),
-                    config=ocp.args.JsonSave(dataclasses.asdict(config)),
-                ),
-                force=True,
-            )
+def _verify(names: Sequence[str]) -> int:
+    run, steps = named.run(names[0])
+    if _STEP.value is not None:
+        steps = [named.checkpoint(f"{run}@{_STEP.value}").step]
+    if not steps:
+        raise UserError(f"{run} has no checkpoint")
+    # A run that trains deletes checkpoints, and must not lose those that it counts on.
+    with files.held(run / runs.LOCK) if _QUARANTINE.value else contextlib.nullcontext():
+        return verify_each(run, steps, quarantined=_QUARANTINE.value)
 
-    def restore(self, like: TrainState, *, seed: int) -> TrainState:
-        """The newest state, placed as `like` is: on this mesh, whatever mesh it was saved on.
 
-        Raises:
-          UserError: the checkpoint cannot be read, or its data position is not that of its state.
-        """
-        step = self.latest_step
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
-        )
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
-                ),
-            )
-        except Exception as error:  # the storage below Orbax raises nothing more special
-            raise UserError(
-                f"checkpoint {self._directory / str(step)} cannot be restored: "
-                f"{first_line(error)}; delete it to go on from the one before"
-            ) from error
-        if restored.data != {"next_step": step, "seed": seed} or int(restored.state.step) != step:
-            raise UserError(
-                f"checkpoint {self._directory / str(step)} holds step {int(restored.state.step)} "
-                f"and data position {restored.data}; expected {step} and seed {seed}: delete it"
-            )
-        return restored.state
+def verify_each(run: Path, steps: Sequence[int], *, quarantined: bool = False) -> int:
+    """Says what is found of each checkpoint, and moves bad ones aside if asked; the exit code.
 
-    def wait(self) -> None:
-        """Waits until what was saved is on disk.
+    Raises:
+      UserError: no sound one would be left, or one cannot be moved.
+    """
+    bad: dict[int, str] = {}
+    for step in steps:
+        checkpoint = layout.directory(run) / str(step)
+        found = verifying.verify(checkpoint)
+        if not checkpoint.exists():
+            print(f"step {step}: it was deleted meanwhile")
+        elif found.bad:
+            bad[step] = "; ".join(found.bad)
+            print("\n".join([f"step {step}: BAD", *(f"  {reason}" for reason in found.bad)]))
+        elif found.compared:
+            print(f"step {step}: sound, {found.arrays} arrays as they were saved")
+        else:
+            print(f"step {step}: readable, {found.arrays} arrays; it is older than digests")
+    if bad and quarantined:
+        if not set(layout.steps(run)) - bad.keys():
+            raise UserError(f"no other checkpoint of {run} is left: nothing was moved")
+        for step, reason in bad.items():
+            print(f"step {step}: it is now {quarantine.move(run, step, reason)}")
+    return 1 if bad else 0
 
-        Raises:
-          UserError: it could not be written.
-        """
-        with self._writing():
-            self._manager.wait_until_finished()
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Turns what the storage says of a save, this one or the one before, into one line."""
-        try:
-            yield
-        except Exception as error:  # the storage below Orbax raises nothing more special
-            raise UserError(
-                f"a checkpoint cannot be written to {self._directory}: {first_line(error)}"
-            ) from error
+def _diff(names: Sequence[str]) -> int:
+    out = Path(_JSON.value).expanduser()
+    if _JSON.value and (out.is_dir() or not out.parent.is_dir()):
+        raise UserError(f"--json={_JSON.value} must be a file in a directory that is there")
+    first, second = (named.checkpoint(name) for name in names)
+    found = differences.compare(first.path, second.path)
+    print(differences.report(found, str(first), str(second)))
+    if _JSON.value:
+        content = {"checkpoints": [str(first), str(second)], **dataclasses.asdict(found)}
+        files.write_json(out, content)
+    return 0
 
-    def close(self) -> None:
-        """Waits for saves under way and closes."""
-        self._manager.close()
 
-    def __enter__(self) -> Checkpoints:
-        """Itself."""
-        return self
+def _average(names: Sequence[str]) -> int:
+    if not _OUT.value:
+        raise UserError("average needs --out, a new directory (see --help)")
+    out = Path(_OUT.value).expanduser()
+    saving.check_free(out)
+    model = averaging.average([named.checkpoint(name) for name in names])
+    sha256 = saving.write(out, model)
+    print(f"{out}: {model.source}; sha256 {sha256}")
+    return 0
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Closes."""
-        self.close()
+
+if __name__ == "__main__":
+    run_main(main, interrupted="nothing was changed")
