@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from blindvalm_jax import files
+from blindvalm_jax.console import warn
 from blindvalm_jax.errors import UserError
 
 
@@ -23,24 +25,34 @@ class MetricWriter:
 
     def __init__(self, workdir: Path, *, resume_step: int, tensorboard: bool, active: bool) -> None:
         """Opens the file; `active` is False on all processes but the first."""
-        self._file = None
+        self._file: io.FileIO | None = None
         self._events: Any = None
+        self._before = b""  # what begins a new line where the last one was broken off
         if not active:
             return
         path = workdir / "metrics.jsonl"
         _drop_after(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = io.FileIO(path, "a")
         if tensorboard:
             writer = import_tensorboard()
             self._events = writer(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes the scalars of a step; numbers that are not finite are written as null."""
+        """Writes the scalars of a step; numbers that are not finite are written as null.
+
+        A disk that is full is no reason to end a run: the line is left out, which is said.
+        """
         if self._file is None:
             return
         finite = {k: float(v) if math.isfinite(v) else None for k, v in scalars.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
+        line = self._before + json.dumps({"step": step, **finite}).encode() + b"\n"
+        try:
+            whole, reason = self._file.write(line) == len(line), "it was cut off"
+        except OSError as error:
+            whole, reason = False, str(error.strerror)
+        if not whole and not self._before:
+            warn(f"metrics.jsonl cannot be written ({reason}): it lacks lines from step {step} on")
+        self._before = b"" if whole else b"\n"
         if self._events is not None:
             for name, value in scalars.items():
                 self._events.add_scalar(name, float(value), step)
@@ -55,8 +67,13 @@ class MetricWriter:
 
 def names_at(workdir: Path, step: int) -> set[str]:
     """Metrics that a run has of a step."""
-    lines = _lines(workdir / "metrics.jsonl")
-    return {name for _, record in lines if record["step"] == step for name in record}
+    lines = records(workdir / "metrics.jsonl")
+    return {name for record in lines if record["step"] == step for name in record}
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """What the lines of a metrics.jsonl hold; none where there is no file."""
+    return [record for _, record in _lines(path)] if path.exists() else []
 
 
 def import_tensorboard() -> Any:

@@ -60,9 +60,11 @@ def decay_mask(params: Any, *, decay: str) -> Any:
 
 def make(config: OptimizerConfig, *, steps: int) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW; decay is decoupled and scaled by the learning rate."""
-    adam = optax.scale_by_adam if config.epsilon_beside == "corrected" else scale_by_fairseq_adam
+    adam = scale_by_adam(
+        b1=config.beta1, b2=config.beta2, eps=config.epsilon, beside=config.epsilon_beside
+    )
     adamw = optax.chain(
-        adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
+        adam,
         _add_decay(config),
         optax.scale_by_learning_rate(schedule(config, steps=steps)),
     )
@@ -92,19 +94,34 @@ def _add_decay(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.stateless(add)
 
 
-def scale_by_fairseq_adam(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Adam whose epsilon is added to the second moment's root before its bias is corrected.
+def scale_by_adam(
+    *, b1: float, b2: float, eps: float, beside: str
+) -> optax.GradientTransformationExtraArgs:
+    """Adam, whose epsilon is beside the `corrected` or the `uncorrected` root of second moments.
 
-    The more efficient form of Kingma and Ba (arXiv 1412.6980, end of section 2), and fairseq's: in
-    the first updates a gradient of about epsilon moves its parameter less.
+    uncorrected: epsilon is added before the bias is corrected. That is the more efficient form of
+    Kingma and Ba (arXiv 1412.6980, end of section 2), and fairseq's: in the first updates a
+    gradient of about epsilon moves its parameter less.
+
+    An update that is called with applied=False leaves the moments and their count as they are. What
+    it returns then means nothing. The choice is made here, and the update follows from the chosen
+    moments: made on the whole state afterwards, it costs copies of it.
     """
     usual = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        _, state = usual.update(grads, state, params)
-        count = state.count.astype(jnp.float32)
+    def update(
+        grads: Any, state: Any, params: Any = None, *, applied: jax.Array | None = None, **_: Any
+    ) -> tuple[Any, Any]:
+        _, moved = usual.update(grads, state, params)
+        if applied is not None:
+            moved = jax.tree.map(lambda new, old: jnp.where(applied, new, old), moved, state)
+        if beside == "corrected":
+            mu = optax.tree.bias_correction(moved.mu, b1, moved.count)
+            nu = optax.tree.bias_correction(moved.nu, b2, moved.count)
+            return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu), moved
+        count = moved.count.astype(jnp.float32)
         factor = jnp.sqrt(1 - b2**count) / (1 - b1**count)
-        scaled = jax.tree.map(lambda m, v: factor * m / (jnp.sqrt(v) + eps), state.mu, state.nu)
-        return scaled, state
+        scaled = jax.tree.map(lambda m, v: factor * m / (jnp.sqrt(v) + eps), moved.mu, moved.nu)
+        return scaled, moved
 
-    return optax.GradientTransformation(usual.init, update)
+    return optax.GradientTransformationExtraArgs(usual.init, update)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ import numpy as np
 
 from blindvalm_jax import flops
 from blindvalm_jax.config import Config
+from blindvalm_jax.console import is_first, say
+from blindvalm_jax.goodput import Goodput, Loss
+from blindvalm_jax.guard import GuardState
+from blindvalm_jax.incidents import Incidents
 from blindvalm_jax.metrics import MetricWriter, StepTimer, duration
-
-# What must be a number, or the run has diverged: the update's and the parameters' norms too, since
-# the loss is that of the parameters before the update.
-FINITE = ("train/loss", "train/grad_norm", "train/update_norm", "train/param_norm")
+from blindvalm_jax.profiling import Profile
 
 
 class Reporter:
-    """Reports a run: losses, speed, memory share; `timer` counts the seconds of updates alone."""
+    """Reports a run: losses, speed, memory share, incidents; evaluations and the like are timed."""
 
     def __init__(
         self,
@@ -33,15 +35,22 @@ class Reporter:
         unit: str,
         units_per_row: int,
         flops_per_unit: float,
+        guard: GuardState | None,
+        goodput: Goodput,
     ) -> None:
-        """Opens metrics.jsonl; first: updates done before; unit: "token" or "pair"."""
-        self.timer = StepTimer()
-        self._begin, self._updating = time.perf_counter(), 0.0
+        """Opens metrics.jsonl.
+
+        first: updates done before; unit: "token" or "pair"; guard: memory of the guard at `first`.
+        """
+        self._timer, self._goodput = StepTimer(), goodput
+        goodput.loop_begins()
+        self._incidents = Incidents(settings.train, workdir, guard)
+        self._profile = Profile(workdir / "profile", settings.log.profile_steps)
         self._writer = MetricWriter(
             workdir,
             resume_step=first,
             tensorboard=settings.log.tensorboard,
-            active=jax.process_index() == 0,
+            active=is_first(),
         )
         self._last, self._logged, self._waited = settings.train.steps, first, 0.0
         self._unit, self._units = f"{unit}s", settings.train.batch_size * units_per_row
@@ -49,55 +58,99 @@ class Reporter:
         kind = jax.devices()[0].device_kind
         self._peak = flops.peak_tflops(kind, settings.log.peak_tflops)
 
-    def log(self, done: int, scalars: Mapping[str, jax.Array], waited: float) -> bool:
-        """Writes the metrics of a step; False when it diverged (see `FINITE`)."""
+    @contextlib.contextmanager
+    def pause(self, what: Loss) -> Iterator[None]:
+        """Leaves out of the time of updates what runs inside."""
+        begin = time.perf_counter()
+        with self._goodput.lost_to(what):
+            yield
+        self._timer.pause(time.perf_counter() - begin)
+
+    def trace_begins(self, step: int) -> None:
+        """Before a step: a profiler trace of it, where settings ask for one."""
+        with self.pause("profile"):
+            self._profile.before(step)
+
+    def trace_ends(self, step: int, scalars: Mapping[str, jax.Array]) -> None:
+        """Behind a step: the end of its trace, if it is the last one traced."""
+        if self._profile.ends_at(step):
+            jax.block_until_ready(scalars)
+            with self.pause("profile"):
+                self._profile.close()
+
+    def log(
+        self, done: int, scalars: Mapping[str, jax.Array], waited: float, damaged: Sequence[str]
+    ) -> str | None:
+        """Writes the metrics of a step; says why the run has diverged, if it has.
+
+        waited: seconds so far for batches; damaged: what was found damaged in the data so far.
+        """
         values = {name: float(value) for name, value in jax.device_get(scalars).items()}
-        updates = done - self._logged
-        spent = self.timer.lap()
-        self._updating += spent
-        seconds = spent / updates
+        diverged = self._incidents.divergence(values)
+        self._incidents.tell_updates(values)
+        self._incidents.tell_damaged(done, damaged)
+        updates, spent = done - self._logged, self._timer.lap()
         if self._unit == "tokens":
-            values["train/perplexity"] = float(np.exp(values["train/loss"]))
+            with np.errstate(over="ignore"):
+                values["train/perplexity"] = float(np.exp(values["train/loss"]))
         values[f"train/{self._unit}"] = done * self._units
-        values["perf/step_seconds"] = seconds
-        values[f"perf/{self._unit}_per_second"] = self._units / seconds
-        per_device = self._units / seconds / jax.device_count()
-        values[f"perf/{self._unit}_per_second_per_device"] = per_device
-        values["perf/data_wait_seconds"] = (waited - self._waited) / updates
-        if self._peak:
-            values["perf/mfu"] = per_device * self._flops / (self._peak * 1e12)
-        values["perf/goodput"] = self._updating / (time.perf_counter() - self._begin)
+        if damaged:
+            values["data/replaced_records"] = len(damaged)
+        speed = ""
+        if not self._profile.any_in(self._logged + 1, done):
+            seconds = spent / updates
+            values |= self._speed(seconds, (waited - self._waited) / updates)
+            speed = f"  {self._units / seconds:,.0f} {self._unit}/s"
+            speed += f"  left {duration(seconds * (self._last - done))}"
+        self._goodput.waited(waited)
+        values |= self._goodput.metrics()
         values["perf/peak_memory_mib"] = peak_memory_mib()
-        self._writer.write(done, values)
-        left = duration(seconds * (self._last - done))
-        print(
+        self._writer.write(done, {k: v for k, v in values.items() if not k.startswith("guard/")})
+        say(
             f"step {done}/{self._last}  loss {values['train/loss']:.4f}  "
-            f"lr {values['train/learning_rate']:.2e}  grad {values['train/grad_norm']:.3f}  "
-            f"{self._units / seconds:,.0f} {self._unit}/s  left {left}",
-            flush=True,
+            f"lr {values['train/learning_rate']:.2e}  grad {values['train/grad_norm']:.3f}{speed}"
         )
         self._logged, self._waited = done, waited
-        return self.is_finite(values)
+        return diverged
 
-    @staticmethod
-    def is_finite(scalars: Mapping[str, Any]) -> bool:
-        """Whether an update left a sound state; waits for it."""
-        return all(np.isfinite(scalars[name]) for name in FINITE)
+    def _speed(self, seconds: float, waited: float) -> dict[str, float]:
+        """Metrics of an update that took so many seconds, and of those waited for its batch."""
+        rate = self._units / seconds
+        per_device = rate / jax.device_count()
+        found = {
+            "perf/step_seconds": seconds,
+            f"perf/{self._unit}_per_second": rate,
+            f"perf/{self._unit}_per_second_per_device": per_device,
+            "perf/data_wait_seconds": waited,
+        }
+        if self._peak:
+            found["perf/mfu"] = per_device * self._flops / (self._peak * 1e12)
+        return found
 
-    def evaluated(self, done: int, scalars: Mapping[str, float]) -> None:
-        """Writes metrics on held-out data."""
+    def divergence(self, scalars: Mapping[str, Any]) -> str | None:
+        """Why the run has diverged, None if an update left a sound state; waits for it."""
+        return self._incidents.divergence(scalars)
+
+    def diverged(self, done: int, reason: str) -> None:
+        """Records that the run ends so."""
+        self._incidents.diverged(done, reason)
+
+    def evaluated(self, done: int, scalars: Mapping[str, float], damaged: Sequence[str]) -> None:
+        """Writes metrics on held-out data; damaged: see `log`."""
+        self._incidents.tell_damaged(done, damaged)
         self._writer.write(done, scalars)
         named = (f"{k.removeprefix('eval/').replace('_', ' ')} {v:.4g}" for k, v in scalars.items())
-        print(f"step {done}/{self._last}  held-out {'  '.join(named)}", flush=True)
+        say(f"step {done}/{self._last}  held-out {'  '.join(named)}")
 
     def answered(self, done: int, scalars: Mapping[str, float]) -> None:
         """Writes the scores of tasks."""
         self._writer.write(done, scalars)
         named = (f"{name.rpartition('/')[2]} {value:.4g}" for name, value in scalars.items())
-        print(f"step {done}/{self._last}  tasks  {'  '.join(named)}", flush=True)
+        say(f"step {done}/{self._last}  tasks  {'  '.join(named)}")
 
     def close(self) -> None:
-        """Closes the files."""
+        """Closes the files, and a trace that is under way."""
+        self._profile.close()
         self._writer.close()
 
 

@@ -11,14 +11,21 @@ import optax
 from flax import struct
 from jax import Array
 
+from blindvalm_jax import guard
+from blindvalm_jax.layer_norms import layer_norms
+
 
 @struct.dataclass
 class TrainState:
-    """What an update changes: the number of updates done, parameters, optimizer moments."""
+    """What an update changes: the number of updates done, parameters, optimizer moments.
+
+    guard: what the guard of the update remembers; None: nothing guards it.
+    """
 
     step: Array
     params: Any
     opt_state: Any
+    guard: guard.GuardState | None = None
 
 
 class Model(Protocol):
@@ -42,19 +49,39 @@ def train_step(
     optimizer: optax.GradientTransformation,
     rate: optax.Schedule,
     seed: int,
+    rules: guard.Guard | None = None,
+    by_layer: bool = False,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update and its metrics; what is random in it depends on (seed, step) alone.
 
-    frozen: parameters that take part and do not learn, by the name of what they belong to.
+    frozen: parameters that take part and do not learn, by the name of what they belong to. rules:
+    those of the guard, for a state with the memory of one; the optimizer then takes `applied` (see
+    `optim.scale_by_adam`). by_layer: norms of each layer too.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     grads, metrics = model.gradients(state.params, frozen, batch, key)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    done, norm = jnp.add(state.step, 1), optax.tree.norm(grads)
+    verdict, applied = None, {}
+    scaled = grads
+    if rules is not None and state.guard is not None:
+        verdict = rules.judge(state.guard, step=done, loss=metrics["train/loss"], norm=norm)
+        applied = {"applied": verdict.applied}
+        metrics |= guard.metrics(verdict.state)
+        if rules.on_spike == "clip":
+            scaled = optax.tree.scale(verdict.scale, grads)
+    updates, opt_state = optimizer.update(scaled, state.opt_state, state.params, **applied)
     params = optax.apply_updates(state.params, updates)
-    norms = {
-        "train/grad_norm": optax.tree.norm(grads),
-        "train/update_norm": optax.tree.norm(updates),
+    moved = {"train/update_norm": optax.tree.norm(updates)}
+    if by_layer:
+        moved |= layer_norms("update", updates)
+    if verdict is not None:
+        params = guard.kept_unless(verdict.applied, params, state.params)
+        moved = {name: jnp.where(verdict.applied, x, 0.0) for name, x in moved.items()}
+    metrics |= moved | {
+        "train/grad_norm": norm,
         "train/param_norm": optax.tree.norm(params),
         "train/learning_rate": rate(state.step),
     }
-    return TrainState(jnp.add(state.step, 1), params, opt_state), metrics | norms
+    if by_layer:
+        metrics |= layer_norms("grad", grads) | layer_norms("param", params)
+    return TrainState(done, params, opt_state, verdict and verdict.state), metrics

@@ -1,0 +1,174 @@
+"""What a run tells of itself besides its losses: events, lost time, norms of layers, a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from blindvalm_jax import config, events, metrics, trainer, trees
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.goodput import Goodput
+from blindvalm_jax.layer_norms import layer_norms
+from blindvalm_jax.metrics import MetricWriter
+from tests import small_models, small_text
+from tests.test_guard import small
+from tests.test_train import read_metrics
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly() -> Iterator[None]:
+    with small_models.quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with everything that may be asked for."""
+    directory = tmp_path_factory.mktemp("reported")
+    small_text.write_text(directory / "text.txt", small_text.documents(60))
+    asked: dict[str, Any] = {"log__layer_norms": True, "log__profile_steps": (3, 4)}
+    asked |= {"eval__every_steps": 3, "log__every_steps": 2}
+    shape: dict[str, Any] = {"decoder__layers": 3, "train__steps": 8}
+    values = small(directory / "text.txt", **shape, **asked)
+    assert trainer.train(values, directory / "run") == 0
+    return directory / "run"
+
+
+def test_events_stay_also_those_of_updates_that_are_done_again(tmp_path: Path) -> None:
+    events.record(tmp_path, "start", step=0)
+    events.record(tmp_path, "skipped", step=7, loss=float("nan"), reason="not finite")
+    with (tmp_path / events.FILE).open("a") as file:
+        file.write('{"time": "2026-01-01T00:00')  # killed while it wrote
+    events.record(tmp_path, "resume", step=4)
+    found = events.read(tmp_path)
+    assert [(e["event"], e["step"]) for e in found] == [("start", 0), ("skipped", 7), ("resume", 4)]
+    assert found[1]["loss"] is None
+    assert time.strptime(found[0]["time"], "%Y-%m-%dT%H:%M:%S%z")
+    for line in (tmp_path / events.FILE).read_text().splitlines()[:2]:
+        json.loads(line, parse_constant=pytest.fail)
+
+
+def test_events_that_cannot_be_written_end_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / events.FILE).mkdir()
+    events.record(tmp_path, "saved", step=3)
+    assert f"note: {tmp_path / events.FILE} cannot be written" in capsys.readouterr().out
+
+
+def test_time_is_updates_or_lost_to_something() -> None:
+    begin = time.perf_counter()
+    goodput = Goodput()
+    with goodput.lost_to("compile"):
+        before_compile = time.perf_counter()
+        while time.perf_counter() - before_compile < 0.02:
+            pass
+    goodput.loop_begins()
+    with pytest.raises(UserError), goodput.lost_to("checkpoint"):
+        raise UserError("no room")
+    goodput.waited(0.001)
+    found = goodput.metrics()
+    total = time.perf_counter() - begin
+    lost = {name: x for name, x in found.items() if name != "perf/goodput"}
+    assert lost["perf/lost_compile_seconds"] >= 0.02
+    assert lost["perf/lost_data_seconds"] == 0.001
+    assert 0 <= lost["perf/lost_start_seconds"] < total - 0.02
+    assert lost["perf/lost_checkpoint_seconds"] > 0
+    # all of the time, but for the last instructions of the measurement itself
+    assert found["perf/goodput"] * total + sum(lost.values()) == pytest.approx(total, abs=0.01)
+
+
+def test_a_run_says_what_time_it_lost(reported: Path) -> None:
+    metrics = read_metrics(reported)
+    for name in ("start", "compile", "data", "evaluation", "checkpoint", "profile"):
+        seconds = metrics[f"perf/lost_{name}_seconds"]
+        assert seconds[8] > 0, name
+        assert seconds[2] <= seconds[8], name
+    assert metrics["perf/lost_tasks_seconds"][8] == 0
+    assert metrics["perf/lost_evaluation_seconds"][2] == 0  # the first is at step 3
+    assert 0 < metrics["perf/goodput"][8] < 1
+
+
+def test_traced_steps_are_left_out_of_the_timings(reported: Path) -> None:
+    """Steps 3 and 4 are traced: the line of step 4 has no speed; all others have."""
+    assert sorted(read_metrics(reported)["perf/step_seconds"]) == [2, 6, 8]
+    assert sorted(read_metrics(reported)["train/loss"]) == [2, 4, 6, 8]
+    assert list((reported / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_run_has_norms_of_each_of_its_layers(reported: Path) -> None:
+    metrics = read_metrics(reported)
+    layers = {
+        name.removeprefix("layers/").rpartition("/")[0] for name in metrics if "layers/" in name
+    }
+    assert layers == {"h/0", "h/1", "h/2", "ln_f", "wte"}
+    for kind in ("grad", "update", "param"):
+        for step in (2, 8):
+            parts = [metrics[f"layers/{name}/{kind}_norm"][step] for name in layers]
+            whole = metrics[f"train/{kind}_norm"][step]
+            assert whole == pytest.approx(np.sqrt(np.square(parts).sum()), rel=1e-5)
+
+
+def test_norms_tell_stacked_layers_apart_and_find_fusion_layers() -> None:
+    params = small_models.decoder_params(small_models.blind_model().decoder)
+    both = {"text": {"h": params["h"]}, "logit_scale": jnp.ones(())}
+    found = jax.jit(lambda tree: layer_norms("param", tree))(both)
+    assert set(found) == {
+        f"layers/{name}/param_norm" for name in ("text/h/0", "text/h/1", "text/h/2", "logit_scale")
+    }
+    for name, branch in (("0", "blocks_0_0"), ("1", "fusion_1"), ("2", "blocks_2_2")):
+        expected = optax.tree.norm(params["h"][branch])
+        assert float(found[f"layers/text/h/{name}/param_norm"]) == pytest.approx(float(expected))
+    plain = small_models.decoder_params(small_models.decoder())
+    stack = trees.flatten(plain["h"]["blocks_0_2"])
+    found = layer_norms("grad", plain)
+    expected = np.sqrt(sum(np.square(x[1]).sum() for x in stack.values()))
+    assert float(found["layers/h/1/grad_norm"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("steps", [(3,), (4, 3), (0, 2), (1.5, 2), (1, 2, 3)])
+def test_steps_to_trace_are_a_first_and_a_last(steps: tuple[Any, ...]) -> None:
+    values = config.default()
+    values.log.profile_steps = steps
+    with pytest.raises(UserError, match=r"log\.profile_steps must be a first and a last step"):
+        config.parse(values)
+
+
+def test_a_full_disk_leaves_lines_out_and_ends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is printed goes to no file here: the limit is on all of them."""
+    writer = MetricWriter(tmp_path, resume_step=0, tensorboard=False, active=True)
+    writer.write(1, {"train/loss": 4.0})
+    with full_disk(tmp_path / "metrics.jsonl"):
+        for step in (2, 3):
+            writer.write(step, {"train/loss": 3.0})
+    writer.write(4, {"train/loss": 2.0})
+    writer.close()
+    lines = metrics.records(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["train/loss"]) for line in lines] == [(1, 4.0), (4, 2.0)]
+    said = capsys.readouterr().err
+    assert said.count("warning: metrics.jsonl cannot be written") == 1
+    assert "lacks lines from step 2 on" in said
+
+
+@contextlib.contextmanager
+def full_disk(path: Path) -> Iterator[None]:
+    """The file may have half a line more, and no more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
