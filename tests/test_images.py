@@ -395,6 +395,19 @@ def test_tfds_mistakes_are_one_clear_line(
     assert "\n" not in str(error.value)
 
 
+def test_a_damaged_tfds_record_names_its_file_and_number(tfds_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tfds_dir, tmp_path / "copy")
+    (path,) = (tmp_path / "copy").rglob("*train*.array_record*")
+    path.write_bytes(bytes(path.stat().st_size))
+    source = pictures(tmp_path / "copy", split="train[1:]")
+    for read in (source.__getitem__, source.captions):
+        with pytest.raises(
+            images.DamagedImage, match=rf"train\[1:\]:2 in {path}, cannot be read: "
+        ) as error:
+            read(2)
+        assert "\n" not in str(error.value)
+
+
 def test_tfds_images_without_a_caption_are_named(tfds_dir: Path) -> None:
     def read() -> None:
         source = pictures(tfds_dir, caption_field="mostly")  # the first example may have one

@@ -25,17 +25,18 @@ from blindvalm_jax.config import DataConfig
 from blindvalm_jax.data import image_files
 from blindvalm_jax.data.corpora import open_tfds
 from blindvalm_jax.data.file_hashes import file_hashes, readable
+from blindvalm_jax.data.replacing import DamagedRecord
 from blindvalm_jax.data.workers import Progress
 from blindvalm_jax.errors import UserError, first_line
 
 CAPTIONS_FILE = "captions.jsonl"
 
 
-class DamagedImage(UserError):
+class DamagedImage(DamagedRecord):
     """An image that is not there or cannot be decoded; id: its name within the source."""
 
     def __init__(self, message: str, *, id: str) -> None:
-        """As a `UserError`."""
+        """message: a `UserError`'s."""
         super().__init__(message)
         self.id = id
 
@@ -188,7 +189,8 @@ class TfdsImages:
         self._name, self._split, self._digests = name, split, digests
         self._fields = image_field, caption_field
         self._builder, self._examples = open_tfds(name, split, data_dir)
-        self[0]  # finds a wrong field before anything is computed
+        with contextlib.suppress(DamagedImage):
+            self[0]  # finds a wrong field before anything is computed
         self._undecoded = self._builder.as_data_source(
             split=split, decoders=_undecoded(image_field)
         )
@@ -201,9 +203,10 @@ class TfdsImages:
         """One of them, decoded.
 
         Raises:
+          DamagedImage: its record cannot be read, or its image cannot be decoded.
           UserError: it is no image with captions.
         """
-        example = self._examples[index]
+        example = self._read(self._examples, index)
         image = np.asarray(self._field(example, self._fields[0], "data.image_field"))
         if image.ndim != 3 or image.dtype != np.uint8 or image.shape[2] not in (1, 3):
             raise UserError(
@@ -214,9 +217,28 @@ class TfdsImages:
             image = np.repeat(image, 3, axis=2)
         return Captioned(f"{self._split}:{index}", image, self._captions(example, index))
 
+    def _read(self, examples: Any, index: int) -> Any:
+        """An example; a `DamagedImage` that names its file where it cannot be read."""
+        try:
+            return examples[index]
+        except Exception as error:  # a damaged file makes its reader raise what it likes
+            where = f"{self._split}:{index} in {self._file(index)}"
+            message = f"TFDS {self._name}, {where}, cannot be read: {first_line(error)}"
+            if image_files.is_of_the_system(error):
+                raise UserError(message) from error
+            raise DamagedImage(message, id=f"{self._split}:{index}") from error
+
+    def _file(self, index: int) -> str:
+        """The file that holds an example."""
+        for part in self._builder.info.splits[self._split].file_instructions:
+            if index < part.take:
+                return str(part.filename)
+            index -= part.take
+        raise IndexError(index)
+
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of one of them; its image is not decoded."""
-        return self._captions(self._undecoded[index], index)
+        return self._captions(self._read(self._undecoded, index), index)
 
     def describe(self) -> dict[str, Any]:
         """Name, split and fields, and size and SHA-256 of the files."""
@@ -314,9 +336,12 @@ def open_sources(
     Raises:
       UserError: there are none, or they cannot be read.
     """
-    source = open_source(data, digests=digests)
+    may_miss = data.on_corrupt == "skip"
+    source = open_source(data, digests=digests, may_miss=may_miss)
     if data.eval_images:
-        return source, FolderImages(data.eval_images, setting="data.eval_images", digests=digests)
+        return source, FolderImages(
+            data.eval_images, setting="data.eval_images", digests=digests, may_miss=may_miss
+        )
     if data.tfds_eval_split:
         return source, _open_tfds(data, data.tfds_eval_split, digests)
     if not data.eval_fraction:

@@ -12,6 +12,7 @@ import numpy as np
 from blindvalm_jax.data import images
 from blindvalm_jax.data.images import Captioned, ImageSource
 from blindvalm_jax.data.pipeline import Batch, Batches, block_iterator, eval_order
+from blindvalm_jax.data.replacing import Source
 from blindvalm_jax.data.tokenizers import Tokenizer
 
 KEPT_BYTES = 1 << 30
@@ -89,7 +90,7 @@ class _Draw(grain.transforms.RandomMap):
 
 
 def batches(
-    source: ImageSource,
+    source: Source,
     read: Reader,
     *,
     batch_size: int,
@@ -100,6 +101,7 @@ def batches(
 ) -> Batches:
     """Shuffled batches from `start_step` on, for ever; every epoch has an order of its own.
 
+    source: of `Captioned`.
     Rows: images uint8 [b, S, S, 3], tokens int32 [b, C - 1], length int32 [b].
 
     Raises:
@@ -116,7 +118,7 @@ def batches(
 
 
 def eval_batches(
-    source: ImageSource,
+    source: Source,
     read: Reader,
     *,
     batch_size: int,
@@ -136,7 +138,7 @@ def eval_batches(
         yield _rows(source, read, chosen[places].tolist()), count
 
 
-def _rows(source: ImageSource, read: Reader, numbers: list[int]) -> Batch:
+def _rows(source: Source, read: Reader, numbers: list[int]) -> Batch:
     """The rows of some images with their first captions.
 
     One that comes again is not decoded again, and none is held longer than its row takes.

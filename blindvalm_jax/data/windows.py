@@ -13,6 +13,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from blindvalm_jax.data import manifest
+from blindvalm_jax.data.replacing import DamagedRecord
 from blindvalm_jax.errors import UserError
 
 _MOST_OPEN = 32  # files of a process, per split: a large corpus has more shards than descriptors
@@ -27,8 +28,10 @@ class Windows:
     (0: the start token, k: the k-th tower token). In the shared mode S = T.
     """
 
-    def __init__(self, directory: str | Path, split: str) -> None:
+    def __init__(self, directory: str | Path, split: str, *, may_miss: bool = False) -> None:
         """Checks that the split of a directory is complete.
+
+        may_miss: a shard that is missing or of the wrong size is no error before it is read.
 
         Raises:
           UserError: no finished directory, no such split or no window in it, a shard is missing or
@@ -45,7 +48,8 @@ class Windows:
                 f"{directory} has no {split} windows: prepare it with eval_fraction > 0 or "
                 "eval_files, or evaluate never (eval.every_steps=0)"
             )
-        self._check_files()
+        if not may_miss:
+            self._check_files()
         tower = self.manifest.tower_record
         self._layout = manifest.record_dtype(
             sequence_length=self.manifest.sequence_length,
@@ -79,7 +83,7 @@ class Windows:
         """One window (see the class).
 
         Raises:
-          UserError: its file is damaged.
+          DamagedRecord: its file is damaged, or not there.
         """
         index = int(index)
         if not 0 <= index < len(self):
@@ -118,7 +122,7 @@ class Windows:
             return np.frombuffer(content, self._layout)[0]
         except (RuntimeError, ValueError, IndexError, OSError) as error:
             reason = " ".join(str(error).split())[:120]
-            raise UserError(
+            raise DamagedRecord(
                 f"{path} is damaged at window {place} of it ({reason}): delete "
                 f"{self.directory}, prepare again"
             ) from error
