@@ -1,0 +1,43 @@
+# shellcheck shell=bash
+# Read by the other scripts: commands are shown before they run, or only shown with --dry-run.
+
+DRY_RUN=0
+exec 3>&1 # where commands are shown, also where the output of one is captured
+
+# Says what is wrong on one line and ends with 2, the exit code of bad usage.
+bad_usage() {
+  printf 'error: %s\n' "$1" >&2
+  exit 2
+}
+
+# The comment at the top of the script is its help.
+print_help() {
+  sed -n '2,/^$/{/^$/d;s/^# \{0,1\}//;p;}' "$0"
+}
+
+# needed VALUE --flag VARIABLE: refuses an empty value.
+needed() {
+  [ -n "$1" ] || bad_usage "$2=... or the variable $3 is needed; --help says what it is"
+}
+
+# Prints words so that any shell reads them back as they are.
+quoted() {
+  local word space='' escaped="'\\''"
+  for word in "$@"; do
+    case $word in
+      '' | *[!A-Za-z0-9_./:=,@%+-]*) printf "%s'%s'" "$space" "${word//\'/$escaped}" ;;
+      *) printf '%s%s' "$space" "$word" ;;
+    esac
+    space=' '
+  done
+}
+
+show() {
+  printf '+ %s\n' "$(quoted "$@")" >&3
+}
+
+# Shows a command and runs it, if this is no dry run.
+run() {
+  show "$@"
+  [ "$DRY_RUN" = 1 ] || "$@"
+}

@@ -1,0 +1,254 @@
+#!/usr/bin/env bash
+# Trains on Google Kubernetes Engine, as a JobSet or through xpk.
+#
+# launch/gke.sh COMMAND [FLAGS] -- ARGUMENTS OF TRAIN
+#   manifest   print the JobSet
+#   create     create it with kubectl; the cluster needs the JobSet controller
+#   logs       follow what the first process prints
+#   status     the JobSet and its pods
+#   delete     delete the JobSet
+#   xpk        submit with xpk instead, to a cluster that xpk has made (TPU)
+# Flags, or variables in their place:
+#   --name=NAME          GKE_NAME       name of the JobSet
+#   --image=IMAGE        GKE_IMAGE      container image, see launch/Dockerfile
+#   --claim=CLAIM        GKE_CLAIM      PersistentVolumeClaim, mounted at /runs in every pod: the place
+#                                       for --workdir, which must outlive the pods
+#   --tpu=ACCELERATOR    GKE_TPU        gke-tpu-accelerator such as tpu-v5-lite-podslice, with
+#   --topology=TOPOLOGY  GKE_TOPOLOGY   such as 4x4
+#   --gpu=ACCELERATOR    GKE_GPU        or gke-accelerator such as nvidia-h100-80gb
+#   --chips=N                           TPU chips or GPUs of a host, 4
+#   --hosts=N                           hosts of a slice, 1
+#   --slices=N                          TPU slices, 1
+#   --spot                              on Spot nodes
+#   --restarts=N                        how often all is started again, 50
+#   --grace=SECONDS                     from SIGTERM to SIGKILL, 300: a save has to fit in
+#   --namespace=NAMESPACE               of kubectl
+# xpk alone (it needs --name, --image, --slices, --restarts and --grace of the above):
+#   --project=PROJECT    GKE_PROJECT    project of the cluster
+#   --zone=ZONE          GKE_ZONE       zone of the cluster
+#   --cluster=CLUSTER    GKE_CLUSTER    name of the cluster
+#   --type=TYPE          GKE_TYPE       device type such as v5litepod-16
+#   --storage=NAME       GKE_STORAGE    storage attached with `xpk storage attach`
+#   --dry-run            print the commands, run none
+
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=commands.sh
+. "$(dirname "$0")/commands.sh"
+
+PORT=12321 # of the first pod; 8476 and 8482 are the TPU library's and JAX's own
+TRAIN=(python -m blindvalm_jax.train)
+
+main() {
+  case ${1-} in
+    -h | --help) print_help; exit 0 ;;
+    manifest | create | logs | status | delete | xpk) command=$1; shift ;;
+    *) bad_usage "a command is needed: manifest, create, logs, status, delete or xpk" ;;
+  esac
+  name=${GKE_NAME-} image=${GKE_IMAGE-} claim=${GKE_CLAIM-} tpu=${GKE_TPU-} gpu=${GKE_GPU-}
+  topology=${GKE_TOPOLOGY-} project=${GKE_PROJECT-} zone=${GKE_ZONE-} cluster=${GKE_CLUSTER-}
+  type=${GKE_TYPE-} storage=${GKE_STORAGE-}
+  chips=4 hosts=1 slices=1 spot=0 restarts=50 grace=300 namespace=
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --name=*) name=${1#*=} ;;
+      --image=*) image=${1#*=} ;;
+      --claim=*) claim=${1#*=} ;;
+      --tpu=*) tpu=${1#*=} ;;
+      --topology=*) topology=${1#*=} ;;
+      --gpu=*) gpu=${1#*=} ;;
+      --chips=*) chips=${1#*=} ;;
+      --hosts=*) hosts=${1#*=} ;;
+      --slices=*) slices=${1#*=} ;;
+      --spot) spot=1 ;;
+      --restarts=*) restarts=${1#*=} ;;
+      --grace=*) grace=${1#*=} ;;
+      --namespace=*) namespace=${1#*=} ;;
+      --project=*) project=${1#*=} ;;
+      --zone=*) zone=${1#*=} ;;
+      --cluster=*) cluster=${1#*=} ;;
+      --type=*) type=${1#*=} ;;
+      --storage=*) storage=${1#*=} ;;
+      --dry-run) DRY_RUN=1 ;;
+      -h | --help) print_help; exit 0 ;;
+      --) shift; break ;;
+      *) bad_usage "unknown argument $1; arguments of train stand behind --" ;;
+    esac
+    shift
+  done
+  for number in "$chips" "$hosts" "$slices" "$restarts" "$grace"; do
+    case $number in
+      '' | *[!0-9]*) bad_usage "--chips, --hosts, --slices, --restarts and --grace are whole numbers" ;;
+    esac
+  done
+  needed "$name" --name GKE_NAME
+  case $name in
+    *[!a-z0-9-]* | [!a-z]* | *-) bad_usage "--name=$name is no name of Kubernetes: a-z, 0-9 and -" ;;
+  esac
+  case $command in manifest | create | xpk)
+    needed "$image" --image GKE_IMAGE
+    [ $# -gt 0 ] || bad_usage "arguments of train are needed behind --, such as -- --config=..." ;;
+  esac
+  case $command in manifest | create) check_manifest ;; esac
+  "do_$command" "$@"
+}
+
+check_manifest() {
+  needed "$claim" --claim GKE_CLAIM
+  [ -n "$tpu$gpu" ] || bad_usage "--tpu=... or --gpu=... is needed, which machines to run on"
+  [ -z "$tpu" ] || [ -z "$gpu" ] || bad_usage "--tpu and --gpu are two ways: give one"
+  [ -z "$tpu" ] || needed "$topology" --topology GKE_TOPOLOGY
+  [ -z "$gpu" ] || [ "$slices" = 1 ] || bad_usage "--slices are for TPUs: give more --hosts"
+}
+
+kubernetes() {
+  run kubectl ${namespace:+--namespace="$namespace"} "$@"
+}
+
+do_create() {
+  local text
+  text=$(do_manifest "$@")
+  [ "$DRY_RUN" = 0 ] || printf '%s\n' "$text"
+  kubernetes create -f - <<<"$text"
+}
+
+do_logs() {
+  kubernetes logs --follow "--selector=jobset.sigs.k8s.io/jobset-name=$name,\
+jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
+}
+
+do_status() {
+  kubernetes get jobset "$name"
+  kubernetes get pods "--selector=jobset.sigs.k8s.io/jobset-name=$name" --output=wide
+}
+
+do_delete() {
+  kubernetes delete jobset "$name"
+}
+
+# xpk restarts on 42 and on what signals leave, and on nothing else.
+do_xpk() {
+  needed "$project" --project GKE_PROJECT
+  needed "$zone" --zone GKE_ZONE
+  needed "$cluster" --cluster GKE_CLUSTER
+  needed "$type" --type GKE_TYPE
+  needed "$storage" --storage GKE_STORAGE
+  run xpk workload create --workload="$name" --project="$project" --zone="$zone" \
+    --cluster="$cluster" --device-type="$type" --num-slices="$slices" --docker-image="$image" \
+    --storage="$storage" --max-restarts="$restarts" --restart-on-exit-codes=42 \
+    --termination-grace-period-seconds="$grace" \
+    --command="$(quoted "${TRAIN[@]}" --distributed=auto "$@")"
+}
+
+# A word as a string of JSON, which YAML reads.
+json() {
+  local word=${1//\\/\\\\}
+  printf '"%s"' "${word//\"/\\\"}"
+}
+
+# Words as items of the list of arguments. Kubernetes expands $(NAME) in them, $$ stands for $.
+items() {
+  local word
+  for word in "$@"; do
+    printf '              - %s\n' "$(json "${word//\$/\$\$}")"
+  done
+}
+
+# How Kubernetes and JobSet see the exit codes: a pod that ends with 1 or 43 fails its Job for the
+# reason PodFailurePolicy, and with it the JobSet. Any other end (42: preempted and saved; a signal;
+# 134: another pod is gone; a pod that was evicted, whatever it ended with) fails the Job, and the
+# JobSet starts all again.
+do_manifest() {
+  local annotations='' selector resource start environment='' tolerations=''
+  if [ -n "$tpu" ]; then
+    annotations="
+  annotations:
+    # all pods of a slice on the nodes of one pool
+    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool"
+    selector="cloud.google.com/gke-tpu-accelerator: $(json "$tpu")
+              cloud.google.com/gke-tpu-topology: $(json "$topology")"
+    resource=google.com/tpu
+    start=$(items --distributed=auto) # GKE tells each pod its slice and its place
+  else
+    selector="cloud.google.com/gke-accelerator: $(json "$gpu")"
+    resource=nvidia.com/gpu
+    start="              - \"--distributed=$name-train-0-0.$name:$PORT\"
+              - \"--processes=$hosts\"
+              - \"--process=\$(PROCESS)\""
+    environment="
+              env:
+              - name: PROCESS
+                valueFrom:
+                  fieldRef:
+                    fieldPath: metadata.annotations['batch.kubernetes.io/job-completion-index']"
+    tolerations="
+            - {key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}"
+  fi
+  if [ "$spot" = 1 ]; then
+    selector="$selector
+              cloud.google.com/gke-spot: \"true\""
+    tolerations="$tolerations
+            - {key: cloud.google.com/gke-spot, operator: Exists, effect: NoSchedule}"
+  fi
+  cat <<END
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: "$name"$annotations
+spec:
+  network:
+    # a headless service: pods find each other as $name-train-SLICE-HOST.$name
+    enableDNSHostnames: true
+    subdomain: "$name"
+  failurePolicy:
+    maxRestarts: $restarts
+    rules:
+    - name: training_failed
+      action: FailJobSet
+      onJobFailureReasons: [PodFailurePolicy]
+  replicatedJobs:
+  - name: train
+    replicas: $slices
+    template:
+      spec:
+        parallelism: $hosts
+        completions: $hosts
+        completionMode: Indexed
+        # one process cannot come back alone: the JobSet starts all of them again
+        backoffLimit: 0
+        podFailurePolicy:
+          rules:
+          - action: Count
+            onPodConditions:
+            - type: DisruptionTarget
+          - action: FailJob
+            onExitCodes:
+              containerName: train
+              operator: In
+              values: [1, 43]
+        template:
+          spec:
+            restartPolicy: Never
+            terminationGracePeriodSeconds: $grace
+            nodeSelector:
+              $selector
+            tolerations:${tolerations:- []}
+            containers:
+            - name: train
+              image: $(json "$image")
+              command: ["python", "-m", "blindvalm_jax.train"]
+              args:
+$start
+$(items "$@")$environment
+              resources:
+                limits:
+                  $resource: $chips
+              volumeMounts:
+              - {name: runs, mountPath: /runs}
+            volumes:
+            - name: runs
+              persistentVolumeClaim:
+                claimName: $(json "$claim")
+END
+}
+
+main "$@"

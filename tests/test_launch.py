@@ -1,0 +1,364 @@
+"""The files of launch/: well-formed, as recorded, and what schedulers see of the exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests import make_golden_launch
+from tests.launch_fakes import ROOT, Answer, Fakes, run_script
+
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+POD = ("--name=first", "--image=example.org/a:1", "--claim=runs")
+TPU = (*POD, "--tpu=tpu-v5-lite-podslice", "--topology=4x4", "--hosts=4")
+GPU = (*POD, "--gpu=nvidia-h100-80gb", "--hosts=2", "--chips=8")
+TRAIN = ("--config=configs/text.py:small", '--config.note=it\'s "a" \\ $(NAME) $$')
+
+
+@pytest.fixture
+def fakes(tmp_path: Path) -> Fakes:
+    return Fakes(tmp_path / "bin")
+
+
+def shellcheck(*words: str, text: str | None = None) -> None:
+    """Fails with what shellcheck finds."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = shutil.which("shellcheck", path=path)
+    if command is None:
+        pytest.skip("shellcheck is not installed: pip install -e '.[test]'")
+    done = subprocess.run(
+        [command, "--shell=bash", *words], input=text, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+# ---------------------------------------------------------------- all
+
+
+def test_shellcheck_finds_nothing_in_the_scripts() -> None:
+    assert len(SCRIPTS) >= 4
+    shellcheck(*map(str, SCRIPTS))
+
+
+@pytest.mark.parametrize("name", make_golden_launch.CASES)
+def test_a_dry_run_prints_what_is_recorded(name: str) -> None:
+    golden = make_golden_launch.GOLDEN / f"{name}.txt"
+    assert make_golden_launch.dry_run(name) == golden.read_text(), (
+        "python -m tests.make_golden_launch records it anew"
+    )
+
+
+def test_every_record_is_of_a_case() -> None:
+    files = {path.stem for path in make_golden_launch.GOLDEN.iterdir()}
+    assert files == set(make_golden_launch.CASES)
+
+
+@pytest.mark.parametrize("name", sorted(set(make_golden_launch.CASES) - {"local"}))
+def test_a_dry_run_runs_nothing(name: str, fakes: Fakes) -> None:
+    script, *words = make_golden_launch.CASES[name]
+    for command in ("gcloud", "kubectl", "xpk", "srun", "scontrol", "sleep"):
+        fakes.add(command)
+    words.insert(1 if script.endswith(".sh") else 0, "--dry-run")
+    assert fakes.run(script, *words).returncode == 0
+    assert fakes.calls() == []
+
+
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "gke.sh", "slurm.sbatch", "local.py"])
+def test_help_says_how_each_is_used(script: str) -> None:
+    command = [sys.executable if script.endswith(".py") else "bash", f"launch/{script}", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"launch/{script}" in done.stdout
+    assert "--dry-run" in done.stdout
+
+
+def test_nothing_names_a_project_a_zone_or_a_bucket() -> None:
+    for path in LAUNCH.iterdir():
+        text = path.read_text()
+        for found in re.findall(r"(?:gs|s3)://[\w.$-]*", text):
+            bucket = found.partition("://")[2].strip(".")
+            assert bucket == "" or bucket.isupper(), f"{path.name}: {found}"
+        found = re.findall(r"(?<!such as )\b(?:us|europe|asia)-[a-z]+\d-[a-z]\b", text)
+        assert not found, f"{path.name}: {found}"
+
+
+def _commands() -> list[list[str]]:
+    """The commands of the table in launch/README.md."""
+    rows = (LAUNCH / "README.md").read_text().splitlines()
+    found = [re.fullmatch(r"\|[^|]*\| `(.*)` \|", row) for row in rows]
+    return [shlex.split(row[1]) for row in found if row]
+
+
+def test_the_page_has_a_command_for_every_file() -> None:
+    named = {Path(word).name for words in _commands() for word in words if "launch/" in word}
+    others = {"README.md", "commands.sh", "Dockerfile.dockerignore"}
+    assert named == {path.name for path in LAUNCH.iterdir() if path.is_file()} - others
+
+
+@pytest.mark.parametrize("words", [w for w in _commands() if w[0] not in ("sky", "docker")])
+def test_the_pages_commands_are_right(words: list[str]) -> None:
+    at = next(i for i, word in enumerate(words) if word.startswith("launch/"))
+    start = [sys.executable] if words[at].endswith(".py") else ["bash"]
+    behind = at + 2 if words[at].endswith(".sh") else at + 1  # the scripts have subcommands
+    command = [*start, *words[at:behind], "--dry-run", *words[behind:]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# ---------------------------------------------------------------- GKE
+
+
+def manifest(*words: str) -> Any:
+    """The JobSet that gke.sh prints, read."""
+    done = run_script("launch/gke.sh", "manifest", *words, "--", *TRAIN)
+    assert done.returncode == 0, done.stderr
+    return yaml.safe_load(done.stdout)
+
+
+def pod(jobset: Any) -> Any:
+    return jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+
+
+@pytest.mark.parametrize("machines", [TPU, GPU])
+def test_a_jobset_restarts_what_was_preempted_and_fails_with_what_failed(
+    machines: tuple[str, ...],
+) -> None:
+    spec = manifest(*machines, "--restarts=7", "--grace=120")["spec"]
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    assert job["backoffLimit"] == 0
+    assert pod({"spec": spec})["restartPolicy"] == "Never"
+    count, fail = job["podFailurePolicy"]["rules"]
+    # an evicted pod counts as such, whatever it ends with: the first rule that fits decides
+    assert count == {"action": "Count", "onPodConditions": [{"type": "DisruptionTarget"}]}
+    assert fail["action"] == "FailJob"
+    assert fail["onExitCodes"]["operator"] == "In"
+    assert fail["onExitCodes"]["values"] == [1, 43]
+    assert fail["onExitCodes"]["containerName"] == pod({"spec": spec})["containers"][0]["name"]
+    (rule,) = spec["failurePolicy"]["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    assert spec["failurePolicy"]["maxRestarts"] == 7
+    assert pod({"spec": spec})["terminationGracePeriodSeconds"] == 120
+
+
+def test_a_pod_gets_the_words_of_train_as_they_are() -> None:
+    *_, config, note = pod(manifest(*TPU))["containers"][0]["args"]
+    assert config == TRAIN[0]
+    assert note.replace("$$", "$") == TRAIN[1]  # Kubernetes reads $$ as $
+
+
+def test_a_slice_is_a_job_on_one_pool_of_nodes() -> None:
+    jobset = manifest(*TPU, "--slices=2", "--spot")
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    assert replicated["replicas"] == 2
+    job = replicated["template"]["spec"]
+    assert (job["parallelism"], job["completions"], job["completionMode"]) == (4, 4, "Indexed")
+    topology = jobset["metadata"]["annotations"]["alpha.jobset.sigs.k8s.io/exclusive-topology"]
+    assert topology == "cloud.google.com/gke-nodepool"
+    assert pod(jobset)["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "4x4",
+        "cloud.google.com/gke-spot": "true",
+    }
+    container = pod(jobset)["containers"][0]
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert container["args"][0] == "--distributed=auto"
+
+
+def test_gpu_pods_meet_at_the_first_by_its_name_in_the_network() -> None:
+    jobset = manifest(*GPU)
+    spec, container = jobset["spec"], pod(jobset)["containers"][0]
+    name, job = jobset["metadata"]["name"], spec["replicatedJobs"][0]["name"]
+    assert spec["network"]["enableDNSHostnames"] is True
+    address, processes, process = container["args"][:3]
+    host = f"{name}-{job}-0-0.{spec['network']['subdomain']}"
+    assert re.fullmatch(rf"--distributed={re.escape(host)}:\d+", address)
+    assert (processes, process) == ("--processes=2", "--process=$(PROCESS)")
+    (variable,) = container["env"]
+    assert variable["name"] == "PROCESS"
+    index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+    assert variable["valueFrom"]["fieldRef"]["fieldPath"] == index
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+
+
+def test_kubectl_creates_what_manifest_prints(fakes: Fakes) -> None:
+    fakes.add("kubectl", {"create": [Answer(), Answer(code=1)]})
+    words = ("launch/gke.sh", "create", *GPU, "--namespace=n", "--", *TRAIN)
+    assert fakes.run(*words).returncode == 0
+    (call,) = fakes.calls()
+    assert call.words == ["--namespace=n", "create", "-f", "-"]
+    assert yaml.safe_load(call.input) == manifest(*GPU)
+    assert fakes.run(*words).returncode == 1  # what kubectl ends with
+
+
+def test_xpk_restarts_on_42_and_leaves_time_to_save(fakes: Fakes) -> None:
+    fakes.add("xpk")
+    place = ("--project=p", "--zone=z", "--cluster=c", "--type=v5litepod-16", "--storage=s")
+    done = fakes.run("launch/gke.sh", "xpk", *POD[:2], *place, "--grace=90", "--", "--x=a b")
+    assert done.returncode == 0, done.stderr
+    (call,) = fakes.calls()
+    assert call.words[:2] == ["workload", "create"]
+    assert "--restart-on-exit-codes=42" in call.words
+    assert "--termination-grace-period-seconds=90" in call.words
+    train = "python -m blindvalm_jax.train --distributed=auto '--x=a b'"
+    assert call.value("--command") == train
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("manifest", *POD, "--", "--x"), "--tpu=... or --gpu=... is needed"),
+        (("manifest", *POD[:2], "--", "--x"), "--claim=... or the variable GKE_CLAIM"),
+        (("manifest", *TPU, "--gpu=g", "--", "--x"), "--tpu and --gpu are two ways"),
+        (("manifest", *POD, "--tpu=t", "--", "--x"), "--topology=... or the variable"),
+        (("manifest", *GPU, "--slices=2", "--", "--x"), "--slices are for TPUs"),
+        (("manifest", *GPU, "--hosts=two", "--", "--x"), "are whole numbers"),
+        (("manifest", *GPU), "arguments of train are needed"),
+        (("delete", "--name=A_b"), "is no name of Kubernetes"),
+        (("xpk", *POD[:2], "--", "--x"), "--project=... or the variable GKE_PROJECT"),
+    ],
+)
+def test_bad_usage_of_gke_is_one_line_and_2(words: tuple[str, ...], told: str) -> None:
+    done = run_script("launch/gke.sh", *words)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+# ---------------------------------------------------------------- SLURM
+
+
+def job(fakes: Fakes, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs the batch script as SLURM does: from a copy of its own."""
+    copy = fakes.directory / "slurm_script"
+    shutil.copy(LAUNCH / "slurm.sbatch", copy)
+    return fakes.run(copy, *(words or TRAIN), SLURM_JOB_ID="17", **variables)
+
+
+@pytest.mark.parametrize("code", [0, 1, 42, 43, 137])
+def test_a_job_queues_again_where_training_was_preempted_and_else_ends_as_it_did(
+    fakes: Fakes, code: int
+) -> None:
+    fakes.add("srun", {"": [Answer(code=code)]})
+    fakes.add("scontrol")
+    assert job(fakes).returncode == code
+    requeued = [c.words for c in fakes.calls() if c.name == "scontrol"]
+    assert requeued == ([["requeue", "17"]] if code == 42 else [])
+
+
+def test_a_job_queues_again_so_often_and_no_more(fakes: Fakes) -> None:
+    fakes.add("srun", {"": [Answer(code=42)]})
+    fakes.add("scontrol")
+    done = job(fakes, SLURM_RESTART_COUNT="3", REQUEUES="3")
+    assert done.returncode == 42
+    assert "queued again 3 times; given up" in done.stderr
+    assert [c.name for c in fakes.calls()] == ["srun"]
+
+
+def test_the_batch_shell_outlives_the_signal_and_queues_the_job_again(fakes: Fakes) -> None:
+    # the one between the script and this shell is the fake itself
+    stop = 'kill -TERM "$(ps -o ppid= -p $PPID)"; exit 42'
+    fakes.add("srun", {"": [Answer(script=stop)]})
+    fakes.add("scontrol")
+    done = job(fakes)
+    assert "SIGTERM: waiting" in done.stdout
+    assert done.returncode == 42
+    assert fakes.calls()[-1].words == ["requeue", "17"]
+
+
+def test_the_only_process_of_a_node_has_all_of_its_gpus(fakes: Fakes) -> None:
+    fakes.add("srun", {"": [Answer(script='echo "devices=$JAX_LOCAL_DEVICE_IDS"')]})
+    assert "devices=0,1,2,3\n" in job(fakes, SLURM_GPUS_ON_NODE="4").stdout
+    several = job(fakes, SLURM_GPUS_ON_NODE="4", SLURM_NTASKS_PER_NODE="4")
+    assert "devices=\n" in several.stdout  # JAX divides them, and each has to see all
+    assert "devices=\n" in job(fakes).stdout
+    bound = ["--gpu-bind=none" in call.words for call in fakes.calls()]
+    assert bound == [True, True, False]
+    for call in fakes.calls():
+        assert call.words[-len(TRAIN) :] == list(TRAIN)
+
+
+def test_sbatch_reads_signal_and_requeue_and_no_place() -> None:
+    text = (LAUNCH / "slurm.sbatch").read_text()
+    options = re.findall(r"^#SBATCH (\S+)$", text, re.MULTILINE)
+    assert {"--signal=TERM@120", "--requeue", "--open-mode=append"} <= set(options)
+    assert not [o for o in options if re.match("--(partition|account|qos|nodelist)", o)]
+    # SLURM stops reading options at the first command
+    assert text.index("#SBATCH --output") < text.index("set -euo pipefail")
+
+
+# ---------------------------------------------------------------- SkyPilot, container
+
+
+@pytest.mark.parametrize("name", ["sky_tpu", "sky_gpu"])
+def test_a_sky_job_recovers_from_42_alone_and_needs_its_variables(name: str) -> None:
+    task = yaml.safe_load((LAUNCH / f"{name}.yaml").read_text())
+    recovery = task["resources"]["job_recovery"]
+    assert recovery == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [42]}
+    needed = {variable for variable, value in task["envs"].items() if value is None}
+    assert needed == {"BUCKET", "CONFIG", "RUN"}
+    assert task["file_mounts"]["/runs"]["source"] == "${BUCKET}"
+    for part in ("setup", "run"):
+        # SETTINGS and meet are words to be split; SkyPilot sets the variables
+        shellcheck("--exclude=SC2086,SC2154", "-", text=task[part])
+
+
+@pytest.mark.parametrize(
+    ("name", "nodes", "meet"),
+    [
+        ("sky_tpu", 1, ["--distributed=auto"]),
+        ("sky_gpu", 1, []),
+        ("sky_gpu", 2, ["--distributed=10.0.0.1:12321", "--processes=2", "--process=1"]),
+    ],
+)
+def test_a_sky_job_runs_train_with_what_was_given(
+    name: str, nodes: int, meet: list[str], tmp_path: Path
+) -> None:
+    python = tmp_path / "venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\nfor w in "$@"; do echo "$w"; done\nexit 42\n')
+    python.chmod(0o755)
+    variables = {
+        **{"CONFIG": "configs/text.py:small,blind", "RUN": "a b"},
+        **{"SETTINGS": "--config.train.steps=9 --config.seed=1", "HOME": str(tmp_path)},
+        **{"SKYPILOT_NUM_NODES": str(nodes), "SKYPILOT_NODE_RANK": "1"},
+        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+    }
+    done = run_script(
+        "-c", yaml.safe_load((LAUNCH / f"{name}.yaml").read_text())["run"], **variables
+    )
+    assert done.returncode == 42  # SkyPilot sees it
+    assert done.stdout.splitlines() == [
+        *("-m", "blindvalm_jax.train", *meet),
+        *("--config=configs/text.py:small,blind", "--workdir=/runs/a b"),
+        *("--config.train.steps=9", "--config.seed=1"),
+    ]
+
+
+def test_the_container_copies_what_is_there_and_starts_train_itself() -> None:
+    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
+    kept = (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines()
+    for line in lines:
+        if line.startswith("COPY"):
+            for source in line.split()[1:-1]:
+                assert (ROOT / source).exists()
+                assert f"!{source}" in kept
+    entry = next(line for line in lines if line.startswith("ENTRYPOINT"))
+    words = json.loads(entry.removeprefix("ENTRYPOINT "))  # exec form: signals reach it
+    assert words == ["python", "-m", "blindvalm_jax.train"]
+    assert "USER trainer" in lines
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert {"cuda", "tpu", "tensorboard"} <= extras.keys()
