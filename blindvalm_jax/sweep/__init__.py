@@ -1,0 +1,1 @@
+"""Many runs in one directory, trained by any number of workers that share it."""

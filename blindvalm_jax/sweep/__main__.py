@@ -1,0 +1,114 @@
+r"""Trains many runs with any number of workers that share a directory.
+
+    python -m blindvalm_jax.sweep run --config=configs/sweeps/NAME.py --workdir=DIR
+    python -m blindvalm_jax.sweep status --workdir=DIR
+
+A sweep's config returns a ConfigDict whose `runs` holds the settings of each run by its name. run:
+a worker; start as many as there are devices for, on any machines that see DIR. Each takes a run
+that nobody has and trains it in DIR/runs/NAME; when a worker dies, or is silent for
+--lease_seconds, another goes on with its run. --index=I trains the Ith run alone, as a task of a
+job array. The same command goes on where workers stopped. --retry opens failed and diverged runs
+again. DIR/manifest.jsonl keeps what happened.
+
+Exit codes: 0 all done, 1 error, or a run failed or diverged, 42 preempted and saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from blindvalm_jax import config, metrics
+from blindvalm_jax.config import Config
+from blindvalm_jax.errors import UserError, run_main
+from blindvalm_jax.sweep import worker
+from blindvalm_jax.sweep.leases import Lease
+from blindvalm_jax.sweep.manifest import Manifest
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The sweep.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the sweep.")
+_INDEX = flags.DEFINE_integer("index", -1, "run: the only run to train, 0 being the first")
+_RETRY = flags.DEFINE_bool("retry", False, "run: failed and diverged runs again")
+_LEASE = flags.DEFINE_float(
+    "lease_seconds", 120.0, "run: how long a silent worker keeps its run", lower_bound=1.0
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Does what the command line says; returns the exit code."""
+    if len(argv) != 2 or argv[1] not in ("run", "status"):
+        raise UserError(f"expected run or status, got {' '.join(argv[1:]) or 'nothing'}")
+    if not _WORKDIR.value:
+        raise UserError("--workdir=DIR is needed")
+    workdir = Path(_WORKDIR.value)
+    return _status(workdir) if argv[1] == "status" else _run(workdir)
+
+
+def _run(workdir: Path) -> int:
+    runs = read_runs()
+    try:
+        manifest = Manifest(workdir)
+        manifest.plan(runs)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
+    if _INDEX.value >= len(runs) or _INDEX.value < -1:
+        raise UserError(f"--index={_INDEX.value}: the sweep has runs 0 to {len(runs) - 1}")
+    if _INDEX.value >= 0:
+        name = list(runs)[_INDEX.value]
+        runs = {name: runs[name]}
+    if _RETRY.value:
+        for name in runs:
+            if manifest.states()[name].ended in ("failed", "diverged"):
+                manifest.add(name, "reopened")
+    return worker.work(workdir, runs, lease_seconds=_LEASE.value)
+
+
+def read_runs() -> dict[str, Config]:
+    """The runs of the sweep that --config names, parsed before any is trained.
+
+    Raises:
+      UserError: the file gives no runs, or settings that do not fit.
+    """
+    if not flags.FLAGS["config"].present:
+        raise UserError("--config=configs/sweeps/NAME.py is needed")
+    given = _CONFIG.value
+    if not isinstance(given, ml_collections.ConfigDict) or "runs" not in given or not given.runs:
+        raise UserError("get_config() of a sweep must return a ConfigDict with its runs in `runs`")
+    runs = {}
+    for name, settings in given.runs.items():
+        if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name[0] == ".":
+            raise UserError(
+                f"a run is called {name!r}: names are letters, digits, - _ and ., not first"
+            )
+        try:
+            runs[name] = config.parse(settings)
+        except UserError as error:
+            raise UserError(f"run {name}: {error}") from error
+    return runs
+
+
+def _status(workdir: Path) -> int:
+    if not (workdir / "manifest.jsonl").exists():
+        raise UserError(f"{workdir} holds no sweep: it has no manifest.jsonl")
+    leases = worker.leases_of(workdir, seconds=_LEASE.value)
+    for name, state in Manifest(workdir).states().items():
+        lines = metrics.records(worker.runs_of(workdir) / name / "metrics.jsonl")
+        last = next((line for line in reversed(lines) if "train/loss" in line), None)
+        at = f"step {last['step']:,}  loss {last['train/loss']:.4f}" if last else ""
+        print(f"{name:30} {_word(state.ended, leases.holder(name)):40} {at}")
+    return 0
+
+
+def _word(ended: str, lease: Lease | None) -> str:
+    if lease is not None:
+        silent = ", silent for too long" if lease.expired else ""
+        return f"{'dropped' if lease.expired else 'training'} by {lease.worker}{silent}"
+    return ended or "waiting"
+
+
+if __name__ == "__main__":
+    run_main(main)

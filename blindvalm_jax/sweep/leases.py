@@ -1,0 +1,131 @@
+"""Who works on what, among workers that share a directory and nothing else.
+
+A lease is a file that its holder touches again and again. One that nobody has touched for its
+length is free: its holder has died, or hangs. What time it is, the file system says, so clocks of
+machines need not agree; changes are made one at a time behind a lock of the directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from filelock import FileLock
+
+from blindvalm_jax import files
+from blindvalm_jax.errors import UserError
+
+_RENEWALS = 4  # of a lease within its length: some may be late
+
+
+@dataclasses.dataclass(frozen=True)
+class Lease:
+    """Who holds it, and for how many more seconds without a word."""
+
+    worker: str
+    left: float
+
+    @property
+    def expired(self) -> bool:
+        """Whether its holder has been silent too long."""
+        return self.left <= 0
+
+
+class Leases:
+    """The leases of a directory, as one worker sees them."""
+
+    def __init__(self, directory: Path, *, worker: str, seconds: float) -> None:
+        """Makes the directory; seconds: how long a silent holder keeps what it holds.
+
+        Raises:
+          UserError: the file system cannot lock files.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory, self._worker, self._seconds = directory, worker, seconds
+        self._lock = FileLock(directory / ".lock")
+        try:
+            with self._lock:
+                pass
+        except NotImplementedError as error:
+            raise UserError(
+                f"{directory} is on a file system without locks, which workers need to share it"
+            ) from error
+
+    def take(self, name: str) -> Lease | None:
+        """Takes a lease that is free; None: taken. Otherwise who holds it."""
+        with self._lock:
+            held = self._read(name)
+            if held is not None and not held.expired:
+                return held
+            content = {"worker": self._worker, "seconds": self._seconds}
+            files.write_json(self._path(name), content, compact=True)
+            return None
+
+    def renew(self, name: str) -> bool:
+        """Keeps a lease for its length from now on; False: it is another's by now."""
+        with self._lock:
+            held = self._read(name)
+            if held is None or held.worker != self._worker:
+                return False
+            os.utime(self._path(name))
+            return True
+
+    def release(self, name: str) -> None:
+        """Frees a lease, if it is still this worker's."""
+        with self._lock:
+            held = self._read(name)
+            if held is not None and held.worker == self._worker:
+                self._path(name).unlink()
+
+    def holder(self, name: str) -> Lease | None:
+        """Who holds a lease, expired or not."""
+        with self._lock:
+            return self._read(name)
+
+    @contextlib.contextmanager
+    def kept(self, name: str, *, lost: Callable[[], None]) -> Iterator[None]:
+        """Keeps a lease that was taken, from a thread of its own, and frees it on the way out.
+
+        lost: called from that thread once another has it, as this process had stood still for long;
+        or may have it, as the directory was out of reach for the length of the lease.
+        """
+        done = threading.Event()
+
+        def renew() -> None:
+            last = time.monotonic()
+            while not done.wait(self._seconds / _RENEWALS):
+                try:
+                    kept = self.renew(name)
+                    last = time.monotonic()
+                except (OSError, UserError):  # a file server may come back
+                    kept = time.monotonic() - last < self._seconds
+                if not kept:
+                    lost()
+                    return
+
+        thread = threading.Thread(target=renew, daemon=True, name=f"lease of {name}")
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            self.release(name)
+
+    def _path(self, name: str) -> Path:
+        return self._directory / f"{name}.json"
+
+    def _read(self, name: str) -> Lease | None:
+        path = self._path(name)
+        if not path.exists():
+            return None
+        content = files.read_object(path)
+        clock = self._directory / ".clock"
+        clock.touch()
+        silent = clock.stat().st_mtime - path.stat().st_mtime
+        return Lease(str(content["worker"]), float(content["seconds"]) - silent)

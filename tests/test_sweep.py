@@ -1,0 +1,221 @@
+"""A sweep: leases that only one worker holds, a manifest that only grows, runs that are trained."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from blindvalm_jax import config, starting
+from blindvalm_jax.config import Config
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.sweep import worker
+from blindvalm_jax.sweep.leases import Leases
+from blindvalm_jax.sweep.manifest import Manifest, State
+from tests import small_models, small_text, test_train
+
+
+def settings(**changes: object) -> Config:
+    values = config.default()
+    values.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return config.parse(values)
+
+
+def leases(directory: Path, name: str, *, seconds: float = 60.0) -> Leases:
+    return Leases(directory, worker=name, seconds=seconds)
+
+
+def age(directory: Path, name: str, *, seconds: float) -> None:
+    """Makes a lease as old as if its holder had been silent."""
+    path = directory / f"{name}.json"
+    then = path.stat().st_mtime - seconds
+    os.utime(path, (then, then))
+
+
+def test_a_lease_has_one_holder_until_it_is_released(tmp_path: Path) -> None:
+    one, two = leases(tmp_path, "one"), leases(tmp_path, "two")
+    assert one.take("run") is None
+    held = two.take("run")
+    assert held is not None
+    assert held.worker == "one"
+    assert 50 < held.left <= 60
+    two.release("run")  # is not its own
+    assert two.take("run") is not None
+    one.release("run")
+    assert two.take("run") is None
+    assert one.take("other") is None
+
+
+def test_a_silent_holder_loses_its_lease_and_learns_of_it(tmp_path: Path) -> None:
+    one, two = leases(tmp_path, "one"), leases(tmp_path, "two")
+    assert one.take("run") is None
+    age(tmp_path, "run", seconds=59)
+    assert two.take("run") is not None
+    assert one.renew("run")
+    age(tmp_path, "run", seconds=61)
+    assert two.take("run") is None
+    assert not one.renew("run")
+    one.release("run")  # must not free the other's
+    holder = one.holder("run")
+    assert holder is not None
+    assert holder.worker == "two"
+
+
+def test_a_kept_lease_is_renewed_and_its_loss_is_told(tmp_path: Path) -> None:
+    one, two = leases(tmp_path, "one", seconds=0.4), leases(tmp_path, "two")
+    lost, renewed = threading.Event(), threading.Event()
+    plain = one.renew
+
+    def renew(name: str) -> bool:
+        kept = plain(name)
+        renewed.set()
+        return kept
+
+    one.renew = renew  # type: ignore[method-assign]
+    assert one.take("run") is None
+    with one.kept("run", lost=lost.set):
+        assert renewed.wait(30)
+        assert not lost.is_set()
+        # Stolen, as if this process had stood still.
+        age(tmp_path, "run", seconds=10)
+        while two.take("run") is not None:  # renewed in between
+            age(tmp_path, "run", seconds=10)
+        assert lost.wait(30)
+    assert two.renew("run")
+
+
+def test_many_workers_at_once_take_every_lease_once(tmp_path: Path) -> None:
+    names = [f"run{number}" for number in range(10)]
+
+    def all_taken(worker_name: str) -> list[str]:
+        own = leases(tmp_path, worker_name)
+        return [name for name in names if own.take(name) is None]
+
+    with ThreadPoolExecutor(8) as pool:
+        taken = [name for of in pool.map(all_taken, "abcdefgh") for name in of]
+    assert sorted(taken) == names
+
+
+def test_manifest_plans_once_and_refuses_other_settings(tmp_path: Path) -> None:
+    manifest = Manifest(tmp_path)
+    manifest.plan({"a": settings(seed=1)})
+    manifest.plan({"a": settings(seed=1), "b": settings(train__steps=7)})
+    assert [line["run"] for line in manifest.lines()] == ["a", "b"]
+    assert manifest.lines()[1]["settings"] == {"train.steps": 7}
+    with pytest.raises(UserError, match="the run a with other settings: seed: 1 -> 2"):
+        manifest.plan({"a": settings(seed=2)})
+    assert len(manifest.lines()) == 2
+
+
+def test_manifest_tells_what_became_of_runs(tmp_path: Path) -> None:
+    manifest = Manifest(tmp_path)
+    manifest.plan({name: settings() for name in "abcd"})
+    for run, event in map(tuple, ("as", "bs", "bs", "cs", "bp", "bs", "cf", "ad")):
+        words = {"s": "started", "p": "preempted", "f": "failed", "d": "done"}
+        manifest.add(run, words[event], **({"about": "why"} if event == "f" else {}))
+    assert manifest.states() == {
+        "a": State("done"),
+        "b": State("preempted", cut=1),
+        "c": State("failed", about="why"),
+        "d": State(),
+    }
+    assert [name for name, state in manifest.states().items() if state.open] == ["b", "d"]
+    manifest.add("c", "reopened")
+    assert manifest.states()["c"].open
+
+
+def test_half_a_line_of_a_dead_worker_is_replaced(tmp_path: Path) -> None:
+    manifest = Manifest(tmp_path)
+    manifest.plan({"a": settings()})
+    path = tmp_path / "manifest.jsonl"
+    with path.open("a") as stream:
+        stream.write('{"run": "a", "ev')
+    assert manifest.states() == {"a": State()}
+    manifest.add("a", "done")
+    assert manifest.states() == {"a": State("done")}
+    path.write_text(path.read_text() + '{"run": "a"}\n')
+    with pytest.raises(UserError, match=r"manifest\.jsonl, line 3, is no line of a manifest"):
+        manifest.states()
+
+
+def test_a_worker_trains_what_is_open_and_names_what_failed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    small_text.write_text(text, small_text.documents(60))
+    common = {"train__steps": 2, "eval__every_steps": 0, "data__cache": str(tmp_path / "cache")}
+    good = config.parse(test_train.settings(text, **common))
+    bad = config.parse(test_train.settings(tmp_path / "none.txt", **common))
+    runs = {"good": good, "bad": bad, "dying": good}
+    sweep = tmp_path / "sweep"
+    manifest = Manifest(sweep)
+    manifest.plan(runs)
+    for _ in range(3):
+        manifest.add("dying", "started")  # and never heard of again
+    with small_models.quick_compilation():
+        assert worker.work(sweep, runs, lease_seconds=60) == 1
+    said = capfd.readouterr()
+    assert "1 of 3 runs are done" in said.out
+    assert "bad failed: " in said.err
+    assert "dying failed: 3 attempts in a row were cut off" in said.err
+    losses = [
+        json.loads(line)["train/loss"]
+        for line in (sweep / "runs" / "good" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert len(losses) == 2
+    before = manifest.lines()
+    assert worker.work(sweep, {"good": good}, lease_seconds=60) == 0
+    assert manifest.lines() == before  # what is done is not done again
+
+
+def test_a_run_whose_directory_is_held_is_left_to_its_holder(tmp_path: Path) -> None:
+    """By a worker whose lease has run out and that lives: the run has not failed."""
+    runs = {"a": settings()}
+    manifest, own = Manifest(tmp_path), worker.leases_of(tmp_path, seconds=60)
+    manifest.plan(runs)
+    directory = worker.runs_of(tmp_path) / "a"
+    directory.mkdir(parents=True)
+    with (directory / ".run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert not worker._done_by_this("a", own, manifest, runs, tmp_path)
+    assert manifest.states() == {"a": State()}
+    assert own.holder("a") is None
+
+
+def test_what_breaks_one_run_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def start(given: Config, workdir: Path) -> int:
+        if given.seed == 1:
+            raise RuntimeError("out of memory")
+        return 43 if given.seed == 2 else 0
+
+    monkeypatch.setattr(starting, "start", start)
+    runs = {"a": settings(seed=1), "b": settings(seed=2), "c": settings(seed=3)}
+    Manifest(tmp_path).plan(runs)
+    assert worker.work(tmp_path, runs, lease_seconds=60) == 1
+    assert Manifest(tmp_path).states() == {
+        "a": State("failed", about="RuntimeError: out of memory"),
+        "b": State("diverged"),
+        "c": State("done"),
+    }
+    assert "b diverged" in capfd.readouterr().err
+
+
+def test_a_directory_out_of_reach_for_long_is_a_lost_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, lost = leases(tmp_path, "one", seconds=0.2), threading.Event()
+    assert own.take("run") is None
+
+    def renew(name: str) -> bool:
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr(own, "renew", renew)
+    with own.kept("run", lost=lost.set):
+        assert lost.wait(30)
