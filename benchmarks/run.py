@@ -13,7 +13,16 @@ from typing import Any
 
 from absl import flags
 
-from benchmarks import evaluation, generate, loss_report, search, step_ratio, valm_cost
+from benchmarks import (
+    evaluation,
+    generate,
+    loss_report,
+    overhead,
+    placement,
+    search,
+    step_ratio,
+    valm_cost,
+)
 from blindvalm_jax.errors import UserError, run_main
 
 _JSON = flags.DEFINE_string("json", None, "Also write the numbers to this file.")
@@ -22,6 +31,8 @@ BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
     "evaluation": evaluation.run,
     "generate": generate.run,
     "loss_report": loss_report.run,
+    "overhead": overhead.run,
+    "placement": placement.run,
     "search": search.run,
     "step_ratio": step_ratio.run,
     "valm_cost": valm_cost.run,

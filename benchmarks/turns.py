@@ -283,7 +283,9 @@ def serve(system: System, more: Mapping[str, Callable[[], dict[str, Any]]]) -> N
     """Answers the words on standard input until it ends; more: words of the benchmark's own."""
     import jax
 
-    from blindvalm_jax import compilation, runs
+    from blindvalm_jax import memory, runs
+
+    plan = memory.plan(system.compiled)
 
     def peak() -> dict[str, Any]:
         return {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
@@ -291,7 +293,7 @@ def serve(system: System, more: Mapping[str, Callable[[], dict[str, Any]]]) -> N
     def ready() -> dict[str, Any]:
         return {
             "mflops_per_token": system.mflops_per_token,
-            "plan_mib": sum(compilation.memory_plan(system.compiled) or ()) / 2**20,
+            "plan_mib": 0.0 if plan is None else (plan.held + plan.temporary) / 2**20,
             "device": jax.devices()[0].device_kind,
             "versions": runs.versions(),
         }

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from blindvalm_jax import slices
 from blindvalm_jax.config import Config, MeshConfig
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.models.clip import TowerConfig
@@ -46,8 +47,11 @@ _SPLIT_BY_FSDP_ALONE = (
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh (data, fsdp, tensor) over all devices; -1 takes what is left.
 
+    Over several slices (see `slices`) the data axis goes across them, the others stay within one.
+    With several processes it follows their order, with one the way that JAX knows to be short.
+
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or not to that of a slice.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
@@ -59,9 +63,13 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor} does not fit "
             f"{len(devices)} devices: the sizes must multiply to that number (one may be -1)"
         )
-    return jax.make_mesh(
-        tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+    count = slices.count(config.slices, devices)
+    names, types = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
+    if count > 1:
+        return Mesh(slices.arranged(sizes, count, devices), names, axis_types=types)
+    if slices.reported(devices, "process_index") > 1:
+        return Mesh(slices.in_order(sizes, devices), names, axis_types=types)
+    return jax.make_mesh(tuple(sizes), names, axis_types=types, devices=devices)
 
 
 def check_divisible(config: Config, mesh: Mesh, tower: TowerConfig | None) -> None:

@@ -161,6 +161,20 @@ def test_search_measures_every_engine(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_overhead_of_the_loop_is_measured_beside_a_bare_one(tmp_path: Path) -> None:
+    shape = ("--rows=2", "--length=16", "--decoder=2,16,2", "--tower=1,16,2", "--rounds=2")
+    printed, found = benchmark(tmp_path, "overhead", *shape, "--turn_steps=4", "--save_every=50")
+    systems = found["systems"]
+    assert list(systems) == ["bare", "guarded", "loop", "saving"]
+    assert systems["bare"]["ratio"] == systems["bare"]["processor_ratio"] == 1
+    # parameters and two moments, and little besides
+    assert found["checkpoint"]["bytes"] > 3 * 4 * 16 * 8000
+    spread = found["checkpoint"]["seconds"] / 50 / systems["bare"]["seconds"]
+    assert found["overhead"] == pytest.approx(systems["loop"]["ratio"] - 1 + spread)
+    assert f"{found['overhead']:.2%}" in printed
+
+
+@pytest.mark.slow
 def test_the_cost_of_retrieval_is_measured_of_every_system(tmp_path: Path) -> None:
     shape = ("--rows=1", "--length=16", "--decoder=2,16,2", "--tower=1,16,2", "--rounds=1")
     png = tmp_path / "cost.png"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blindvalm_jax import compilation, partitioning, trees
+from blindvalm_jax import memory, partitioning, trees
 from blindvalm_jax.config import MeshConfig
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.models import contrastive
@@ -389,7 +389,7 @@ def test_parts_need_less_memory() -> None:
     def needed(microbatches: int) -> int:
         model = contrastive_model.Model(Clip(CONFIG), microbatches=microbatches)
         step = jax.jit(model.gradients).lower(params_of(CONFIG), {}, batch, jax.random.key(0))
-        plan = compilation.memory_plan(step.compile())
+        plan = memory.plan(step.compile())
         assert plan is not None
         return plan.temporary
 

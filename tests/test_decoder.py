@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blindvalm_jax import compilation, config, system
+from blindvalm_jax import config, memory, system
 from blindvalm_jax.config import DecoderConfig
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.models.clip import TextTower, TowerConfig
@@ -122,10 +122,10 @@ def test_later_tokens_change_no_earlier_logit_at_all(with_memory: bool) -> None:
     others = np.where(later, rng.integers(0, small_models.VOCAB, tokens.shape), tokens)
     other_z = np.where(later[:, :, None, None], -z, z)
     apply = jax.jit(model.apply)
-    memory = (z, other_z) if with_memory else (None, None)
+    grounding = (z, other_z) if with_memory else (None, None)
     before, after = (
         np.asarray(apply({"params": params}, *pair))
-        for pair in zip((tokens, others), memory, strict=True)
+        for pair in zip((tokens, others), grounding, strict=True)
     )
     np.testing.assert_array_equal(before[~later], after[~later])
     assert (before[later] != after[later]).any()
@@ -230,7 +230,7 @@ def test_recomputing_needs_less_memory() -> None:
             logits_BTV: Any = model.apply({"params": params}, tokens)
             return jnp.sum(language_model.cross_entropy(logits_BTV, tokens))
 
-        plan = compilation.memory_plan(jax.jit(jax.grad(loss)).lower(params).compile())
+        plan = memory.plan(jax.jit(jax.grad(loss)).lower(params).compile())
         assert plan is not None
         return plan.temporary
 

@@ -15,7 +15,7 @@ import pytest
 from jax.extend import core as jax_core
 from jax.sharding import Mesh
 
-from blindvalm_jax import compilation, files, partitioning
+from blindvalm_jax import files, memory, partitioning
 from blindvalm_jax.config import MeshConfig
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import faiss_engine, retrieval
@@ -143,7 +143,7 @@ def sizes(jaxpr: Any) -> Iterator[int]:
 
 
 def temporary_bytes(function: Any, *arguments: Any) -> int:
-    plan = compilation.memory_plan(jax.jit(function).lower(*arguments).compile())
+    plan = memory.plan(jax.jit(function).lower(*arguments).compile())
     assert plan is not None
     return plan.temporary
 

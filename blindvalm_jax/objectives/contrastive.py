@@ -14,10 +14,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from blindvalm_jax import config, flops, partitioning, runs, system
+from blindvalm_jax import config, fitting, flops, partitioning, runs, system
 from blindvalm_jax.console import say
 from blindvalm_jax.data import images, packing, pairs, pipeline, prepared
 from blindvalm_jax.data.images import ImageSource
+from blindvalm_jax.data.replacing import Replacing, Source
 from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.models.clip import TowerConfig
@@ -66,9 +67,9 @@ class Contrastive:
         key = packing.hash_of(
             [images.fingerprint(self._source), self._record.fingerprint, text.context]
         )
-        self._rows = pairs.keep(self._source, settings.clip.image.size)
-        if self._held_out is not None:
-            self._held_out = pairs.keep(self._held_out, settings.clip.image.size)
+        self.damaged: list[str] = []
+        self._rows = self._kept(self._source)
+        self._held_out_rows = None if self._held_out is None else self._kept(self._held_out)
         self._directory = cache / f"pairs-{key[:16]}"
         self._key = key
         prepared.keep_tokenizer(tokenizer, self._directory / "tokenizer")
@@ -84,6 +85,12 @@ class Contrastive:
         if len(self._source) < settings.train.batch_size:
             rows = settings.train.batch_size
             say(f"note: so few images are repeated within a batch of {rows} pairs")
+
+    def _kept(self, source: ImageSource) -> Source:
+        """Images as they are read: decoded once if they fit, damaged ones replaced if wanted."""
+        kept = pairs.keep(source, self._settings.clip.image.size)
+        skips = self._settings.data.on_corrupt == "skip"
+        return Replacing(kept, self.damaged) if skips else kept
 
     def abstract_frozen(self) -> dict[str, Any]:
         """Nothing is frozen."""
@@ -131,12 +138,12 @@ class Contrastive:
 
         The last batch holds what is left: fewer rivals make its loss smaller.
         """
-        if self._held_out is None:
+        if self._held_out_rows is None:
             raise ValueError("evaluation without held-out images")
         parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         losses: list[tuple[float, int]] = []
         rows = pairs.eval_batches(
-            self._held_out,
+            self._held_out_rows,
             self._read,
             batch_size=self._settings.train.batch_size,
             limit=self._settings.eval.windows,
@@ -173,9 +180,15 @@ class Contrastive:
             "clip": dataclasses.asdict(shape),
         }
 
+    def settle(self, settings: config.Config) -> None:
+        """Takes over the microbatches that were chosen."""
+        self._settings = settings
+        self.model = fitting.settled(self.model, settings.train)
+
     def resolved(self) -> config.Config:
         """The settings with the mesh filled in."""
-        return dataclasses.replace(self._settings, mesh=config.MeshConfig(**dict(self._mesh.shape)))
+        sizes = dataclasses.replace(self._settings.mesh, **dict(self._mesh.shape))
+        return dataclasses.replace(self._settings, mesh=sizes)
 
     def _tokenizer(self, cache: Path) -> Tokenizer:
         source, named = self._source, self._settings.tokenizer

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from blindvalm_jax import config, flops, partitioning, runs, system
-from blindvalm_jax.console import say
+from blindvalm_jax import config, fitting, flops, partitioning, runs, system
+from blindvalm_jax.console import is_first, say
 from blindvalm_jax.data import pipeline, prepared, tokenizers
+from blindvalm_jax.data.replacing import Replacing
 from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.data.windows import Windows
 from blindvalm_jax.errors import UserError
@@ -48,8 +49,12 @@ class Language:
             stored_tower=workdir / "tower" if resuming else None,
             shared=tower is not None and tower.shares_tokens,
         )
-        self._windows = Windows(directory, "train")
-        held_out = Windows(directory, "eval") if settings.eval.every_steps else None
+        may_miss = settings.data.on_corrupt == "skip"
+        self.damaged: list[str] = []
+        self._windows = Windows(directory, "train", may_miss=may_miss)
+        held_out = None
+        if settings.eval.every_steps:
+            held_out = Windows(directory, "eval", may_miss=may_miss)
         self._vocabulary = self._windows.manifest.tokenizer
         self._tower = system.prepare_tower(
             settings, tower, vocabulary=self._windows.manifest.tower_record, resuming=resuming
@@ -118,7 +123,7 @@ class Language:
         placed = {} if self.images is None else self.images.place_keys()
         if "tower" in like:
             placed["tower"] = place_tower(self._tower, like["tower"])
-        if not resuming:
+        if not resuming and is_first():
             aligned = self._windows.manifest.aligned
             own = self._windows.directory / "tower_tokenizer" if aligned else None
             system.store_tower(self._tower, self._workdir, tokenizer=own)
@@ -207,6 +212,11 @@ class Language:
             "images": None if self.images is None else self.images.describe(),
         }
 
+    def settle(self, settings: config.Config) -> None:
+        """Takes over the remat and microbatches that were chosen."""
+        self._settings = settings
+        self.model = fitting.settled(self.model, settings.train)
+
     def resolved(self) -> config.Config:
         """The settings with vocabulary, mesh and layers filled in, and where the grounding lies."""
         resolved = config.resolve(
@@ -224,8 +234,9 @@ class Language:
         )
 
     def _with_images(self, windows: Windows, split: str) -> pipeline.WindowSource:
-        """The windows, with features where those were found ahead of time."""
-        return windows if self.images is None else self.images.windows(windows, split)
+        """The windows, with features found ahead of time; damaged ones replaced if wanted."""
+        rows = windows if self.images is None else self.images.windows(windows, split)
+        return Replacing(rows, self.damaged) if self._settings.data.on_corrupt == "skip" else rows
 
     def _reading(self, batch_size: int, *, processes: bool = False) -> dict[str, Any]:
         """What every reading of windows shares."""

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -81,7 +82,10 @@ class Model:
                 z_BTKE = self.search(z_BTKE[:, :, 0], frozen.get("index"))
         if z_BTKE is not None and self.shuffled:
             z_BTKE = text.shuffled(z_BTKE)
-        return z_BTKE
+        if z_BTKE is None:
+            return None
+        # A search leaves rows on all axes of the mesh; the fusion layers would be drawn there.
+        return nn.with_logical_constraint(z_BTKE, ("batch", "length", None, None))
 
     def loss(
         self, params: Any, frozen: Mapping[str, Any], batch: Batch, key: Array | None = None
@@ -101,13 +105,18 @@ class Model:
         if hidden.memory_share_LBT is not None:
             share = jnp.sum(jnp.mean(hidden.memory_share_LBT, axis=0) * batch.weights_BT)
 
-        def nats(hidden_BTD: Array, targets_BT: Array, weights_BT: Array) -> Array:
-            logits_BTV: Any = decoder.apply({"params": params}, hidden_BTD, method="logits")
+        def nats(table_VD: Array, hidden_BTD: Array, targets_BT: Array, weights_BT: Array) -> Array:
+            held = {"params": {**params, "wte": table_VD}}
+            logits_BTV: Any = decoder.apply(held, hidden_BTD, method="logits")
             return jnp.sum(cross_entropy(logits_BTV, targets_BT) * weights_BT)
 
         if not self.loss_chunk:
-            loss = nats(hidden.hidden_BTD, batch.targets_BT, batch.weights_BT)
+            rows = (hidden.hidden_BTD, batch.targets_BT, batch.weights_BT)
+            loss = nats(params["wte"], *rows)
             return Sums(loss, weight, share)
+
+        # Here once, else the backward pass of every chunk would gather it again.
+        table_VD = _gathered(params["wte"])
 
         def chunks(x: Array) -> Array:
             """[B, T, ...] to [T / chunk, B, chunk, ...]."""
@@ -115,7 +124,7 @@ class Model:
             return jnp.moveaxis(cut, 1, 0)
 
         parts = jax.lax.map(
-            lambda part: jax.checkpoint(nats)(*part),
+            lambda part: jax.checkpoint(nats)(_gathered(table_VD), *part),
             (chunks(hidden.hidden_BTD), chunks(batch.targets_BT), chunks(batch.weights_BT)),
         )
         return Sums(jnp.sum(parts), weight, share)
@@ -151,6 +160,21 @@ class Model:
         if self.decoder.fusion_layers:
             metrics["train/grounding_attention"] = sums.memory_share / sums.weight
         return jax.tree.map(lambda g: g / sums.weight, grads), metrics
+
+
+@jax.custom_vjp
+def _gathered(table_VD: Array) -> Array:
+    """The table whole along the model's width; its gradient is split as the table was.
+
+    A plain constraint would hold for the gradient too, which would then be added up whole.
+    """
+    return nn.with_logical_constraint(table_VD, ("vocab", None))
+
+
+_gathered.defvjp(
+    lambda table_VD: (_gathered(table_VD), None),
+    lambda _, gradient_VD: (nn.with_logical_constraint(gradient_VD, ("vocab", "embed")),),
+)
 
 
 def cross_entropy(logits_BTV: Array, targets_BT: Array) -> Array:

@@ -23,12 +23,14 @@ class Objective(Protocol):
     """The inputs of a run, read and checked, and the model that is trained on them.
 
     unit: what the speed is counted in ("token" or "pair"); units_per_row: of a batch's row;
-    trained: name of what is trained in tables of parameters; start: what it begins with, if named.
+    trained: name of what is trained in tables of parameters; start: what it begins with, if named;
+    damaged: what was found damaged in its data so far, and replaced.
     """
 
     unit: str
     units_per_row: int
     trained: str
+    damaged: list[str]
 
     @property
     def model(self) -> step.Model:
@@ -57,6 +59,9 @@ class Objective(Protocol):
 
     def describe(self, batch: Any) -> dict[str, Any]:
         """What run.json says of data, models and cost; flops_per_<unit> has a "total"."""
+
+    def settle(self, settings: Config) -> None:
+        """Takes over the remat and microbatches that were chosen."""
 
     def resolved(self) -> Config:
         """The settings with everything filled in that was left to data and devices."""

@@ -1,0 +1,46 @@
+"""What XLA says on standard error while it compiles, kept as well as shown."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+_REMATERIALIZED = "nvoluntary full remat"
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[list[str]]:
+    """Collects the lines that anything, C++ too, writes to standard error; filled at the end.
+
+    A process of its own passes them on at once: nothing is lost if this one dies, and nobody waits
+    for Python to read.
+    """
+    lines: list[str] = []
+    sys.stderr.flush()
+    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+        kept = Path(directory) / "messages"
+        shown = os.dup(2)
+        stack.callback(os.close, shown)
+        # -i: Ctrl-C is for this process; what it says of it must still be passed on
+        tee = subprocess.Popen(["tee", "-i", kept], stdin=subprocess.PIPE, stdout=shown)
+        if tee.stdin is None:
+            raise RuntimeError("tee has no pipe")
+        os.dup2(tee.stdin.fileno(), 2)
+        tee.stdin.close()
+        try:
+            yield lines
+        finally:
+            sys.stderr.flush()
+            os.dup2(shown, 2)
+            tee.wait()
+            lines += kept.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def rematerialized(lines: list[str]) -> list[str]:
+    """Those that say a tensor is gathered whole because XLA found no way between two shardings."""
+    return [line for line in lines if _REMATERIALIZED in line]

@@ -1,0 +1,219 @@
+"""A language model known by its settings alone: what a plan needs, before there is any data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from blindvalm_jax import config, fitting, flops, partitioning, system
+from blindvalm_jax.console import say
+from blindvalm_jax.data import pipeline
+from blindvalm_jax.data.manifest import TokenizerRecord
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.grounding import images, retrieval
+from blindvalm_jax.grounding.index import load_manifest
+from blindvalm_jax.models.clip import TowerConfig
+from blindvalm_jax.objectives import language
+from blindvalm_jax.objectives.language_model import Batch, Model
+from blindvalm_jax.objectives.objective import Scalars
+
+# Entries of the vocabularies that have a fixed one; CLIP's has fairseq's four specials in front.
+_VOCABULARIES = {"clip": 49_412, "gpt2": 50_257}
+_CLIP_SPECIALS = 4
+_ALIGNED = 1.25  # tower tokens for one of the language model's, at most, where they differ
+
+
+def without_data(settings: config.Config) -> bool:
+    """Whether settings name no data, so that shapes are all there is."""
+    data = settings.data
+    named = data.files or data.tfds or data.windows or data.images
+    return settings.train.objective == "language" and not named
+
+
+class Shapes:
+    """The shapes of a run without data (see `objective.Objective`); it can be compiled, not run."""
+
+    unit, trained = "token", "decoder"
+
+    def __init__(
+        self,
+        settings: config.Config,
+        workdir: Path | None,
+        mesh: Mesh,
+        *,
+        resuming: bool = False,
+        vectors: int | None = None,
+    ) -> None:
+        """Fills in what data would say; vectors: of the image index, None: read its manifest.
+
+        A named tower is read for its shape, as a run does; a random one is never made.
+
+        Raises:
+          UserError: the mesh does not divide the sizes, or the tower or index cannot be read.
+        """
+        if resuming:
+            raise UserError("a run is resumed on its data: set data.files, data.tfds or .windows")
+        self._settings, self.mesh = settings, mesh
+        self.damaged: list[str] = []
+        self._vocabulary = _vocabulary(settings)
+        self._tower, self._aligned = _tower(settings, self._vocabulary)
+        partitioning.check_divisible(settings, mesh, self._tower)
+        self.vectors = _vectors(settings, vectors)
+        grounding, search = settings.grounding, None
+        if grounding.source == "images" and grounding.search == "exact":
+            search = images.on_devices(mesh, count=self.vectors, neighbours=grounding.neighbours)
+        elif grounding.source == "images" and grounding.search == "faiss":
+            raise UserError("grounding.search=faiss answers from the host: a plan needs the data")
+        tower = None
+        if self._tower is not None:
+            tower = system.Tower(self._tower, None, "shapes alone", "")
+        self.model: Model = system.build(
+            settings,
+            vocab_size=self._vocabulary.vocab_size,
+            tower=tower,
+            platform=jax.devices()[0].platform,
+            search=search,
+        )
+        self.units_per_row = settings.data.sequence_length
+        if workdir is not None:
+            self._say()
+
+    def _say(self) -> None:
+        """Says what stands in for the data."""
+        settings = self._settings
+        say(
+            f"no data is named: shapes alone, a vocabulary of {self._vocabulary.vocab_size:,} "
+            + ("(decoder.vocab_size)" if settings.decoder.vocab_size else "(tokenizer.kind)")
+        )
+
+    def abstract_frozen(self) -> dict[str, Any]:
+        """Shapes and shardings of tower and index."""
+        frozen: dict[str, Any] = {}
+        if self._tower is not None and self.model.tower is not None:
+            frozen["tower"] = language.abstract_tower(self._tower, self._settings, self.mesh)
+            if self.model.search is not None:
+                frozen["index"] = jax.ShapeDtypeStruct(
+                    (retrieval.padded_rows(self.vectors, self.mesh), self._tower.projection),
+                    np.dtype(self._settings.grounding.dtype),
+                    sharding=retrieval.keys_sharding(self.mesh),
+                )
+        return frozen
+
+    def abstract_batch(self) -> Batch:
+        """Shapes and shardings of a batch."""
+        rows, length = self._settings.train.batch_size, self._settings.data.sequence_length
+        sharding = partitioning.batch_sharding(self.mesh)
+
+        def shape(dtype: Any, *sizes: int) -> Any:
+            return jax.ShapeDtypeStruct((rows, *sizes), dtype, sharding=sharding)
+
+        arrays = {
+            "tokens": shape(np.int32, length),
+            "targets": shape(np.int32, length),
+            "weights": shape(np.float32, length),
+        }
+        if self.model.tower is not None:
+            size = self.tower_length
+            arrays |= {
+                "tower_tokens": shape(np.int32, size),
+                "tower_starts": shape(np.bool_, size),
+            }
+            if self._aligned:
+                arrays["tower_index"] = shape(np.int32, length)
+        elif self._tower is not None:
+            neighbours = self._settings.grounding.neighbours
+            arrays["features"] = shape(np.float16, length, neighbours, self._tower.projection)
+        return language.make_batch(arrays)
+
+    @property
+    def tower_length(self) -> int:
+        """Tower tokens of a row (S); where the tower has a tokenizer of its own, an upper guess."""
+        length = self._settings.data.sequence_length
+        return round(_ALIGNED * length) if self._aligned else length
+
+    def describe(self, batch: Batch) -> dict[str, Any]:
+        """Cost of a token."""
+        cost = flops.per_token(
+            self._settings,
+            vocab_size=self._vocabulary.vocab_size,
+            tower=self._tower,
+            tower_length=self.tower_length,
+            vectors=self.vectors if self.model.search is not None else 0,
+        )
+        return {"flops_per_token": {**dataclasses.asdict(cost), "total": cost.total}}
+
+    def settle(self, settings: config.Config) -> None:
+        """Takes over the remat and microbatches that were chosen."""
+        self._settings = settings
+        self.model = fitting.settled(self.model, settings.train)
+
+    def resolved(self) -> config.Config:
+        """The settings with vocabulary, mesh and layers filled in."""
+        return config.resolve(
+            self._settings, vocab_size=self._vocabulary.vocab_size, mesh=self.mesh.shape
+        )
+
+    def read_start(self, shapes: Any) -> system.Start | None:
+        """Weights that the decoder starts from, checked if settings name some."""
+        named = self._settings.train.init_from
+        if not named:
+            return None
+        return system.read_start(shapes, self.model.decoder, named, self._vocabulary)
+
+    def place_frozen(self, like: Mapping[str, Any], *, resuming: bool) -> dict[str, Any]:
+        """Refused: there is nothing to place."""
+        raise ValueError("shapes alone cannot be run")
+
+    def batches(self, start_step: int) -> pipeline.Batches:
+        """Refused: there are no rows."""
+        raise ValueError("shapes alone cannot be run")
+
+    def to_device(self, rows: Mapping[str, Any]) -> Batch:
+        """Refused: there are no rows."""
+        raise ValueError("shapes alone cannot be run")
+
+    def evaluate(self, params: Any, frozen: Mapping[str, Any]) -> Scalars:
+        """Refused: there are no rows."""
+        raise ValueError("shapes alone cannot be run")
+
+
+def _vocabulary(settings: config.Config) -> TokenizerRecord:
+    kind = settings.tokenizer.kind
+    named = settings.decoder.vocab_size or _VOCABULARIES.get(kind)
+    return TokenizerRecord(
+        kind=kind,
+        vocab_size=named or settings.tokenizer.train_vocab_size,
+        lm_offset=_CLIP_SPECIALS if kind == "clip" else 0,
+        eos_id=0,
+        pad_id=0,
+        fingerprint="",
+    )
+
+
+def _tower(settings: config.Config, vocabulary: TokenizerRecord) -> tuple[TowerConfig | None, bool]:
+    """The shape of the text tower, and whether it has a tokenizer of its own."""
+    grounding = settings.grounding
+    if grounding.source == "none":
+        return None, False
+    # An index is asked by its CLIP's tower: without one, the shape that settings give.
+    if grounding.tower == "random" or (grounding.source == "images" and not grounding.tower):
+        return system.tower_shape(grounding.random, vocabulary, setting="grounding.random"), False
+    tower = system.read_tower(settings, None)
+    if tower is None:
+        return None, False
+    shared = tower.shares_tokens or vocabulary.kind == "clip"
+    return tower.config, not shared
+
+
+def _vectors(settings: config.Config, given: int | None) -> int:
+    if settings.grounding.source != "images":
+        return 0
+    if given is not None:
+        return given
+    return load_manifest(Path(settings.grounding.index).expanduser()).count
