@@ -1,6 +1,7 @@
 # make train     trains a BLIND-VALM of the toy world: its CLIP, its language model, the probes
 # make toyworld  trains all variants over five seeds, draws the bias curve, writes the report: hours
 # make test      format, lint, types, and the tests that do not take long; needs no torch
+# make faults    processes that are killed, stopped, doubled and hung, one and several: docs/reliability.md
 # make test-all  the same with torch, FAISS, lm-evaluation-harness and the slow tests, and XLA's optimizations left on
 #
 # Everything runs in $(VENV), made on first use and brought up to date when pyproject.toml or
@@ -21,7 +22,7 @@ VENV_VERSION = $(shell $(BIN)/python -c 'import sys; print("%d.%d" % sys.version
 PIP_INSTALL = $(BIN)/python -m pip install $(if $(filter 3.11,$(VENV_VERSION)),-c constraints.txt)
 
 .DEFAULT_GOAL := test
-.PHONY: train toyworld test test-all checks install extras
+.PHONY: train toyworld test faults test-all checks install extras
 
 train: $(VENV)/installed
 	$(BIN)/python -m blindvalm_jax.toyworld --workdir=runs/first --seeds=1 --variants=blind_valm_eos --steps=3000
@@ -31,7 +32,10 @@ toyworld: $(VENV)/installed
 
 # Without XLA's fusion emitters a small program compiles in 3/5 of the time; test-all has them.
 test: checks
-	XLA_FLAGS="--xla_cpu_use_fusion_emitters=false $$XLA_FLAGS" $(PYTEST) -m "not slow"
+	XLA_FLAGS="--xla_cpu_use_fusion_emitters=false $$XLA_FLAGS" $(PYTEST) -m "not slow and not faults"
+
+faults: install
+	$(PYTEST) -m faults
 
 test-all: extras checks
 	OPTIMIZED_TESTS=1 $(PYTEST)

@@ -21,6 +21,8 @@ from blindvalm_jax.errors import UserError, run_main
 LONGEST_WINDOW = 2**20  # tokens
 SMALLEST_BPE = 257  # 256 bytes and the end of a text
 _TOWERS = ("vit", "conv")
+_CORRUPT = ("fail", "skip")
+_NONFINITE = ("skip", "stop")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,9 @@ class DataConfig:
     sequence_length: int = field(512, "tokens of a window (T)", low=2, high=LONGEST_WINDOW)
     eval_fraction: float = field(0.01, "share of documents or images held out", low=0.0, high=0.5)
     workers: int = field(0, "processes that tokenize; 0: one per core", low=0)
+    on_corrupt: str = field(
+        "fail", "a damaged or missing record: end, or another in its place", choices=_CORRUPT
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,7 +184,9 @@ class TrainConfig:
     )
     steps: int = field(1000, "optimizer updates", low=1)
     batch_size: int = field(8, "rows (contrastive: pairs) an update, over all devices", low=1)
-    microbatches: int = field(1, "parts a batch is computed in, one after the other", low=1)
+    microbatches: int = field(
+        1, "parts a batch is computed in, one after the other; 0: as few as fit", low=0
+    )
     dtype: str = field(
         "bfloat16", "computation of the model that is trained", choices=("bfloat16", "float32")
     )
@@ -187,11 +194,25 @@ class TrainConfig:
         "auto", "attention kernel of plain blocks", choices=("auto", "xla", "cudnn")
     )
     remat: str = field(
-        "none", "what the backward pass recomputes", choices=("none", "dots", "full")
+        "none",
+        "what the backward pass recomputes; auto: as little as fits",
+        choices=("none", "dots", "full", "auto"),
     )
     scan_unroll: int = field(1, "blocks compiled in line per scan iteration", low=1)
     loss_chunk: int = field(0, "positions of a row with live logits; 0: all of them", low=0)
     init_from: str = field("", "weights directory (see convert) the decoder starts from")
+    watchdog_seconds: float = field(
+        1800.0, "a run without a finished update for so long ends, saying why; 0: never", low=0.0
+    )
+    on_nonfinite: str = field(
+        "skip", "a loss or gradient that is not finite: that update, or the run", choices=_NONFINITE
+    )
+    nonfinite_limit: int = field(10, "such updates in a row that end the run (exit 43)", low=1)
+    on_spike: str = field(
+        "none", "a gradient norm far above the usual: update", choices=("none", "skip", "clip")
+    )
+    spike_factor: float = field(4.0, "times the running mean of the norms: a spike", low=1.01)
+    spike_warmup: int = field(100, "updates before anything is a spike", low=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,6 +251,12 @@ class MeshConfig:
     data: int = field(-1, "replicas with their own rows", low=-1)
     fsdp: int = field(1, "shards of parameters and rows", low=-1)
     tensor: int = field(1, "shards of heads, MLP and vocabulary", low=-1)
+    slices: int = field(
+        1, "slices the data axis spans, over the slower network; -1: as devices report", low=-1
+    )
+    device_memory_gib: float = field(
+        0.0, "memory of a device for what is chosen to fit; 0: as it reports", low=0.0
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,6 +265,9 @@ class CheckpointConfig:
 
     every_steps: int = field(1000, "updates between checkpoints", low=1)
     keep: int = field(3, "latest checkpoints kept", low=1)
+    keep_every: int = field(0, "checkpoints at multiples of it are kept for ever; 0: none", low=0)
+    keep_best: int = field(0, "checkpoints kept for the lowest eval/loss; 0: none", low=0)
+    failures: int = field(3, "saves in a row that fail and end the run", low=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,6 +291,10 @@ class LogConfig:
     every_steps: int = field(10, "updates between metrics", low=1)
     tensorboard: bool = field(False, "also write TensorBoard events")
     peak_tflops: float = field(0.0, "dense TFLOP/s of a device; 0: by its kind", low=0)
+    layer_norms: bool = field(False, "also norms of each layer: gradient, update, parameters")
+    profile_steps: tuple[int, ...] = field(
+        (), "first and last step of a profiler trace in <workdir>/profile; empty: none"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -319,7 +353,8 @@ def resolve(config: Config, *, vocab_size: int, mesh: Mapping[str, int]) -> Conf
         mlp_width=config.decoder.mlp_width or 4 * config.decoder.width,
         fusion_layers=fusion_layers(config),
     )
-    return dataclasses.replace(config, decoder=decoder, mesh=MeshConfig(**mesh))
+    sizes = dataclasses.replace(config.mesh, **mesh)
+    return dataclasses.replace(config, decoder=decoder, mesh=sizes)
 
 
 def describe() -> Iterator[tuple[str, Any, str]]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from blindvalm_jax import addresses
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.trees import flatten
 
 if TYPE_CHECKING:
     from blindvalm_jax.config import Config
@@ -25,6 +27,9 @@ def check(config: Config) -> None:
     Raises:
       UserError: naming the settings and what to change.
     """
+    settings = flatten(dataclasses.asdict(config))
+    if wrong := addresses.refusal({key.replace("/", "."): text for key, text in settings.items()}):
+        raise UserError(wrong)
     if config.train.objective == "contrastive":
         _check_contrastive(config)
     else:
@@ -32,11 +37,14 @@ def check(config: Config) -> None:
         _check_grounding(config)
     _check_batch(config)
     _check_data(config)
+    _check_profile(config.log.profile_steps)
     if config.eval.tasks:
         _check_tasks(config)
-    unknown = [size for size in dataclasses.astuple(config.mesh) if size == -1]
-    if len(unknown) > 1 or 0 in dataclasses.astuple(config.mesh):
-        raise UserError(f"mesh sizes must be positive, at most one -1, got {config.mesh}")
+    _check_kept(config)
+    mesh = config.mesh
+    sizes = (mesh.data, mesh.fsdp, mesh.tensor)
+    if sizes.count(-1) > 1 or 0 in (*sizes, mesh.slices):
+        raise UserError(f"mesh sizes must be positive, at most one -1, got {mesh}")
 
 
 def _check_decoder(config: Config) -> None:
@@ -151,6 +159,8 @@ def _check_contrastive(config: Config) -> None:
 
 def _check_batch(config: Config) -> None:
     train = config.train
+    if not train.microbatches:  # chosen later among those that fit together
+        return
     if train.batch_size % train.microbatches:
         raise UserError(
             f"train.batch_size {train.batch_size} is not a multiple of train.microbatches "
@@ -175,6 +185,28 @@ def _check_data(config: Config) -> None:
         raise UserError(
             "data.tfds_eval_split goes with data.tfds and without data.eval_files or "
             "data.eval_images"
+        )
+
+
+def _check_kept(config: Config) -> None:
+    kept, saved, asked = config.checkpoint, config.checkpoint.every_steps, config.eval.every_steps
+    if kept.keep_every % saved:
+        raise UserError(
+            f"checkpoint.keep_every {kept.keep_every} is no multiple of checkpoint.every_steps "
+            f"{saved}: nothing is saved at most of its steps"
+        )
+    if kept.keep_best and (asked == 0 or saved % asked):
+        raise UserError(
+            f"checkpoint.keep_best needs an eval/loss with each checkpoint: eval.every_steps "
+            f"{asked} must divide checkpoint.every_steps {saved}"
+        )
+
+
+def _check_profile(steps: tuple[int, ...]) -> None:
+    numbers = all(type(step) is int and step > 0 for step in steps)
+    if steps and not (numbers and len(steps) == 2 and steps[0] <= steps[1]):
+        raise UserError(
+            f"log.profile_steps must be a first and a last step, as (10, 12), got {steps}"
         )
 
 

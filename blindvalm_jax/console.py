@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import sys
+
 import jax
+
+
+def is_first() -> bool:
+    """Whether this is the first process of the run: the one that writes and prints."""
+    return jax.process_index() == 0
 
 
 def say(text: str) -> None:
     """Prints a line on the first process."""
-    if jax.process_index() == 0:
+    if is_first():
         print(text, flush=True)
+
+
+def say_here(text: str) -> None:
+    """Prints a line that concerns this process: on stderr, with its number, where not the first."""
+    if is_first():
+        say(text)
+    else:
+        print(f"process {jax.process_index()}: {text}", file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """Prints a warning as one line on stderr, on the first process."""
+    if is_first():
+        print(f"warning: {' '.join(text.split())}", file=sys.stderr, flush=True)

@@ -12,11 +12,22 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
+from blindvalm_jax import addresses
+
 _BROKEN_PIPE = 141  # what a shell reports of a command that such a pipe ended
+PREEMPTED = 42
+_TEXT = ("prompt", "candidates", "stop")  # flags whose value may hold any text
 
 
 class UserError(ValueError):
     """Bad input. The message is one line: what is wrong, expected and got, what to do."""
+
+
+class Preempted(BaseException):
+    """SIGTERM ends this process (see `survival.preemption`); the message says what is saved.
+
+    No `except Exception` takes it for a failure of what it interrupts.
+    """
 
 
 def run_main(
@@ -24,10 +35,12 @@ def run_main(
     *,
     failure: int = 1,
     interrupted: str = "the same command goes on from what is on disk",
+    takes_addresses: Sequence[str] = (),
 ) -> None:
     """Runs an absl entry point; a `UserError` becomes one line on stderr and exit code `failure`.
 
     interrupted: what is said behind "interrupted; " on Ctrl-C: what becomes of the work done.
+    takes_addresses: flags, or "argument", that may be an address of an object store.
     `--verbosity=0` shows what libraries log.
     """
 
@@ -53,13 +66,22 @@ def run_main(
     def guarded(argv: Sequence[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # libraries report every file they write
+        free = (*_TEXT, *takes_addresses)
+        given: dict[str, object] = {f"--{f.name}": f.value for f in _given() if f.name not in free}
+        if "argument" not in free:
+            given["argument"] = list(argv[1:])
+        if wrong := addresses.refusal(given):
+            fail(wrong)
         exit_after(lambda: main(argv), failure=failure, interrupted=interrupted)
 
     app.run(guarded, flags_parser=parse)
 
 
 def exit_after(main: Callable[[], int | None], *, failure: int = 1, interrupted: str) -> NoReturn:
-    """Ends the process with what `main` returns, or with one line on stderr; see `run_main`."""
+    """Ends the process with what `main` returns, or with one line on stderr; see `run_main`.
+
+    What SIGTERM ended ends with `PREEMPTED`.
+    """
     try:
         code = main() or 0
         if sys.stdout is not None:  # it is where a shell closed it
@@ -79,6 +101,9 @@ def exit_after(main: Callable[[], int | None], *, failure: int = 1, interrupted:
         _fail(f"{place}: {error.strerror}; free some and start again", failure)
     except KeyboardInterrupt:
         _fail(f"interrupted; {interrupted}", failure)
+    except Preempted as stop:
+        print_stop(str(stop))
+        sys.exit(PREEMPTED)
     except Exception as error:
         # Known by its name: whoever needs no device need not wait for JAX to be imported.
         if type(error).__name__ != "JaxRuntimeError" or "RESOURCE_EXHAUSTED" not in str(error):
@@ -91,6 +116,12 @@ def exit_after(main: Callable[[], int | None], *, failure: int = 1, interrupted:
             "--model_args with dtype=bfloat16 or a smaller tokens_at_once",
             failure,
         )
+
+
+def _given() -> list[flags.Flag]:
+    """Flags of the command line."""
+    every = (flags.FLAGS[name] for name in flags.FLAGS)
+    return [flag for flag in every if flag.present]
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -127,13 +158,22 @@ def _drop_output() -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The beginning of what a library says of an error, at most 500 characters."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:500]
+    """The first line of what a library says of an error; of a long one its beginning and end.
+
+    At most 500 characters: long paths stand in the middle, the cause behind them.
+    """
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line if len(line) <= 500 else f"{line[:245]} ... {line[-250:]}"
 
 
 def print_error(message: str) -> None:
     """Prints an error as one line on stderr."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def print_stop(message: str) -> None:
+    """Prints on stderr that SIGTERM ends this process, and what is saved."""
+    print(f"stopped by SIGTERM: {message}", file=sys.stderr, flush=True)
 
 
 def _setting_named(error: Exception, argv: Sequence[str]) -> str | None:

@@ -1,16 +1,26 @@
-"""Files that are there whole or not at all, and JSON in them."""
+"""Files that are there whole or not at all, JSON in them, and files that one process holds."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import socket
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from blindvalm_jax.errors import UserError
+
+_held: set[Path] = set()
+
+
+class HeldError(UserError):
+    """Another process holds what this one needs."""
 
 
 @contextlib.contextmanager
@@ -93,3 +103,60 @@ def read_object(path: Path, *, hint: str = "") -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Holds a lock file, which says who does; the lock ends with this process at the latest.
+
+    This process may hold it already. Where the file system knows no locks, that is said, and
+    nothing keeps others out.
+
+    Raises:
+      HeldError: another process holds it (which, where, since when).
+      UserError: it cannot be written.
+    """
+    place = path.resolve()
+    if place in _held:
+        yield
+        return
+    try:
+        stream = path.open("a+", encoding="utf-8")  # what another has written there stays
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise HeldError(
+                f"{path.parent} is in use by {_holder(stream)}: wait until that has ended, or take "
+                "another directory"
+            ) from error
+        except OSError as error:
+            print(
+                f"note: {path} cannot be locked ({error.strerror}): nothing keeps a second process "
+                f"out of {path.parent}",
+                file=sys.stderr,
+                flush=True,
+            )
+        since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        holder = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
+        stream.truncate(0)
+        stream.write(json.dumps(holder) + "\n")
+        stream.flush()
+        _held.add(place)
+        try:
+            yield
+        finally:
+            _held.remove(place)
+            stream.truncate(0)
+
+
+def _holder(stream: IO[str]) -> str:
+    """Who holds a lock file, in words."""
+    try:
+        stream.seek(0)
+        found = json.loads(stream.read())
+        return f"process {found['process']} on {found['host']}, since {found['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # it has just begun
+        return "another process"

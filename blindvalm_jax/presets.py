@@ -21,6 +21,7 @@ SIZES = {
 
 VARIANTS = ("gpt2", "blind", "eos", "valm", "valm_eos", "random_tower", "shuffled")
 VALM_NEIGHBOURS = 4
+LOSS_CHUNK = 128  # positions
 
 # name: (patch; layers, width, heads of the image tower; the same of the text tower; projection;
 # learning rate), Radford et al. 2021, table 20
@@ -111,7 +112,7 @@ def gpt2(config: ConfigDict, size: str) -> ConfigDict:
 def long_run(config: ConfigDict) -> ConfigDict:
     """What hours on accelerators ask for: less memory a row, and reports further apart."""
     config.train.remat = "dots"
-    config.train.loss_chunk = 128
+    config.train.loss_chunk = LOSS_CHUNK
     config.checkpoint.every_steps = 1000
     config.eval.every_steps = 1000
     config.log.every_steps = 50

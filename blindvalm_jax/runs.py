@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -10,16 +11,17 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from clu import parameter_overview
 
-from blindvalm_jax import files
+from blindvalm_jax import addresses, distributed, files
+from blindvalm_jax.checkpoints import layout, quarantine
 from blindvalm_jax.config import Config, completed
-from blindvalm_jax.console import say
+from blindvalm_jax.console import is_first, say
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.trees import flatten
 
@@ -31,46 +33,104 @@ _FREE = (
     *("data.eval_files", "data.windows", "data.tfds", "data.tfds_split", "data.tfds_eval_split"),
     *("data.tfds_dir", "data.images", "data.eval_images", "tokenizer.path"),
     *("grounding.tokenizer", "grounding.tower", "grounding.index", "grounding.prepared"),
-    *("train.remat", "train.scan_unroll", "train.loss_chunk"),
+    "data.on_corrupt",
+    *("train.remat", "train.scan_unroll", "train.loss_chunk", "train.watchdog_seconds"),
 )
-MARKER = ".blindvalm_run"
+# These change what becomes of updates that would break the run, and of no other: a run that has
+# diverged goes on with them from its checkpoint.
+_OF_THE_GUARD = tuple(
+    f"train.{name}"
+    for name in ("on_nonfinite", "nonfinite_limit", "on_spike", "spike_factor", "spike_warmup")
+)
+MARKER, LOCK = ".blindvalm_run", ".run.lock"
 _WRITTEN = (
-    *("checkpoints", "config.json", "data", "eval", "metrics.jsonl", "parameters.txt", "run.json"),
+    *("checkpoints", "config.json", "data", "eval", "events.jsonl", "metrics.jsonl"),
+    *("parameters.txt", "placement.md", "profile", "quarantine", "run.json", "saved.json"),
     *("tensorboard", "tower"),
 )
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def check_resume(workdir: Path, config: Config) -> int | None:
+def check_resume(workdir: Path, config: Config, *, allowed: Sequence[str] = ()) -> int | None:
     """Updates done in the newest checkpoint of the run to resume, or None; creates the directory.
 
-    Says which settings changed that may.
+    Says which settings changed that may. allowed: settings or sections that may change besides.
 
     Raises:
       UserError: the directory cannot be made or is not a run's, its record is gone, or settings
-        changed that change the run, listed field by field.
+        changed that change the run, listed field by field; or there is no setting of a name in
+        `allowed`, or it is the seed.
     """
+    known = _flat(_plain(config))
+    for name in allowed:
+        if not _names(name, known):
+            raise UserError(
+                f"--allow_changed={name}: there is no such setting; `python -m "
+                "blindvalm_jax.config` lists all of them"
+            )
+    if "seed" in allowed:
+        raise UserError(
+            "--allow_changed=seed: a run keeps its seed, from which the order of its data follows; "
+            "take another --workdir for another seed"
+        )
     claim(workdir)
-    paths = (workdir / "checkpoints").iterdir()
-    saved = [int(path.name) for path in paths if path.name.isdecimal()]
+    saved = layout.steps(workdir)
     if not saved:
+        quarantine.check_not_lost(workdir)
         return None
     record = _record(workdir)
-    before, now = (
-        {key.replace("/", "."): value for key, value in flatten(settings).items()}
-        for settings in (_completed(record["config_as_given"]), _plain(config))
-    )
-    changed = [k for k in sorted(set(before) | set(now)) if before.get(k) != now.get(k)]
-    lines = {k: f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in changed}
-    refused = [lines[key] for key in changed if not _is_free(key, config)]
+    changed = _changed(record, config)
+    lines = {key: f"{key}: {before!r} -> {now!r}" for key, (before, now) in changed.items()}
+    may = [
+        key for key in changed if _is_free(key, config) or any(_names(x, [key]) for x in allowed)
+    ]
+    refused = [lines[key] for key in changed if key not in may]
     if refused:
         raise UserError(
             f"{workdir} holds a run with other settings: {'; '.join(refused)}. Give the same "
-            "settings to resume it, or another --workdir"
+            "settings to resume it, take another --workdir, or say what may differ: "
+            "--allow_changed=NAME,NAME"
         )
     for key in changed:
-        print(f"resuming with another setting, {lines[key]}", flush=True)
-    return max(saved)
+        say(f"resuming with another setting, {lines[key]}")
+    return _newest_whole(workdir, saved)
+
+
+def _newest_whole(workdir: Path, saved: list[int]) -> int:
+    """The newest checkpoint with nothing missing; what it holds is checked where it is restored.
+
+    Raises:
+      UserError: there is none.
+    """
+    faults = {step: layout.fault(layout.directory(workdir) / str(step)) for step in saved}
+    whole = [step for step, fault in faults.items() if fault is None]
+    if not whole:
+        named = "; ".join(f"step {step}: {fault}" for step, fault in faults.items())
+        raise UserError(
+            f"no checkpoint of {workdir} is sound: {named}. Nothing was moved or started afresh: "
+            "bring one back, or take another --workdir"
+        )
+    return whole[-1]
+
+
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """Makes the directory that of a run, and keeps other processes from training in it.
+
+    Of several processes that train together the first one holds it.
+
+    Raises:
+      UserError: another process trains there (which, where, since when); whatever `claim` raises.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def hold() -> None:
+            claim(workdir)
+            if is_first():
+                stack.enter_context(files.held(workdir / LOCK))
+
+        distributed.first_then_others(hold)
+        yield
 
 
 def claim(workdir: Path) -> None:
@@ -79,6 +139,8 @@ def claim(workdir: Path) -> None:
     Raises:
       UserError: it cannot be made, or something else is where a run would write.
     """
+    if wrong := addresses.refusal({"--workdir": str(workdir)}):
+        raise UserError(wrong)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         foreign = [name for name in _WRITTEN if (workdir / name).exists()]
@@ -87,7 +149,8 @@ def claim(workdir: Path) -> None:
                 f"--workdir={workdir} is not marked as a run's ({MARKER}) and holds "
                 f"{', '.join(foreign)}, which a run would write over: choose a new directory"
             )
-        (workdir / MARKER).write_text("Files here are written and deleted by train.\n")
+        if not (workdir / MARKER).exists():
+            (workdir / MARKER).write_text("Files here are written and deleted by train.\n")
         (workdir / "checkpoints").mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
@@ -134,16 +197,16 @@ def _check_faiss(
 ) -> None:
     """Refuses a FAISS index that answers otherwise than the run's; its version may be another."""
     if before is None:  # of before the record held it
-        print("note: run.json does not say how FAISS searched before; that is not compared")
+        say("note: run.json does not say how FAISS searched before; that is not compared")
         return
     for name, value in images["faiss"].items():
         there = before.get(name)
         if there is None:  # of before the record held it
-            print(f"note: run.json does not say {name} of FAISS's index; that is not compared")
+            say(f"note: run.json does not say {name} of FAISS's index; that is not compared")
         elif there == value:
             continue
         elif name == "searched_by":
-            print(f"note: searched by another version of FAISS: {there!r} -> {value!r}")
+            say(f"note: searched by another version of FAISS: {there!r} -> {value!r}")
         else:
             raise UserError(
                 f"{workdir} was trained on a FAISS index with {name} {there!r}, the one in "
@@ -156,7 +219,7 @@ def _check_neighbours(
 ) -> None:
     """Refuses other neighbours found ahead of time than the run read."""
     if before is None:  # of before the record held it
-        print("note: run.json does not say which neighbours were read; that is not compared")
+        say("note: run.json does not say which neighbours were read; that is not compared")
     elif before["key"] != now["key"]:
         raise UserError(
             f"{workdir} was trained with other neighbours ({before['directory']}) than "
@@ -221,6 +284,27 @@ def _record(workdir: Path) -> Any:
     return record
 
 
+def _changed(record: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ from those of a record, as (before, now)."""
+    before, now = _flat(_completed(record["config_as_given"])), _flat(_plain(config))
+    names = sorted(set(before) | set(now))
+    return {
+        name: (before.get(name), now.get(name))
+        for name in names
+        if before.get(name) != now.get(name)
+    }
+
+
+def _flat(settings: Any) -> dict[str, Any]:
+    """Nested settings by dotted names."""
+    return {key.replace("/", "."): value for key, value in flatten(settings).items()}
+
+
+def _names(name: str, settings: Iterable[str]) -> bool:
+    """Whether a name is that of one of these settings, or of its section."""
+    return any(key == name or key.startswith(f"{name}.") for key in settings)
+
+
 def _completed(given: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(completed(given)))
 
@@ -235,17 +319,24 @@ def _is_free(key: str, config: Config) -> bool:
         return config.optimizer.schedule == "inverse_sqrt"  # the others depend on the length
     if key == "train.microbatches":  # of a language model they draw dropout, and are shuffled
         return config.train.objective == "contrastive"
-    return any(key == free or key.startswith(f"{free}.") for free in _FREE)
+    return any(_names(free, [key]) for free in (*_FREE, *_OF_THE_GUARD))
 
 
 def write_record(
     workdir: Path, about: Mapping[str, Any], *, given: Config, resolved: Config, step: int
 ) -> None:
-    """Writes config.json (as resolved) and run.json: what this run is and each of its starts."""
+    """Writes config.json (as resolved) and run.json: what this run is and each of its starts.
+
+    A start that resumed has the settings that differ from the start before, as [before, now].
+    """
     path = workdir / "run.json"
-    starts = files.read_object(path)["starts"] if step and path.exists() else []
+    before = _record(workdir) if step and path.exists() else None
+    starts = [] if before is None else before["starts"]
     code = {"commit": commit(), "code_sha256": CODE_SHA256}
-    starts.append({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, **code})
+    start: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, **code}
+    if before is not None and (changed := _changed(before, given)):
+        start["changed"] = changed
+    starts.append(start)
     record = {
         "command": sys.argv,
         "config_as_given": _plain(given),

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from blindvalm_jax import config, files, hub, partitioning, runs, system
+from blindvalm_jax import addresses, config, files, hub, partitioning, runs, system
 from blindvalm_jax.data import packing, prepared, tokenizer_files, tokenizers
 from blindvalm_jax.data.clip_bpe import ClipTokenizer
 from blindvalm_jax.data.tokenizers import Tokenizer
@@ -35,6 +35,8 @@ def load(
       UserError: it is no such run or lacks something, such as that checkpoint; its tokenizer,
         tower or image index, or FAISS's of it, is another than it was trained with.
     """
+    if wrong := addresses.refusal({"workdir": str(workdir)}):
+        raise UserError(wrong)
     workdir = Path(workdir).expanduser()
     run = run_directory.load(workdir, step=step)
     if not isinstance(run.config, weights.DecoderSpec):

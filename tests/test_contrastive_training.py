@@ -26,8 +26,8 @@ from blindvalm_jax import (
     optim,
     partitioning,
     runs,
-    train,
     trained,
+    trainer,
     trees,
 )
 from blindvalm_jax.data import tokenizers
@@ -153,12 +153,12 @@ def test_resume_on_other_images_is_refused(finished: Path, world: Path, tmp_path
     names = sorted(path.name for path in world.glob("*.png"))
     shutil.copy(world / names[0], tmp_path / "images" / names[1])
     with pytest.raises(UserError, match="was trained with other data: ") as error:
-        train.train(config.parse(settings(tmp_path / "images")), workdir)
+        trainer.train(config.parse(settings(tmp_path / "images")), workdir)
     assert "\n" not in str(error.value)
     captions = tmp_path / "images" / "captions.jsonl"
     captions.write_text(captions.read_text().replace("photo", "view"))
     with pytest.raises(UserError, match="was trained with another tokenizer: "):
-        train.train(config.parse(settings(tmp_path / "images")), workdir)
+        trainer.train(config.parse(settings(tmp_path / "images")), workdir)
     with pytest.raises(UserError, match=r"clip\.image\.width: 32 -> 64"):
         runs.check_resume(workdir, config.parse(settings(world, clip__image__width=64)))
 
@@ -181,7 +181,7 @@ def test_a_finished_run_that_has_moved_knows_where_its_data_are(
     shutil.copytree(finished, workdir)
     before = json.loads((workdir / "run.json").read_text())
     assert before["data"]["directory"].startswith(str(finished))
-    train.train(config.parse(settings(world)), workdir, dry_run=True)
+    trainer.train(config.parse(settings(world)), workdir, dry_run=True)
     assert json.loads((workdir / "run.json").read_text()) == before
     test_train.run(settings(world), workdir)
     after = json.loads((workdir / "run.json").read_text())
@@ -346,7 +346,7 @@ def test_another_tokenizer_than_the_tower_s_is_refused_before_compilation(
 ) -> None:
     values = test_train.settings(text, grounding__tower=str(finished))
     with pytest.raises(UserError, match="was trained on another train tokenizer than the") as error:
-        train.train(config.parse(values), tmp_path)
+        trainer.train(config.parse(values), tmp_path)
     assert "\n" not in str(error.value)
     assert "compiled" not in capsys.readouterr().out
 
@@ -388,7 +388,7 @@ def test_a_language_model_is_no_tower_and_a_clip_no_language_model(
     values = test_train.settings(text, grounding__tower=str(grounded))
     values.tokenizer.path = str(tokenizer_of(finished))
     with pytest.raises(UserError, match="is a decoder, expected a CLIP or its text tower"):
-        train.train(config.parse(values), tmp_path)
+        trainer.train(config.parse(values), tmp_path)
     for load in (clip_model.load_clip, clip_model.load_vision):
         with pytest.raises(UserError, match="is a decoder, expected a CLIP"):
             load(grounded)
@@ -480,7 +480,7 @@ def test_misfits_are_refused_before_compilation(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(UserError) as caught:
-        train.train(config.parse(settings(world, **changes)), tmp_path, dry_run=True)
+        trainer.train(config.parse(settings(world, **changes)), tmp_path, dry_run=True)
     assert "compiled" not in capsys.readouterr().out
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -495,7 +495,7 @@ def test_a_blank_caption_of_a_dataset_is_refused_at_the_start(
     values = settings(Path(), **named, data__images="", data__caption_field="spaces")
     values.tokenizer.path = str(tokenizer_of(finished))
     with pytest.raises(UserError, match=r"train:\d: field 'spaces' .*; none may be blank"):
-        train.train(config.parse(values), tmp_path / "run", dry_run=True)
+        trainer.train(config.parse(values), tmp_path / "run", dry_run=True)
 
 
 def test_nothing_need_be_held_out(world: Path, tmp_path: Path) -> None:

@@ -32,3 +32,12 @@ def test_an_interrupted_command_says_what_becomes_of_its_work(
         errors.run_main(_interrupted, **given)  # type: ignore[arg-type]
     assert end.value.code == 1
     assert capsys.readouterr().err == f"error: interrupted; {told}\n"
+
+
+def test_of_a_long_message_the_cause_at_its_end_is_kept() -> None:
+    said = errors.first_line(OSError(f"cannot write {'a/' * 400}: File too large\nmore"))
+    assert said.startswith("cannot write a/a/")
+    assert said.endswith("a/a/: File too large")
+    assert len(said) <= 500
+    assert errors.first_line(ValueError("x" * 500)) == "x" * 500
+    assert errors.first_line(ValueError()) == "ValueError"

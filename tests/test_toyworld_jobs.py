@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from blindvalm_jax.errors import UserError
+from blindvalm_jax.errors import PREEMPTED, Preempted, UserError
+from blindvalm_jax.survival import preemption
 from blindvalm_jax.toyworld import comparison, recipes
 from blindvalm_jax.toyworld.supply import Parts
 from blindvalm_jax.toyworld.world import ATTRIBUTES, WorldConfig
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def doubled(parts: Parts, number: int) -> int:
@@ -105,3 +112,60 @@ def test_a_curve_of_a_variant_that_is_not_compared_has_its_origin(
     assert found["bias"]["gpt2"]["shape"] == [[400], [400.2]]
     assert [*found["variants"]] == ["valm"]
     assert "neighbours" not in found
+
+
+# Jobs that train until they are told to end, and then take a moment to save; and one that waits.
+_STOPPED = """
+import sys, time
+from pathlib import Path
+from blindvalm_jax.errors import exit_after
+from blindvalm_jax.survival import preemption
+from blindvalm_jax.toyworld import comparison
+from blindvalm_jax.toyworld.supply import Parts
+from tests import test_toyworld_jobs
+def main():
+    root = Path(sys.argv[1])
+    calls = [(f"job {n}", test_toyworld_jobs.trains, Parts(root / str(n)), n) for n in range(3)]
+    with preemption.noticed():
+        comparison._all(calls, 2)
+if __name__ == "__main__":
+    exit_after(main, interrupted="")
+"""
+
+
+def trains(parts: Parts, number: int) -> None:
+    """As `train` does: it saves when SIGTERM comes, after which it is preempted."""
+    with preemption.noticed() as notice, notice.kept():
+        (parts.root / "began").touch()
+        while not notice.stops(0):
+            time.sleep(0.05)
+        time.sleep(0.5)
+        (parts.root / "saved").touch()
+        raise Preempted(f"number {number} is saved")
+
+
+def test_sigterm_ends_all_jobs_when_they_have_saved(tmp_path: Path) -> None:
+    """And the comparison with 42; its workers are gone, those that had no job too."""
+    (tmp_path / "main.py").write_text(_STOPPED)
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "main.py"), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        deadline = time.monotonic() + 120
+        while not all((tmp_path / str(n) / "began").exists() for n in (0, 1)):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == PREEMPTED, said
+    assert "stopped by SIGTERM: the same command goes on from what is on disk" in said
+    assert "Traceback" not in said
+    for number in (0, 1):
+        assert (tmp_path / str(number) / "saved").exists()
+        log = (tmp_path / str(number) / "log.txt").read_text()
+        assert f"stopped by SIGTERM: number {number} is saved" in log
+    assert not (tmp_path / "2").exists()

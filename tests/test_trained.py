@@ -16,7 +16,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from blindvalm_jax import config, convert, indexing, partitioning, system, train, trained
+from blindvalm_jax import config, convert, indexing, partitioning, system, trained, trainer
 from blindvalm_jax.data import packing, pipeline, tokenizers
 from blindvalm_jax.data.images import FolderImages
 from blindvalm_jax.data.windows import Windows
@@ -70,7 +70,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "eval__every_steps": 0,
     }
     values = test_train.settings(root / "text.txt", **changes)
-    train.train(config.parse(values), root / "run")
+    trainer.train(config.parse(values), root / "run")
     return root / "run"
 
 
@@ -535,6 +535,11 @@ def test_a_valm_of_weights_finds_its_images(tmp_path: Path) -> None:
     np.testing.assert_allclose(got, products, rtol=0, atol=1e-3)
 
 
+def without_data(directory: str, names: list[str]) -> list[str]:
+    """For copies of a run without its data; each checkpoint has an item of that name."""
+    return ["data"] if "run.json" in names else []
+
+
 @pytest.mark.parametrize(
     ("gone", "message"),
     [
@@ -548,7 +553,7 @@ def test_a_valm_of_weights_finds_its_images(tmp_path: Path) -> None:
 def test_a_run_that_lacks_something_is_refused_in_one_line(
     run: Path, gone: str, message: str, tmp_path: Path
 ) -> None:
-    shutil.copytree(run, tmp_path / "run", ignore=lambda *_: ["data"])
+    shutil.copytree(run, tmp_path / "run", ignore=without_data)
     path = tmp_path / "run" / gone
     if gone == "checkpoints of nothing":
         shutil.rmtree(tmp_path / "run" / "checkpoints")
@@ -567,7 +572,7 @@ def test_a_run_that_lacks_something_is_refused_in_one_line(
 
 
 def test_a_run_whose_tokenizer_changed_is_refused(run: Path, tmp_path: Path) -> None:
-    shutil.copytree(run, tmp_path / "run", ignore=lambda *_: ["data"])
+    shutil.copytree(run, tmp_path / "run", ignore=without_data)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     record["tokenizer"]["fingerprint"] = "0" * 64
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))

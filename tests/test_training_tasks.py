@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blindvalm_jax import config, runs, train, trained
+from blindvalm_jax import config, runs, trained, trainer
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.tasks import evaluation, identity, results, standing, training
 from blindvalm_jax.tasks.scoring import Scorer
@@ -115,7 +115,7 @@ def test_what_goes_wrong_with_tasks_ends_no_training(
     assert sorted(found["train/loss"]) == [1, 2, 3]
     assert not [name for name in found if name.startswith("eval/tasks")]
 
-    assert train.train(settings, place.parent) == 0
+    assert trainer.train(settings, place.parent) == 0
     [line] = [x for x in capfd.readouterr().out.splitlines() if "its tasks were not asked" in x]
     command = shlex.split(line.partition(": ")[2])
     assert command[:3] == ["python", "-m", "blindvalm_jax.evaluate"]
@@ -128,7 +128,7 @@ def test_what_goes_wrong_with_tasks_ends_no_training(
     for protocol in ("published", "corrected"):  # by the latter its answers are put aside
         more: dict[str, Any] = {"protocol": protocol, "names": ["sst2"], "in_training": False}
         standing.settle(files / "asked" / "eval", found, **more)
-        assert train.train(config.parse(asking(files)), files / "asked") == 0
+        assert trainer.train(config.parse(asking(files)), files / "asked") == 0
         assert "tasks were not asked" not in capfd.readouterr().out
     assert not (files / "asked" / "eval" / "results.json").exists()
 
@@ -161,7 +161,7 @@ def test_what_cannot_be_asked_is_refused_before_training(
     if "train__objective" in changes:
         given.data.files = ""
     with pytest.raises(UserError, match=message):
-        train.train(config.parse(given), tmp_path)
+        trainer.train(config.parse(given), tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
@@ -172,7 +172,7 @@ def test_results_stay_where_they_are_until_tasks_are_asked(files: Path, tmp_path
     before = (tmp_path / "eval" / "results.json").read_bytes()
     given = config.parse(asking(files, train__init_from=str(files / "none")))
     with pytest.raises(UserError, match="none"):
-        train.train(given, tmp_path, dry_run=True)
+        trainer.train(given, tmp_path, dry_run=True)
     assert (tmp_path / "eval" / "results.json").read_bytes() == before
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from blindvalm_jax import config, files, indexing, partitioning, runs, train, trained
+from blindvalm_jax import config, files, indexing, partitioning, runs, trained, trainer
 from blindvalm_jax.config import MeshConfig
 from blindvalm_jax.data import images
 from blindvalm_jax.errors import UserError
@@ -167,7 +167,7 @@ def test_another_tower_or_index_than_a_run_s_is_refused(
         ({"grounding__index": str(tmp_path / "index")}, "trained on another image index than"),
     ):
         with pytest.raises(UserError, match=message) as caught:
-            train.train(config.parse(settings(inputs, **changes)), finished)
+            trainer.train(config.parse(settings(inputs, **changes)), finished)
         assert "\n" not in str(caught.value)
 
 
@@ -205,13 +205,13 @@ def test_neighbours_found_ahead_train_the_same_run(
     assert_same_losses(tmp_path / "run", settings(inputs, **changes), finished)
     moved = {**changes, "grounding__prepared": str(tmp_path / "moved")}
     shutil.copytree(prepared, tmp_path / "moved")
-    train.train(config.parse(settings(inputs, **moved)), tmp_path / "run")
+    trainer.train(config.parse(settings(inputs, **moved)), tmp_path / "run")
     manifest = tmp_path / "moved" / "train" / "manifest.json"
     values = files.read_object(manifest)
     values["shards"][0]["sha256"] = "0" * 64
     files.write_json(manifest, values)
     with pytest.raises(UserError, match=r"was trained with other neighbours \(.*/train\)"):
-        train.train(config.parse(settings(inputs, **moved)), tmp_path / "run")
+        trainer.train(config.parse(settings(inputs, **moved)), tmp_path / "run")
 
 
 @pytest.mark.faiss
@@ -239,19 +239,19 @@ def test_faiss_trains_the_same_run_where_its_answers_are_exact(
     }
     assert faiss["made_by"] == faiss["searched_by"] == importlib.import_module("faiss").__version__
     as_there = {**changes, "grounding__lists": 0, "grounding__code_bytes": 0}
-    train.train(config.parse(settings(inputs, **as_there)), tmp_path / "as_there")
+    trainer.train(config.parse(settings(inputs, **as_there)), tmp_path / "as_there")
     opened, there = ImageIndex.open(tmp_path / "index"), {"lists": 2, "code_bytes": 4}
     assert trained.load(tmp_path / "as_there").images is not None
     same = rewrite_other_answers(opened, neighbours=K, **there)
     assert {name for name in same if same[name] != faiss.get(name)} == {"sha256"}
-    for ask in (train.train, lambda _, workdir: trained.load(workdir)):
+    for ask in (trainer.train, lambda _, workdir: trained.load(workdir)):
         with pytest.raises(UserError, match="a FAISS index with sha256 .* the one in .*: bring"):
             ask(config.parse(settings(inputs, **changes)), tmp_path / "run")
     FaissEngine(opened, neighbours=K, lists=4, code_bytes=4, rebuild=True)
     with pytest.raises(UserError, match=r"was trained with lists 4, .*, expected lists 2, code"):
-        train.train(config.parse(settings(inputs, **changes)), tmp_path / "run")
+        trainer.train(config.parse(settings(inputs, **changes)), tmp_path / "run")
     with pytest.raises(UserError, match="a FAISS index with lists 2, the one in .* has 4: bring"):
-        train.train(config.parse(settings(inputs, **as_there)), tmp_path / "as_there")
+        trainer.train(config.parse(settings(inputs, **as_there)), tmp_path / "as_there")
 
 
 def rewrite_other_answers(index: ImageIndex, **arguments: Any) -> dict[str, Any]:
@@ -339,7 +339,7 @@ def test_misfits_are_refused_before_compilation(
     for number, (changes, message) in enumerate(cases):
         values = settings(inputs, **changes)
         with pytest.raises(UserError) as caught:
-            train.train(config.parse(values), tmp_path / str(number), dry_run=True)
+            trainer.train(config.parse(values), tmp_path / str(number), dry_run=True)
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)
     assert "compiled" not in capsys.readouterr().out

@@ -2,7 +2,8 @@
 
 Renders the world, trains CLIP on its images, trains every variant on its sentences, asks all of
 them about objects whose attributes no sentence states, and writes results.json and report.md. The
-same command again goes on where it stopped. Every knob of the world is a flag.
+same command again goes on where it stopped, also after SIGTERM (exit code 42). Every knob of the
+world is a flag.
 """
 
 from __future__ import annotations
@@ -60,17 +61,19 @@ def main(argv: Sequence[str]) -> None:
     if 0 in stated or len(set(stated)) < len(stated):
         raise UserError(f"--stated_heldout takes shares above 0, each once, got {_STATED.value}")
 
+    from blindvalm_jax.survival import preemption
     from blindvalm_jax.toyworld import comparison, report
 
     root = Path(_WORKDIR.value)
-    results = comparison.run(
-        root,
-        worlds=worlds,
-        variants=[name for name in recipes.VARIANTS if name in _VARIANTS.value],
-        stated=stated,
-        steps=recipes.Steps(clip=_CLIP_STEPS.value, language=_STEPS.value),
-        jobs=_JOBS.value or _cores(),
-    )
+    with preemption.noticed():
+        results = comparison.run(
+            root,
+            worlds=worlds,
+            variants=[name for name in recipes.VARIANTS if name in _VARIANTS.value],
+            stated=stated,
+            steps=recipes.Steps(clip=_CLIP_STEPS.value, language=_STEPS.value),
+            jobs=_JOBS.value or _cores(),
+        )
     path = report.write(results, root)
     print(report.summary_table(results, split=_TABLE.value))
     kind = {"heldout": "held-out", "dev": "development"}[_TABLE.value]

@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 
 from blindvalm_jax import files
-from blindvalm_jax.errors import UserError, first_line
+from blindvalm_jax.errors import PREEMPTED, Preempted, UserError, first_line, print_stop
+from blindvalm_jax.survival import preemption
 from blindvalm_jax.toyworld import recipes
 from blindvalm_jax.toyworld.supply import Parts
 from blindvalm_jax.toyworld.world import ATTRIBUTES, WorldConfig
@@ -35,6 +36,7 @@ from blindvalm_jax.toyworld.world import ATTRIBUTES, WorldConfig
 # What the bias sweep compares, with the share of statements about held-out objects in the name.
 BIAS_VARIANTS = ("gpt2", "blind_valm_eos")
 _RECIPE = recipes.Steps()
+_PATIENCE = 120.0  # seconds in which workers that are told to end may save what they train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +235,8 @@ def _where() -> dict[str, Any]:
 def _workers(jobs: int) -> Iterator[concurrent.futures.Executor]:
     """Processes with their own share of the cores each: two that share theirs slow both down.
 
-    When anything goes wrong here they end at once, and so they do when this process is gone.
+    When anything goes wrong here they are told to end, and have ended when this does: a training
+    saves first. When this process is gone they end at once.
     """
     context = multiprocessing.get_context("spawn")
     numbers = context.Queue()
@@ -246,15 +249,22 @@ def _workers(jobs: int) -> Iterator[concurrent.futures.Executor]:
     try:
         yield pool
     except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in set(multiprocessing.active_children()) - before:
-            worker.terminate()
+        with preemption.kept():
+            pool.shutdown(wait=False, cancel_futures=True)
+            workers = set(multiprocessing.active_children()) - before
+            for worker in workers:
+                worker.terminate()
+            patience = time.monotonic() + _PATIENCE
+            for worker in workers:
+                worker.join(max(0.0, patience - time.monotonic()))
+                worker.kill()
         raise
     pool.shutdown()
 
 
 def _begin_worker(numbers: Any, jobs: int, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told as well, and ends this one
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(PREEMPTED))  # a training saves: see `train`
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
@@ -338,6 +348,11 @@ def _quiet(function: Any, subject: Job | Parts, *rest: Any) -> Any:
     with _logged(_log(subject)):
         try:
             return function(subject, *rest)
+        except Preempted as stop:
+            # Ends itself, here: a worker that is ended may hold what the others wait for.
+            print_stop(str(stop))
+            sys.stdout.flush()
+            os._exit(PREEMPTED)
         except BaseException:
             traceback.print_exc()
             raise

@@ -169,13 +169,14 @@ def make_tokenizer(world: WorldConfig, parts: Parts) -> None:
 
 
 def make_clip(world: WorldConfig, parts: Parts, *, train: Train, steps: int = 0) -> None:
-    """Trains CLIP on the images, goes on with that, or finds it done.
+    """Trains CLIP on the images, goes on with that, or finds it done; others wait for that.
 
     Raises:
       UserError: the training did not end well.
     """
     settings = placed(schema.parse(recipes.clip(world, steps=steps)), parts)
-    code = train(settings, parts.clip)
+    with output.locked(parts.clip):
+        code = train(settings, parts.clip)
     if code:
         raise UserError(f"training CLIP in {parts.clip} ended with exit code {code}")
 

@@ -1,0 +1,1 @@
+"""What a run survives: being told to stop, and hanging (docs/reliability.md)."""

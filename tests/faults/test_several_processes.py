@@ -1,0 +1,161 @@
+"""Several processes train one run: as one does, and what becomes of them when one is ended."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+import pytest
+
+from tests import small_images, test_contrastive_training
+from tests.faults import small_run
+from tests.faults.small_run import FAILED, LEFT, PREEMPTED, Runs, computed, steps
+
+pytestmark = pytest.mark.faults
+SOON = 30.0  # seconds within which a process ends without the others
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_run.write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Iterator[Runs]:
+    with small_run.runs(tmp_path) as found:
+        yield found
+
+
+def check_equal(one: Path, other: Path) -> None:
+    """The same metrics, but for the order in which sums over devices are taken (float32)."""
+    expected, found = computed(one), computed(other)
+    assert found.keys() == expected.keys()
+    for step, values in expected.items():
+        assert found[step].keys() == values.keys()
+        for name, value in values.items():
+            np.testing.assert_allclose(found[step][name], value, rtol=1e-5, err_msg=name)
+
+
+def train(
+    runs: Runs, values: ml_collections.ConfigDict, workdir: Path, *, processes: int, until: int = 0
+) -> None:
+    """Trains to the end; until: stops all by SIGTERM to the last process after that step."""
+    if not until:
+        started = runs.several(processes, values, workdir)
+        for process in started:
+            process.ends()
+        return
+    go = workdir.parent / f"go_{processes}"
+    pause = small_run.PAUSES.format(batch=until + 1, flag=str(go))
+    started = runs.several(
+        processes, values, workdir, codes={processes - 1: pause}, TF_CPP_MIN_LOG_LEVEL="0"
+    )
+    started[-1].until("^waiting")
+    started[-1].send()
+    for process in started:
+        process.until("Preemption sync counter is set")  # JAX says so, to who listens
+    go.touch()
+    for process in started:
+        process.ends(PREEMPTED)
+
+
+def test_processes_train_as_one_does_and_hand_over(text: Path, tmp_path: Path, runs: Runs) -> None:
+    """Row 4 among others: SIGTERM to one of them makes all save the same step, and end."""
+    values = small_run.settings(text, train__steps=12, eval__every_steps=6)
+    runs.start(values, tmp_path / "one").ends()
+    train(runs, values, tmp_path / "two", processes=2)
+    check_equal(tmp_path / "one", tmp_path / "two")
+    train(runs, values, tmp_path / "four", processes=4, until=3)
+    [stopped] = steps(tmp_path / "four")
+    assert 3 <= stopped < 12
+    train(runs, values, tmp_path / "four", processes=2)
+    check_equal(tmp_path / "one", tmp_path / "four")
+    assert steps(tmp_path / "four") == [stopped, 12]
+
+
+def test_one_process_goes_on_with_what_two_began(text: Path, tmp_path: Path, runs: Runs) -> None:
+    """And two with what one began, on other cuts of the parameters."""
+    values = small_run.settings(text, train__steps=8, checkpoint__every_steps=4)
+    runs.start(values, tmp_path / "one").ends()
+    values.mesh.fsdp, values.mesh.data = 2, -1
+    for first, then in ((1, 2), (2, 1)):
+        workdir = tmp_path / f"{first}_{then}"
+        pause = small_run.PAUSES.format(batch=6, flag=str(tmp_path / "never"))
+        began = runs.several(first, values, workdir, devices=2, codes={0: pause})
+        began[0].until("^waiting")
+        small_run.wait_for(lambda: steps(workdir) == [4])  # noqa: B023
+        for process in began:
+            process.send(signal.SIGKILL)
+        for process in began:
+            process.ends(-signal.SIGKILL)
+        for process in runs.several(then, values, workdir, devices=2):
+            process.ends()
+        check_equal(tmp_path / "one", workdir)
+
+
+def test_the_survivor_of_a_killed_process_ends_soon(text: Path, tmp_path: Path, runs: Runs) -> None:
+    """Row 5, and that the newest checkpoint is gone on from."""
+    values = small_run.settings(text, train__steps=100_000, checkpoint__every_steps=2)
+    for gone in (1, 0):
+        both = runs.several(2, values, tmp_path / "run", heartbeat=10)
+        both[0].until(r"^step \d*5/")
+        both[gone].send(signal.SIGKILL)
+        said = both[1 - gone].ends(*LEFT, within=SOON)
+        assert "another process of the run is gone" in said or "another task died" in said
+    assert steps(tmp_path / "run")
+
+
+def test_a_process_that_fails_leaves_none_waiting(text: Path, tmp_path: Path, runs: Runs) -> None:
+    """Also after a save that they have not yet agreed on, and while the others go on training."""
+    values = small_run.settings(text, checkpoint__every_steps=3)
+    fails = """
+from blindvalm_jax.data import pipeline
+from blindvalm_jax.errors import UserError
+real = pipeline.Batches.__next__
+left = 4
+def failing(self):
+    global left
+    left -= 1
+    if left < 0:
+        raise UserError("a record of mine cannot be read")
+    return real(self)
+pipeline.Batches.__next__ = failing
+"""
+    one, other = runs.several(2, values, tmp_path / "run", codes={1: fails})
+    assert "error: process 1: a record of mine cannot be read" in other.ends(FAILED)
+    one.ends(*LEFT, within=SOON)
+
+
+def test_what_the_first_process_refuses_ends_all(text: Path, tmp_path: Path, runs: Runs) -> None:
+    """Each with one line: a directory in use, text that is not there, a mesh across processes."""
+    values = small_run.settings(text, train__steps=100_000)
+    holder = runs.start(values, tmp_path / "run")
+    holder.until("^step 1/")
+    first, other = runs.several(2, values, tmp_path / "run")
+    assert f"is in use by process {holder.pid} on " in first.ends(FAILED)
+    assert "error: process 1: the first process cannot begin: see what it says" in other.ends(
+        FAILED
+    )
+    holder.close()
+    for values, message in (
+        (small_run.settings(tmp_path / "nothing.txt"), "nothing.txt"),
+        (
+            small_run.settings(text, mesh__data=1, mesh__tensor=2),
+            "mesh.tensor must stay within the",
+        ),
+    ):
+        first, other = runs.several(2, values, tmp_path / "refused")
+        assert message in first.ends(FAILED)
+        assert "error: process 1: " in other.ends(FAILED)
+
+
+def test_a_contrastive_run_of_two_processes(tmp_path: Path, runs: Runs) -> None:
+    images = small_images.write_toyworld(tmp_path / "images", count=64)
+    values = test_contrastive_training.settings(images, train__steps=4, mesh__data=-1)
+    values.checkpoint.every_steps = values.eval.every_steps = 2
+    runs.start(values, tmp_path / "one").ends()
+    train(runs, values, tmp_path / "two", processes=2)
+    check_equal(tmp_path / "one", tmp_path / "two")
