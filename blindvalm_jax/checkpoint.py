@@ -30,10 +30,8 @@ from blindvalm_jax import files, runs
 from blindvalm_jax.checkpoints import (
     averaging,
     differences,
-    layout,
     listing,
     named,
-    quarantine,
     verifying,
 )
 from blindvalm_jax.errors import UserError, run_main
@@ -89,34 +87,7 @@ def _verify(names: Sequence[str]) -> int:
         raise UserError(f"{run} has no checkpoint")
     # A run that trains deletes checkpoints, and must not lose those that it counts on.
     with files.held(run / runs.LOCK) if _QUARANTINE.value else contextlib.nullcontext():
-        return verify_each(run, steps, quarantined=_QUARANTINE.value)
-
-
-def verify_each(run: Path, steps: Sequence[int], *, quarantined: bool = False) -> int:
-    """Says what is found of each checkpoint, and moves bad ones aside if asked; the exit code.
-
-    Raises:
-      UserError: no sound one would be left, or one cannot be moved.
-    """
-    bad: dict[int, str] = {}
-    for step in steps:
-        checkpoint = layout.directory(run) / str(step)
-        found = verifying.verify(checkpoint)
-        if not checkpoint.exists():
-            print(f"step {step}: it was deleted meanwhile")
-        elif found.bad:
-            bad[step] = "; ".join(found.bad)
-            print("\n".join([f"step {step}: BAD", *(f"  {reason}" for reason in found.bad)]))
-        elif found.compared:
-            print(f"step {step}: sound, {found.arrays} arrays as they were saved")
-        else:
-            print(f"step {step}: readable, {found.arrays} arrays; it is older than digests")
-    if bad and quarantined:
-        if not set(layout.steps(run)) - bad.keys():
-            raise UserError(f"no other checkpoint of {run} is left: nothing was moved")
-        for step, reason in bad.items():
-            print(f"step {step}: it is now {quarantine.move(run, step, reason)}")
-    return 1 if bad else 0
+        return verifying.verify_each(run, steps, quarantined=_QUARANTINE.value)
 
 
 def _diff(names: Sequence[str]) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from blindvalm_jax import checkpoint, config, files, runs
+from blindvalm_jax import config, files, runs
 from blindvalm_jax.checkpoints import (
     arrays,
     averaging,
@@ -313,7 +313,7 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_said(
         return part(path)
 
     monkeypatch.setattr(sys.modules[part.__module__], part.__name__, deleted)
-    assert checkpoint.verify_each(run, [1, 2, 4]) == 0
+    assert verifying.verify_each(run, [1, 2, 4]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[1] == "step 2: it was deleted meanwhile"
     assert [line.partition(",")[0] for line in said[::2]] == ["step 1: sound", "step 4: sound"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from blindvalm_jax import digests
-from blindvalm_jax.checkpoints import arrays, layout
+from blindvalm_jax.checkpoints import arrays, layout, quarantine
 from blindvalm_jax.errors import UserError
 
 
@@ -30,6 +30,33 @@ def verify(checkpoint: Path) -> Verdict:
         return Verdict([str(error)], 0, compared=False)
     except OSError as error:  # it may be deleted meanwhile
         return Verdict([f"cannot be read: {error}"], 0, compared=False)
+
+
+def verify_each(run: Path, steps: Sequence[int], *, quarantined: bool = False) -> int:
+    """Says what is found of each checkpoint, and moves bad ones aside if asked; the exit code.
+
+    Raises:
+      UserError: no sound one would be left, or one cannot be moved.
+    """
+    bad: dict[int, str] = {}
+    for step in steps:
+        checkpoint = layout.directory(run) / str(step)
+        found = verify(checkpoint)
+        if not checkpoint.exists():
+            print(f"step {step}: it was deleted meanwhile")
+        elif found.bad:
+            bad[step] = "; ".join(found.bad)
+            print("\n".join([f"step {step}: BAD", *(f"  {reason}" for reason in found.bad)]))
+        elif found.compared:
+            print(f"step {step}: sound, {found.arrays} arrays as they were saved")
+        else:
+            print(f"step {step}: readable, {found.arrays} arrays; it is older than digests")
+    if bad and quarantined:
+        if not set(layout.steps(run)) - bad.keys():
+            raise UserError(f"no other checkpoint of {run} is left: nothing was moved")
+        for step, reason in bad.items():
+            print(f"step {step}: it is now {quarantine.move(run, step, reason)}")
+    return 1 if bad else 0
 
 
 def _verified(checkpoint: Path) -> Verdict:
