@@ -144,6 +144,7 @@ def test_microbatches_leave_every_device_a_row() -> None:
         fitting.microbatches(settings(1, train__batch_size=12), mesh)
 
 
+@pytest.mark.slow
 def test_a_run_records_what_was_chosen_and_resumes_with_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -134,6 +134,7 @@ def test_learns(text: Path, tmp_path: Path) -> None:
     assert metrics["eval/loss"][40] < metrics["train/loss"][1] - 1.0
 
 
+@pytest.mark.faults
 def test_killed_run_ends_bit_identical(text: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle, the same command again: every metric equal to the last bit."""
     steps = {"train__steps": 300, "checkpoint__every_steps": 20, "eval__every_steps": 150}
