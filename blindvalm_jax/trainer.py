@@ -290,7 +290,7 @@ def loop(
                     held_out = objective.evaluate(state.params, frozen)
                     reporter.evaluated(done, held_out, damaged)
                     loss = held_out["eval/loss"]
-            if saving or notice.came():  # before tasks are asked: they cost no update
+            if saving or notice.stopping:  # before tasks are asked: they cost no update
                 with pausing(reporter, watchdog, "checkpoint"):
                     checkpoints.save(state, step=done, config=settings, loss=loss)
             checkpoints.settle()

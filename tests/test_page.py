@@ -28,7 +28,7 @@ def make_run(
     """A directory with the files of a run that the page reads; metrics: of every second step."""
     directory.mkdir(parents=True)
     settings = {
-        "train": {"objective": "language", "steps": 10, "batch_size": 4},
+        "train": {"steps": 10, "batch_size": 4},  # older than train.objective
         "data": {"sequence_length": 8},
         "grounding": {"source": source, "readout": "token", "control": "none"},
     }

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from blindvalm_jax import events, files, metrics
+from blindvalm_jax import config, events, files, metrics
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.trees import flatten
 
@@ -73,7 +73,7 @@ def read(directories: Sequence[Path]) -> list[Run]:
 def _read(path: Path, name: str) -> Run:
     hint = "name directories that train wrote"
     record = files.read_object(path / "run.json", hint=hint)
-    settings = files.read_object(path / "config.json", hint=hint)
+    settings = config.completed(files.read_object(path / "config.json", hint=hint))
     try:
         lines = metrics.records(path / "metrics.jsonl")
         happened = events.read(path)
