@@ -1,17 +1,20 @@
 """What survival costs: a step of the training loop over the same step in a bare loop, paired.
 
-One process holds all of it. The systems take turns of some steps each; the first and the last step
-of a turn do not count:
+One process holds all of it. Between two steps of the trainer's own loop the other systems do one
+step each, so that what is compared is a second apart:
 
     bare      the compiled update without a guard, on a batch that lies on the device
     guarded   the same with the guard of the update (train.on_nonfinite, train.on_spike)
-    loop      the trainer's own loop: guarded, batches read and placed, metrics of every step
-    saving    the same, with one checkpoint in the middle of the turn, written in the background
+    loop      the trainer's own loop: guarded and watched, batches read and placed, metrics written
+              of every step
 
-Ratios are to bare, round by round: of the time on the clock, and of the processor's time over all
-threads, which other processes on the machine disturb less. A checkpoint's cost is the time that a
-saving turn takes beyond one of the loop, spread over --save_every steps. Text is random words; the
-model is BLIND-VALM with a random tower, sizes by --decoder and --tower as in valm_cost.
+Each step is waited for, so that nothing the loop does on the host hides behind a step of the
+device: with an accelerator the loop costs less than is shown here. Ratios are those of a turn's
+sums: of the time on the clock, and of the processor's time over all threads, which other processes
+on the machine disturb less. Every other turn the loop saves a checkpoint in its middle, in the
+background. What such a turn takes longer in all, until the checkpoint is on disk, is spread over
+--save_every steps. Text is random words; the model is BLIND-VALM with a random tower, sizes by
+--decoder and --tower as in valm_cost.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +35,7 @@ from absl import flags
 
 from benchmarks import turns, valm_systems
 from benchmarks.valm_systems import DECODER, DTYPE, TOWER
+from blindvalm_jax.data.workers import Progress
 
 _STEPS = flags.DEFINE_integer("turn_steps", 8, "Steps of a turn.", lower_bound=4)
 _EVERY = flags.DEFINE_integer(
@@ -39,51 +43,52 @@ _EVERY = flags.DEFINE_integer(
 )
 _WORDS = 300_000
 _KINDS = 4_000  # different words
-SYSTEMS = ("bare", "guarded", "loop", "saving")
+SYSTEMS = ("bare", "guarded", "loop")
 
 
 class Spent(NamedTuple):
-    """Seconds of the counted steps: on the clock, and of the processor."""
+    """Seconds: on the clock, and of the processor."""
 
     clock: float
     processor: float
+
+    @classmethod
+    def now(cls) -> Spent:
+        """Since some time in the past."""
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self, begin: Spent) -> Spent:
+        """From then to this one."""
+        return Spent(self.clock - begin.clock, self.processor - begin.processor)
+
+
+class Turn(NamedTuple):
+    """What a turn took: a counted step of each system; all of it, with a save under way."""
+
+    steps: dict[str, Spent]
+    total: float
 
 
 def run() -> dict[str, Any]:
     """Prints the table and returns the numbers."""
     with tempfile.TemporaryDirectory() as directory:
         systems = _Systems(Path(directory))
-        processor: dict[str, list[float]] = {name: [] for name in SYSTEMS}
-
-        def turn(name: str) -> Callable[[], float]:
-            def taken() -> float:
-                spent = systems.turn(name)
-                processor[name].append(spent.processor)
-                return spent.clock
-
-            return taken
-
-        clock = turns.take({name: turn(name) for name in SYSTEMS}, title="turns")
+        plain, saving = [], []
+        with Progress("turns", total=turns.ROUNDS.value + 1, unit="round") as progress:
+            for _ in range(turns.ROUNDS.value + 1):
+                plain.append(systems.turn(saves=False))
+                saving.append(systems.turn(saves=True))
+                progress.advance(1)
         saved = systems.bytes_saved()
-    # each turn is taken twice and the second counts; the round before them warms up
-    counted = {name: seconds[3::2] for name, seconds in processor.items()}
-    rows: dict[str, dict[str, Any]] = {
-        name: {
-            **turns.over(clock[name], clock["bare"]),
-            "interval": _interval(clock[name], clock["bare"]),
-            "processor_ratio": turns.over(counted[name], counted["bare"])["ratio"],
-            "processor_interval": _interval(counted[name], counted["bare"]),
-        }
-        for name in SYSTEMS
-    }
+    del plain[0], saving[0]  # that round warmed up
+    rows = {name: _row(name, [turn.steps for turn in plain]) for name in SYSTEMS}
     print(f"{'system':8} {'s/step':>8} {'clock':>7} {'95 %':>13} {'processor':>10} {'95 %':>13}")
     for name, row in rows.items():
         print(
             f"{name:8} {row['seconds']:8.3f} {row['ratio']:7.3f} {_span(row['interval']):>13} "
             f"{row['processor_ratio']:10.3f} {_span(row['processor_interval']):>13}"
         )
-    steps = _STEPS.value - 2
-    extra = [steps * (a - b) for a, b in zip(clock["saving"], clock["loop"], strict=True)]
+    extra = [a.total - b.total for a, b in zip(saving, plain, strict=True)]
     save = statistics.median(extra)
     spread = save / _EVERY.value / rows["bare"]["seconds"]
     total = rows["loop"]["ratio"] - 1 + spread
@@ -144,7 +149,7 @@ class _Systems:
         self._workdir = directory / "run"
         (self._workdir / "checkpoints").mkdir(parents=True)
         self._mesh = partitioning.make_mesh(self._settings.mesh)
-        with _quiet():
+        with contextlib.redirect_stdout(io.StringIO()):
             self._objective = Language(self._settings, self._workdir, self._mesh, resuming=False)
         optimizer = optim.make(self._settings.optimizer, steps=_STEPS.value)
         model = self._objective.model
@@ -166,53 +171,55 @@ class _Systems:
         with self._objective.batches(0) as batches:
             self._batch = self._objective.to_device(next(batches))
 
-    def turn(self, name: str) -> Spent:
-        """Seconds a step of a system's turn, from the same fresh state each time."""
-        import jax
-
-        guarded = name != "bare"
-        placed = self._placed if guarded else dataclasses.replace(self._placed, guard=None)
-        state = jax.block_until_ready(jax.device_put(self._fresh[guarded], placed))
-        compiled = _Timed(self._compiled[guarded])
-        if name in ("bare", "guarded"):
-            for _ in range(_STEPS.value - 1):
-                state, scalars = compiled(state, self._frozen, self._batch)
-            jax.block_until_ready((state, scalars))
-            compiled.mark()
-            return compiled.spent()
-        return self._loop(state, compiled, saves=name == "saving")
-
-    def _loop(self, state: Any, compiled: _Timed, *, saves: bool) -> Spent:
-        from blindvalm_jax import trainer
+    def turn(self, *, saves: bool) -> Turn:
+        """Runs the loop from the fresh state, the other systems between its steps."""
+        from blindvalm_jax import loop
         from blindvalm_jax.checkpoints.manager import Checkpoints
         from blindvalm_jax.goodput import Goodput
         from blindvalm_jax.survival import preemption
 
-        middle = dataclasses.replace(
-            self._settings.checkpoint, every_steps=_STEPS.value // 2 if saves else _STEPS.value
+        steps = _STEPS.value
+        checkpoint = dataclasses.replace(
+            self._settings.checkpoint, every_steps=steps // 2 if saves else steps
         )
-        settings = dataclasses.replace(self._settings, checkpoint=middle)
+        settings = dataclasses.replace(self._settings, checkpoint=checkpoint)
+        compiled = _Between(
+            self._compiled[True],
+            {
+                "bare": _Alone(self._compiled[False], self._state(guarded=False), self._batch),
+                "guarded": _Alone(self._compiled[True], self._state(guarded=True), self._batch),
+            },
+        )
         with (
-            _quiet(),
+            contextlib.redirect_stdout(io.StringIO()),
             tempfile.TemporaryDirectory() as directory,
-            Checkpoints(Path(directory), middle) as written,
+            Checkpoints(Path(directory), checkpoint) as written,
             self._objective.batches(0) as batches,
         ):
-            trainer.loop(
+            begin = time.perf_counter()
+            loop.run(
                 settings,
                 Path(directory),
                 self._objective,
-                state=state,
+                state=self._state(guarded=True),
                 frozen=self._frozen,
                 batches=batches,
                 compiled=compiled,
-                checkpoints=_Saving(written, last=_STEPS.value),  # type: ignore[arg-type]
+                checkpoints=_Saving(written, last=steps),  # type: ignore[arg-type]
                 tasks=None,
                 notice=preemption.Notice(),
                 flops_per_unit=1.0,
                 goodput=Goodput(),
             )
-        return compiled.spent()
+            total = time.perf_counter() - begin
+        return Turn(compiled.spent(), total)
+
+    def _state(self, *, guarded: bool) -> Any:
+        """The fresh state, on the device."""
+        import jax
+
+        placed = self._placed if guarded else dataclasses.replace(self._placed, guard=None)
+        return jax.block_until_ready(jax.device_put(self._fresh[guarded], placed))
 
     def bytes_saved(self) -> int:
         """Bytes of the arrays of a state."""
@@ -234,34 +241,57 @@ class _Systems:
         }
 
 
-class _Timed:
-    """A compiled step that notes when it is called, on the clock and by the processor."""
+class _Alone:
+    """A compiled step that is called by nobody else, always with the same batch."""
 
-    def __init__(self, compiled: Any) -> None:
-        self._compiled = compiled
-        self._calls: list[Spent] = []
+    def __init__(self, compiled: Any, state: Any, batch: Any) -> None:
+        self._compiled, self._state, self._batch = compiled, state, batch
 
-    def __call__(self, state: Any, frozen: Any, batch: Any) -> Any:
-        """One step, behind the one before."""
+    def step(self, frozen: Any) -> Spent:
+        """One step, waited for."""
         import jax
 
-        if len(self._calls) == 1:
-            jax.block_until_ready(state)
-        self.mark()
+        begin = Spent.now()
+        self._state, scalars = self._compiled(self._state, frozen, self._batch)
+        jax.block_until_ready((self._state, scalars))
+        return Spent.now().since(begin)
+
+
+class _Between:
+    """The loop's compiled step, before which the other systems do one each.
+
+    A step of the loop lasts from its call to the next one: all that the loop does is part of it.
+    """
+
+    def __init__(self, compiled: Any, others: Mapping[str, _Alone]) -> None:
+        self._compiled, self._others = compiled, others
+        self._spent: dict[str, list[Spent]] = {name: [] for name in ("loop", *others)}
+        self._called: Spent | None = None
+
+    def __call__(self, state: Any, frozen: Any, batch: Any) -> Any:
+        """One step of the loop, behind one of each other system."""
+        import jax
+
+        jax.block_until_ready(state)
+        if self._called is not None:
+            self._spent["loop"].append(Spent.now().since(self._called))
+        for name, other in self._others.items():
+            self._spent[name].append(other.step(frozen))
+        self._called = Spent.now()
         return self._compiled(state, frozen, batch)
 
-    def mark(self) -> None:
-        """Notes the time."""
-        self._calls.append(Spent(time.perf_counter(), time.process_time()))
-
-    def spent(self) -> Spent:
-        """A step's seconds between the second and the last call."""
-        first, last, count = self._calls[1], self._calls[-1], len(self._calls) - 2
-        return Spent((last.clock - first.clock) / count, (last.processor - first.processor) / count)
+    def spent(self) -> dict[str, Spent]:
+        """By system, a step's seconds, without the first one and the loop's last."""
+        counted = {name: spent[1:] for name, spent in self._spent.items()}
+        count = len(counted["loop"])
+        return {
+            name: Spent(*(sum(part) / count for part in zip(*spent[:count], strict=True)))
+            for name, spent in counted.items()
+        }
 
 
 class _Saving:
-    """Checkpoints of a run, without the one behind its last step, which is not timed."""
+    """Checkpoints of a run, without the one behind its last step, which every run has once."""
 
     def __init__(self, inner: Any, *, last: int) -> None:
         self._inner, self._last = inner, last
@@ -280,12 +310,6 @@ class _Saving:
         self._inner.finish()
 
 
-@contextlib.contextmanager
-def _quiet() -> Any:
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
-
-
 def _random_text() -> str:
     """Paragraphs of words that are as frequent as words are (Zipf)."""
     rng = np.random.default_rng(0)
@@ -295,6 +319,20 @@ def _random_text() -> str:
     drawn = rng.choice(_KINDS, _WORDS, p=share / share.sum())
     lines = [" ".join(words[i] for i in part) for part in np.array_split(drawn, _WORDS // 100)]
     return "\n\n".join(lines)
+
+
+def _row(name: str, rounds: list[dict[str, Spent]]) -> dict[str, Any]:
+    """Ratios of a system to the bare step, with 95 % intervals."""
+
+    def of(system: str, part: str) -> list[float]:
+        return [getattr(spent[system], part) for spent in rounds]
+
+    return {
+        **turns.over(of(name, "clock"), of("bare", "clock")),
+        "interval": _interval(of(name, "clock"), of("bare", "clock")),
+        "processor_ratio": turns.over(of(name, "processor"), of("bare", "processor"))["ratio"],
+        "processor_interval": _interval(of(name, "processor"), of("bare", "processor")),
+    }
 
 
 def _interval(seconds: list[float], others: list[float]) -> tuple[float, float]:

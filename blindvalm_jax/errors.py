@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from blindvalm_jax import addresses
 
 _BROKEN_PIPE = 141  # what a shell reports of a command that such a pipe ended
-PREEMPTED = 42
+PREEMPTED, DIVERGED = 42, 43
 _TEXT = ("prompt", "candidates", "stop")  # flags whose value may hold any text
 
 

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from blindvalm_jax import files, memory, partitioning
+from blindvalm_jax.checkpoints import layout
 from blindvalm_jax.config import Config, TrainConfig
 from blindvalm_jax.console import say
 from blindvalm_jax.errors import UserError
@@ -45,9 +46,7 @@ def kept(settings: Config, workdir: Path) -> Config:
     Another choice would be another run: each microbatch draws its own dropout.
     """
     path = workdir / "config.json"
-    if not wanted(settings) or not path.is_file():
-        return settings
-    if not any(entry.name.isdecimal() for entry in (workdir / "checkpoints").glob("*")):
+    if not wanted(settings) or not path.is_file() or not layout.steps(workdir):
         return settings
     before = files.read_object(path).get("train", {})
     remat = before.get("remat") if settings.train.remat == AUTO else settings.train.remat

@@ -19,7 +19,7 @@ import pytest
 import safetensors.numpy
 
 from blindvalm_jax import config, files, runs, system, trainer
-from blindvalm_jax.errors import UserError
+from blindvalm_jax.errors import DIVERGED, UserError
 from blindvalm_jax.interop import formats, weights
 from blindvalm_jax.models.clip import TowerConfig
 from tests import small_models, small_text, tiny_tokenizers
@@ -549,7 +549,7 @@ def test_divergence_ends_with_its_own_exit_code(text: Path, tmp_path: Path) -> N
     values = settings(text, optimizer__learning_rate=1e30, optimizer__warmup_steps=0)
     values.log.every_steps = 100
     values.eval.every_steps = 0
-    assert trainer.train(config.parse(values), tmp_path) == trainer.DIVERGED
+    assert trainer.train(config.parse(values), tmp_path) == DIVERGED
     assert not any((tmp_path / "checkpoints").glob("[0-9]*"))
 
 

@@ -10,9 +10,9 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from blindvalm_jax import files, starting, trainer
+from blindvalm_jax import files, starting
 from blindvalm_jax.config import Config
-from blindvalm_jax.errors import Preempted, UserError, first_line, print_error
+from blindvalm_jax.errors import DIVERGED, Preempted, UserError, first_line, print_error
 from blindvalm_jax.runs import held
 from blindvalm_jax.survival import preemption
 from blindvalm_jax.sweep.leases import Leases
@@ -103,7 +103,7 @@ def _attempt(manifest: Manifest, name: str, settings: Config, workdir: Path) -> 
         with preemption.kept():
             manifest.add(name, "preempted")
         raise
-    event = {0: "done", trainer.DIVERGED: "diverged"}.get(code, "failed")
+    event = {0: "done", DIVERGED: "diverged"}.get(code, "failed")
     manifest.add(name, event, **({"about": about} if about else {}))
 
 
