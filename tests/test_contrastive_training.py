@@ -30,7 +30,7 @@ from blindvalm_jax import (
     trainer,
     trees,
 )
-from blindvalm_jax.data import tokenizers
+from blindvalm_jax.data import pipeline, tokenizers
 from blindvalm_jax.data.windows import Windows
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import clip_model, clip_text, weights
@@ -126,6 +126,37 @@ def test_run_leaves_the_record_that_checks_rely_on(finished: Path) -> None:
     resolved = config.from_dict(json.loads((finished / "config.json").read_text()))
     assert resolved.mesh == config.MeshConfig(data=8, fsdp=1, tensor=1)
     assert "logit_scale" in (finished / "parameters.txt").read_text()
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_an_update_that_is_not_finite_leaves_both_towers_as_they_are(
+    microbatches: int, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a batch whose first picture is black: no input of this model can be infinite."""
+    encode, following, read = Model.encode, pipeline.Batches.__next__, []
+
+    def breaks(model: Model, params: Any, batch: Batch) -> Any:
+        found = encode(model, params, batch)
+        black = jnp.all(batch.images_BHWC[0] == 0)
+        return dataclasses.replace(found, scale=jnp.where(black, jnp.nan, found.scale))
+
+    def blackened(batches: pipeline.Batches) -> pipeline.Batch:
+        rows = following(batches)
+        read.append(rows)
+        if len(read) == 3:
+            rows["images"] = rows["images"].copy()
+            rows["images"][0] = 0
+        return rows
+
+    monkeypatch.setattr(Model, "encode", breaks)
+    monkeypatch.setattr(pipeline.Batches, "__next__", blackened)
+    values = settings(world, train__steps=5, eval__every_steps=0)
+    values.train.microbatches = microbatches
+    metrics = test_train.run(values, tmp_path)
+    assert list(metrics["train/skipped_updates"].values()) == [0, 0, 1, 1, 1]
+    assert metrics["train/loss"][3] is None
+    assert metrics["train/param_norm"][3] == metrics["train/param_norm"][2]
+    assert metrics["train/param_norm"][4] != metrics["train/param_norm"][3]
 
 
 def cut(finished: Path, workdir: Path) -> Path:

@@ -20,6 +20,7 @@ from jax import Array
 from blindvalm_jax import config, events, guard, optim, partitioning, step, trainer
 from blindvalm_jax.config import MeshConfig, OptimizerConfig
 from blindvalm_jax.data import pipeline
+from blindvalm_jax.errors import DIVERGED
 from blindvalm_jax.guard import Guard
 from tests import small_models, small_text, test_train
 from tests.test_train import read_metrics, settings
@@ -295,14 +296,18 @@ def small(text: Path, **changes: Any) -> config.Config:
     return config.parse(settings(text, **{**plain, **changes}))
 
 
+@pytest.mark.parametrize("microbatches", [1, 4])
 def test_a_run_goes_on_behind_a_batch_that_is_not_finite(
+    microbatches: int,
     text: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     read = poison(monkeypatch, at={3})
-    assert trainer.train(small(text), tmp_path) == 0
+    rows = 8 * microbatches
+    values = small(text, train__microbatches=microbatches, train__batch_size=rows)
+    assert trainer.train(values, tmp_path) == 0
     assert read[:6] == [1, 2, 3, 4, 5, 6]
     metrics = read_metrics(tmp_path)
     assert [metrics["train/skipped_updates"][k] for k in range(1, 7)] == [0, 0, 1, 1, 1, 1]
@@ -328,7 +333,7 @@ def test_a_storm_ends_the_run_is_said_once_and_again_when_it_is_resumed(
     poison(monkeypatch, at={1, 4, 5, 6})
     values = small(text, train__nonfinite_limit=3)
     for attempt in range(2):
-        assert trainer.train(values, tmp_path) == trainer.DIVERGED
+        assert trainer.train(values, tmp_path) == DIVERGED
         output = capsys.readouterr()
         storm = [line for line in output.out.splitlines() if "update skipped" in line]
         assert [line.split(":")[0] for line in storm] == (["step 1", "step 4"], ["step 5"])[attempt]
@@ -348,7 +353,7 @@ def test_stop_ends_the_run_at_the_first(
 ) -> None:
     poison(monkeypatch, at={3})
     values = small(text, train__on_nonfinite="stop")
-    assert trainer.train(values, tmp_path) == trainer.DIVERGED
+    assert trainer.train(values, tmp_path) == DIVERGED
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2"]
     assert [e["event"] for e in events.read(tmp_path)] == ["start", "diverged"]
 

@@ -43,8 +43,11 @@ def _quickly() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with clip/, images/, index/ and windows/."""
-    directory = tmp_path_factory.mktemp("valm")
+    return write_inputs(tmp_path_factory.mktemp("valm"))
+
+
+def write_inputs(directory: Path) -> Path:
+    """Writes clip/, images/, index/ and windows/; the directory."""
     clip = small_valm.write_clip(directory / "clip")
     small_valm.write_images(directory / "images")
     build_index(directory / "index", directory / "images", clip)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from blindvalm_jax import config
 from tests import small_text
@@ -40,7 +41,7 @@ def slow(self):
 pipeline.Batches.__next__ = slow
 """
 ENDED = 0  # exit codes
-FAILED, PREEMPTED = 1, 42
+FAILED, PREEMPTED, DIVERGED = 1, 42, 43
 LEFT = (134, -signal.SIGABRT)  # without the others: found out by the program, or by JAX
 # What happens inside of `train` before it begins, given as code.
 _TRAIN = """
@@ -256,9 +257,9 @@ def steps(workdir: Path) -> list[int]:
     return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal())
 
 
-def computed(workdir: Path) -> dict[int, dict[str, float]]:
-    """By step what was computed, without what a clock says."""
-    found: dict[int, dict[str, float]] = {}
+def computed(workdir: Path) -> dict[int, dict[str, float | None]]:
+    """By step what was computed, without what a clock says; None: it was not finite."""
+    found: dict[int, dict[str, float | None]] = {}
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         at = found.setdefault(record.pop("step"), {})
@@ -267,3 +268,17 @@ def computed(workdir: Path) -> dict[int, dict[str, float]]:
                 assert name not in at, f"{name} twice"
                 at[name] = value
     return found
+
+
+def check_equal(one: Path, other: Path) -> None:
+    """The same metrics, but for the order in which sums over devices are taken (float32)."""
+    expected, found = computed(one), computed(other)
+    assert found.keys() == expected.keys()
+    for step, values in expected.items():
+        assert found[step].keys() == values.keys()
+        for name, value in values.items():
+            other_value = found[step][name]
+            if value is None or other_value is None:
+                assert value is other_value, name
+            else:
+                np.testing.assert_allclose(other_value, value, rtol=1e-5, err_msg=name)

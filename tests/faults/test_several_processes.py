@@ -7,12 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ml_collections
-import numpy as np
 import pytest
 
 from tests import small_images, test_contrastive_training
 from tests.faults import small_run
-from tests.faults.small_run import FAILED, LEFT, PREEMPTED, Runs, computed, steps
+from tests.faults.small_run import (
+    DIVERGED,
+    FAILED,
+    LEFT,
+    PREEMPTED,
+    Runs,
+    check_equal,
+    computed,
+    steps,
+)
 
 pytestmark = pytest.mark.faults
 SOON = 30.0  # seconds within which a process ends without the others
@@ -27,16 +35,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(tmp_path: Path) -> Iterator[Runs]:
     with small_run.runs(tmp_path) as found:
         yield found
-
-
-def check_equal(one: Path, other: Path) -> None:
-    """The same metrics, but for the order in which sums over devices are taken (float32)."""
-    expected, found = computed(one), computed(other)
-    assert found.keys() == expected.keys()
-    for step, values in expected.items():
-        assert found[step].keys() == values.keys()
-        for name, value in values.items():
-            np.testing.assert_allclose(found[step][name], value, rtol=1e-5, err_msg=name)
 
 
 def train(
@@ -159,3 +157,34 @@ def test_a_contrastive_run_of_two_processes(tmp_path: Path, runs: Runs) -> None:
     runs.start(values, tmp_path / "one").ends()
     train(runs, values, tmp_path / "two", processes=2)
     check_equal(tmp_path / "one", tmp_path / "two")
+
+
+def test_all_processes_leave_out_an_update_that_one_has_spoilt(
+    text: Path, tmp_path: Path, runs: Runs
+) -> None:
+    """Rows 11 and 12 of several processes: none may go on with what the others have not done."""
+    values = small_run.settings(text, train__steps=8, train__microbatches=2, mesh__data=-1)
+    values.train.on_spike, values.train.spike_factor, values.train.spike_warmup = "clip", 2.0, 2
+    spoilt = """
+from blindvalm_jax.data import pipeline
+real = pipeline.Batches.__next__
+count = 0
+def spoils(self):
+    global count
+    count += 1
+    rows = real(self)
+    if count in (3, 6):
+        rows["weights"] = rows["weights"].copy()
+        rows["weights"][-1, 0] = float("nan") if count == 3 else 1e6
+    return rows
+pipeline.Batches.__next__ = spoils
+"""
+    runs.start(values, tmp_path / "one", code=spoilt).ends()
+    for process in runs.several(2, values, tmp_path / "two", codes={1: spoilt}):
+        process.ends()
+    check_equal(tmp_path / "one", tmp_path / "two")
+    last = computed(tmp_path / "two")[8]
+    assert (last["train/skipped_updates"], last["train/clipped_updates"]) == (1, 1)
+    values.train.nonfinite_limit = 1
+    for process in runs.several(2, values, tmp_path / "ends", codes={1: spoilt}):
+        process.ends(DIVERGED)

@@ -1,0 +1,72 @@
+"""Several processes train what is grounded: tower and index lie over the devices of all of them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import small_models, test_valm
+from tests.faults import small_run
+from tests.faults.small_run import Runs, check_equal, steps
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """clip/, images/, index/, windows/ and prepared/, the neighbours of the windows."""
+    with small_models.quick_compilation():
+        directory = test_valm.write_inputs(tmp_path_factory.mktemp("inputs"))
+        test_valm.find_neighbours(directory, directory / "prepared")
+    return directory
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Iterator[Runs]:
+    with small_run.runs(tmp_path) as found:
+        yield found
+
+
+@pytest.mark.parametrize(
+    ("changes", "devices"),
+    [
+        pytest.param(
+            {"grounding__source": "text", "grounding__index": "", "mesh__fsdp": 4},
+            2,
+            id="blind_valm_sharded",
+        ),
+        pytest.param(
+            {
+                "grounding__source": "text",
+                "grounding__index": "",
+                "grounding__readout": "eos",
+                "grounding__control": "shuffled",
+                "mesh__data": 2,
+            },
+            1,
+            id="texts_of_other_rows",
+        ),
+        pytest.param({"mesh__data": 2, "mesh__tensor": 2}, 2, id="valm_exact"),
+        pytest.param({"grounding__search": "prepared", "mesh__data": 2}, 1, id="valm_prepared"),
+    ],
+)
+def test_processes_train_as_one_does(
+    changes: dict[str, Any], devices: int, inputs: Path, tmp_path: Path, runs: Runs
+) -> None:
+    """And one goes on with what two have saved."""
+    changes = {"mesh__data": 1, "eval__every_steps": 2, "checkpoint__every_steps": 2, **changes}
+    if changes.get("grounding__search") == "prepared":
+        changes["grounding__prepared"] = str(inputs / "prepared")
+    values = test_valm.settings(inputs, **changes)
+    runs.start(values, tmp_path / "one", devices=2 * devices).ends()
+    for process in runs.several(2, values, tmp_path / "two", devices=devices):
+        process.ends()
+    check_equal(tmp_path / "one", tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "4")
+    runs.start(values, tmp_path / "two", devices=2 * devices).ends()
+    assert steps(tmp_path / "two") == [2, 4]
+    check_equal(tmp_path / "one", tmp_path / "two")
