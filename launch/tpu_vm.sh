@@ -267,8 +267,8 @@ ask_state() {
   fi
 }
 
-# One word for all workers. Where the process of one was killed the others end with 1, so that 1
-# counts only where there is no other reason.
+# One word for all workers: what the others ended for. Where a process is gone they end with 134,
+# and some may fail with 1; where one fails with 1 alone, the others end with 134.
 ask_workers() {
   local told code
   told=$(tell_workers) || return 1
@@ -277,7 +277,8 @@ ask_workers() {
   for code in running 43 none lost 42; do
     if grep -qx "$code" <<<"$told"; then echo "$code"; return; fi
   done
-  grep -vx -e 0 -e 1 <<<"$told" | head -n 1 | grep . || tail -n 1 <<<"$told"
+  grep -vx -e 0 -e 1 -e 134 <<<"$told" | head -n 1 | grep . && return
+  grep -x 1 <<<"$told" || tail -n 1 <<<"$told"
 }
 
 main "$@"

@@ -92,7 +92,15 @@ def test_a_queued_resource_is_asked_for_waited_for_and_deleted_with_its_tpu(fake
 
 @pytest.mark.parametrize(
     ("codes", "ends"),
-    [("0,0", 0), ("1,1", 1), ("43,43", 43), ("43,42", 43), ("0,1", 1)],
+    [
+        ("0,0", 0),
+        ("1,1", 1),
+        ("43,43", 43),
+        ("43,42", 43),
+        ("0,1", 1),
+        ("134,1", 1),
+        ("43,134", 43),
+    ],
 )
 def test_what_no_restart_mends_ends_babysit_with_the_same_code(
     fakes: Fakes, codes: str, ends: int
@@ -102,7 +110,9 @@ def test_what_no_restart_mends_ends_babysit_with_the_same_code(
     assert acted(fakes) == NEW
 
 
-@pytest.mark.parametrize("codes", ["42,42", "137,1", "1,134", "lost,0", "42,1"])
+@pytest.mark.parametrize(
+    "codes", ["42,42", "137,1", "137,134,1", "134,lost", "134,0", "lost,0", "42,1"]
+)
 def test_training_that_was_saved_or_killed_is_started_again(fakes: Fakes, codes: str) -> None:
     gcloud(fakes, states=["READY"], training=["none", codes, "running,running", "0,0"])
     assert fakes.run(*BABYSIT, *TRAIN).returncode == 0
