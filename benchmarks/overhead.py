@@ -63,10 +63,11 @@ class Spent(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """What a turn took: a counted step of each system; all of it, with a save under way."""
+    """What a turn took: a counted step of each system; all of it; what of that one save stops."""
 
     steps: dict[str, Spent]
     total: float
+    blocked: float
 
 
 def run() -> dict[str, Any]:
@@ -92,10 +93,12 @@ def run() -> dict[str, Any]:
     save = statistics.median(extra)
     spread = save / _EVERY.value / rows["bare"]["seconds"]
     total = rows["loop"]["ratio"] - 1 + spread
+    blocked = [turn.blocked for turn in saving]
     print(
         f"a checkpoint of {saved / 2**20:,.0f} MiB: {save:.2f} s beyond the loop "
         f"({min(extra):.2f} to {max(extra):.2f}), {spread:.2%} of a step when saved every "
-        f"{_EVERY.value} steps; loop and checkpoints: {total:.2%}"
+        f"{_EVERY.value} steps; loop and checkpoints: {total:.2%}. The loop stands still for "
+        f"{statistics.median(blocked):.2f} s of it ({min(blocked):.2f} to {max(blocked):.2f})"
     )
     about = systems.about()
     machine = turns.machine(
@@ -111,7 +114,13 @@ def run() -> dict[str, Any]:
     return {
         "systems": rows,
         "memory_mib": about["memory_mib"],
-        "checkpoint": {"bytes": saved, "seconds": save, "low": min(extra), "high": max(extra)},
+        "checkpoint": {
+            "bytes": saved,
+            "seconds": save,
+            "low": min(extra),
+            "high": max(extra),
+            "blocked": statistics.median(blocked),
+        },
         "overhead": total,
         **machine,
     }
@@ -196,6 +205,7 @@ class _Systems:
             Checkpoints(Path(directory), checkpoint) as written,
             self._objective.batches(0) as batches,
         ):
+            checkpoints = _Saving(written, last=steps)
             begin = time.perf_counter()
             loop.run(
                 settings,
@@ -205,14 +215,14 @@ class _Systems:
                 frozen=self._frozen,
                 batches=batches,
                 compiled=compiled,
-                checkpoints=_Saving(written, last=steps),  # type: ignore[arg-type]
+                checkpoints=checkpoints,  # type: ignore[arg-type]
                 tasks=None,
                 notice=preemption.Notice(),
                 flops_per_unit=1.0,
                 goodput=Goodput(),
             )
             total = time.perf_counter() - begin
-        return Turn(compiled.spent(), total)
+        return Turn(compiled.spent(), total, checkpoints.blocked)
 
     def _state(self, *, guarded: bool) -> Any:
         """The fresh state, on the device."""
@@ -295,11 +305,15 @@ class _Saving:
 
     def __init__(self, inner: Any, *, last: int) -> None:
         self._inner, self._last = inner, last
+        self.blocked = 0.0  # seconds in which the loop stood still
 
     def save(self, state: Any, *, step: int, **more: Any) -> None:
         """Saves in the background."""
-        if step != self._last:
-            self._inner.save(state, step=step, **more)
+        if step == self._last:
+            return
+        begin = time.perf_counter()
+        self._inner.save(state, step=step, **more)
+        self.blocked += time.perf_counter() - begin
 
     def settle(self) -> None:
         """Takes note of a save that has ended."""
