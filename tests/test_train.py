@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -132,29 +131,6 @@ def test_learns(text: Path, tmp_path: Path) -> None:
     uniform = np.log(320)
     assert abs(metrics["train/loss"][1] - uniform) < 1.0
     assert metrics["eval/loss"][40] < metrics["train/loss"][1] - 1.0
-
-
-@pytest.mark.faults
-def test_killed_run_ends_bit_identical(text: Path, tmp_path: Path) -> None:
-    """SIGKILL in the middle, the same command again: every metric equal to the last bit."""
-    steps = {"train__steps": 300, "checkpoint__every_steps": 20, "eval__every_steps": 150}
-    arguments = command(settings(text, **steps), tmp_path)
-    whole, killed = ([*arguments, f"--workdir={tmp_path}/{name}"] for name in ("whole", "a"))
-    assert subprocess.run(whole, cwd=ROOT, capture_output=True).returncode == 0
-    process = subprocess.Popen(killed, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    with process.stdout as lines:
-        for line in lines:
-            if line.startswith("step 150/"):
-                process.send_signal(signal.SIGKILL)
-                break
-    assert process.wait() == -signal.SIGKILL
-    done = subprocess.run(killed, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"resumed at step \d+0\b", done.stdout), done.stdout
-    expected = computed(read_metrics(tmp_path / "whole"))
-    assert computed(read_metrics(tmp_path / "a")) == expected
-    assert sorted(expected["train/loss"]) == list(range(1, 301))
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,11 @@ def settings(text: Path, **changes: Any) -> ml_collections.ConfigDict:
     return values
 
 
+def quickly(devices: int) -> str:
+    """Flags of XLA: programs are small and run a few times, so that little is asked of it."""
+    return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+
+
 def write_text(directory: Path) -> Path:
     """A text for `settings`."""
     path = directory / "text.txt"
@@ -189,11 +194,7 @@ class Runs:
         )
         main = ["-c", _TRAIN.format(code=code)]
         arguments = [*main, f"--config={file}", f"--workdir={workdir}", *flags]
-        # Programs are small and run a few times: XLA is asked for little.
-        quick = (
-            f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-        )
-        environment = {"XLA_FLAGS": quick, **environment}
+        environment = {"XLA_FLAGS": quickly(devices), **environment}
         self._processes.append(Process([sys.executable, *arguments], **environment))
         return self._processes[-1]
 

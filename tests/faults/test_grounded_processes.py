@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,12 @@ import pytest
 
 from tests import small_models, test_valm
 from tests.faults import small_run
-from tests.faults.small_run import Runs, check_equal, steps
+from tests.faults.small_run import Runs, check_equal, computed, steps
 
 pytestmark = pytest.mark.faults
+
+
+TEXT = {"grounding__source": "text", "grounding__index": "", "grounding__neighbours": 1}
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +40,13 @@ def runs(tmp_path: Path) -> Iterator[Runs]:
     ("changes", "devices"),
     [
         pytest.param(
-            {"grounding__source": "text", "grounding__index": "", "mesh__fsdp": 4},
+            {**TEXT, "mesh__fsdp": 4},
             2,
             id="blind_valm_sharded",
         ),
         pytest.param(
             {
-                "grounding__source": "text",
-                "grounding__index": "",
+                **TEXT,
                 "grounding__readout": "eos",
                 "grounding__control": "shuffled",
                 "mesh__data": 2,
@@ -70,3 +74,17 @@ def test_processes_train_as_one_does(
     runs.start(values, tmp_path / "two", devices=2 * devices).ends()
     assert steps(tmp_path / "two") == [2, 4]
     check_equal(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_killed_run_ends_bit_identical(inputs: Path, tmp_path: Path, runs: Runs) -> None:
+    """SIGKILL in the middle, the same command again: every metric equal to the last bit."""
+    saved = {"train__steps": 80, "checkpoint__every_steps": 10, "eval__every_steps": 40}
+    values = test_valm.settings(inputs, mesh__data=1, **TEXT, **saved)
+    runs.start(values, tmp_path / "whole").ends()
+    killed = runs.start(values, tmp_path / "killed")
+    killed.until("^step 35/")
+    killed.send(signal.SIGKILL)
+    killed.ends(-signal.SIGKILL)
+    said = runs.start(values, tmp_path / "killed").ends()
+    assert re.search(r"(?m)^resumed at step [1-7]0$", said), said
+    assert computed(tmp_path / "killed") == computed(tmp_path / "whole")

@@ -15,6 +15,7 @@ import pytest
 from blindvalm_jax.sweep import worker
 from blindvalm_jax.sweep.manifest import Manifest
 from tests import small_text
+from tests.faults import small_run
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 240.0  # seconds
@@ -53,7 +54,7 @@ class Workers:
 
     def start(self) -> subprocess.Popen[str]:
         """One more."""
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": small_run.quickly(1)}
         log = (self.workdir.parent / f"worker{len(self.running)}.txt").open("w")
         process = subprocess.Popen(
             self.command, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True
