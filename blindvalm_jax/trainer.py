@@ -28,6 +28,7 @@ from blindvalm_jax import (
     partitioning,
     planning,
     runs,
+    sinks,
     step,
 )
 from blindvalm_jax.checkpoints.manager import Checkpoints
@@ -88,8 +89,8 @@ def _train(
     settings = fitting.kept(settings, workdir)
     saved = runs.check_resume(workdir, settings, allowed=allow_changed)
     resuming = saved is not None
-    if settings.log.tensorboard:
-        metrics.import_tensorboard()
+    if not dry_run:
+        distributed.first_then_others(lambda: sinks.check(settings.log, workdir))
     if settings.optimizer.warmup_steps >= settings.train.steps:
         say(
             f"note: optimizer.warmup_steps {settings.optimizer.warmup_steps} end after "
@@ -240,7 +241,7 @@ def loop(
     pending, damaged = None, objective.damaged
     notice.begin(first)
     with (
-        contextlib.closing(reporter),
+        reporter,
         notice.kept(),
         Watchdog(settings.train.watchdog_seconds) as watchdog,
     ):
