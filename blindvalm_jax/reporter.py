@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from blindvalm_jax import flops
+from blindvalm_jax import flops, process_log
 from blindvalm_jax.config import Config
-from blindvalm_jax.console import say
+from blindvalm_jax.console import is_first, say
 from blindvalm_jax.errors import Preempted
 from blindvalm_jax.goodput import Goodput, Loss
 from blindvalm_jax.guard import GuardState
@@ -94,20 +94,22 @@ class Reporter:
         values[f"train/{self._unit}"] = done * self._units
         if damaged:
             values["data/replaced_records"] = len(damaged)
-        speed = ""
+        speed = here = ""
         if not self._profile.any_in(self._logged + 1, done):
             seconds = spent / updates
             values |= self._speed(seconds, (waited - self._waited) / updates)
+            here = f"  {seconds:.3f} s a step, {values['perf/data_wait_seconds']:.3f} s for data"
             speed = f"  {self._units / seconds:,.0f} {self._unit}/s"
             speed += f"  left {duration(seconds * (self._last - done))}"
         self._goodput.waited(waited)
         values |= self._goodput.metrics()
-        values["perf/peak_memory_mib"] = peak_memory_mib()
+        values["perf/peak_memory_mib"] = peak = peak_memory_mib()
         self._sinks.write(done, {k: v for k, v in values.items() if not k.startswith("guard/")})
-        say(
-            f"step {done}/{self._last}  loss {values['train/loss']:.4f}  "
-            f"lr {values['train/learning_rate']:.2e}  grad {values['train/grad_norm']:.3f}{speed}"
-        )
+        if is_first():
+            said = f"loss {values['train/loss']:.4f}  lr {values['train/learning_rate']:.2e}"
+            say(f"step {done}/{self._last}  {said}  grad {values['train/grad_norm']:.3f}{speed}")
+        else:  # what is the same on all need not stand in each log
+            process_log.write(f"step {done}/{self._last}{here}  memory {peak:,.0f} MiB at most")
         self._logged, self._waited = done, waited
         return diverged
 

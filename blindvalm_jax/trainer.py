@@ -27,6 +27,7 @@ from blindvalm_jax import (
     optim,
     partitioning,
     planning,
+    process_log,
     runs,
     sinks,
     step,
@@ -80,6 +81,8 @@ def _train(
     allow_changed: Sequence[str],
 ) -> int:
     # ---------------------------------------------------------------- where it runs
+    if not is_first():
+        process_log.begin(workdir, process=jax.process_index(), processes=jax.process_count())
     goodput = Goodput()
     mesh = partitioning.make_mesh(settings.mesh)
     of = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
