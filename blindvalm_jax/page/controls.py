@@ -55,7 +55,8 @@ document.querySelectorAll("[data-every]").forEach((button) =>
 const value = (row, column) => {
   const text = row.cells[column].textContent.replaceAll(",", "");
   const time = text.match(/^(\\d+):(\\d\\d):(\\d\\d)$/);
-  return time ? time[1] * 3600 + time[2] * 60 + Number(time[3]) : parseFloat(text) || text;
+  if (time) return time[1] * 3600 + time[2] * 60 + Number(time[3]);
+  return /^-?[\\d.]+(e[-+]?\\d+)?(%| .*)?$/i.test(text) ? parseFloat(text) : text;
 };
 document.querySelectorAll("table").forEach((table) => {
   const head = [...table.rows[0].cells];

@@ -56,9 +56,9 @@ def page(runs: Sequence[Run]) -> str:
     names = [run.name for run in runs]
     title = html.escape(", ".join(names) if len(runs) <= _TITLED else f"{len(runs)} runs")
     # "</" would end the script, whatever a run is called.
-    data = "".join(
+    constants = "".join(
         f"const {name} = {json.dumps(what, allow_nan=False, separators=(',', ':'))};\n"
-        for name, what in _data(runs).items()
+        for name, what in data(runs).items()
     ).replace("</", "<\\/")
     return "\n".join(
         [
@@ -71,13 +71,13 @@ def page(runs: Sequence[Run]) -> str:
             '<div id="curves"></div></section>',
             *tables.details(runs),
             f"<script>{get_plotlyjs()}</script>",
-            f"<script>{data}{controls.SCRIPT}</script>",
+            f"<script>{constants}{controls.SCRIPT}</script>",
             "</body></html>\n",
         ]
     )
 
 
-def _data(runs: Sequence[Run]) -> dict[str, Any]:
+def data(runs: Sequence[Run]) -> dict[str, Any]:
     """What the script draws.
 
     figure: without x; columns: all x there are, once each; choices: the column of each curve, by
