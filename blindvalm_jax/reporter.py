@@ -40,15 +40,16 @@ class Reporter:
         guard: GuardState | None,
         goodput: Goodput,
     ) -> None:
-        """Opens metrics.jsonl.
+        """Opens metrics.jsonl and what else is asked for.
 
         first: updates done before; unit: "token" or "pair"; guard: memory of the guard at `first`.
         """
+        # Before time is taken: a server may keep this waiting.
+        self._sinks = Sinks(settings.log, workdir, resume_step=first)
         self._timer, self._goodput = StepTimer(), goodput
         goodput.loop_begins()
         self._incidents = Incidents(settings.train, workdir, guard)
         self._profile = Profile(workdir / "profile", settings.log.profile_steps)
-        self._sinks = Sinks(settings.log, workdir, resume_step=first)
         self._ending: Ending = "done"
         self._last, self._logged, self._waited = settings.train.steps, first, 0.0
         self._unit, self._units = f"{unit}s", settings.train.batch_size * units_per_row
