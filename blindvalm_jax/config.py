@@ -290,6 +290,7 @@ class LogConfig:
 
     every_steps: int = field(10, "updates between metrics", low=1)
     tensorboard: bool = field(False, "also write TensorBoard events")
+    wandb: str = field("", "also a run at Weights & Biases: PROJECT or ENTITY/PROJECT; empty: none")
     peak_tflops: float = field(0.0, "dense TFLOP/s of a device; 0: by its kind", low=0)
     layer_norms: bool = field(False, "also norms of each layer: gradient, update, parameters")
     profile_steps: tuple[int, ...] = field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import TYPE_CHECKING
 
 from blindvalm_jax import addresses
@@ -38,6 +39,8 @@ def check(config: Config) -> None:
     _check_batch(config)
     _check_data(config)
     _check_profile(config.log.profile_steps)
+    if config.log.wandb:
+        _check_wandb(config.log.wandb)
     if config.eval.tasks:
         _check_tasks(config)
     _check_kept(config)
@@ -207,6 +210,15 @@ def _check_profile(steps: tuple[int, ...]) -> None:
     if steps and not (numbers and len(steps) == 2 and steps[0] <= steps[1]):
         raise UserError(
             f"log.profile_steps must be a first and a last step, as (10, 12), got {steps}"
+        )
+
+
+def _check_wandb(place: str) -> None:
+    parts = place.split("/")
+    if len(parts) > 2 or not all(re.fullmatch(r"[^\s\\#?%:][^\\#?%:]{,127}", p) for p in parts):
+        raise UserError(
+            "log.wandb must be PROJECT or ENTITY/PROJECT of Weights & Biases, without any of "
+            rf"\#?%:, got {place!r}"
         )
 
 

@@ -12,6 +12,7 @@ import itertools
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
@@ -19,7 +20,7 @@ import jax
 from jax.sharding import Mesh
 from orbax.checkpoint import multihost
 
-from blindvalm_jax import agreement
+from blindvalm_jax import agreement, process_log
 from blindvalm_jax.console import is_first
 from blindvalm_jax.errors import (
     PREEMPTED,
@@ -124,6 +125,7 @@ def joined(
         raise SystemExit(PREEMPTED) from stop
     except BaseException as error:
         _end_if_lost(error)
+        process_log.write("".join(traceback.format_exception(error)))
         _leave_soon(1)
         raise
     jax.distributed.shutdown()

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from blindvalm_jax import addresses
+from blindvalm_jax import addresses, process_log
 
 _BROKEN_PIPE = 141  # what a shell reports of a command that such a pipe ended
 PREEMPTED, DIVERGED = 42, 43
@@ -168,12 +168,17 @@ def first_line(error: BaseException) -> str:
 
 def print_error(message: str) -> None:
     """Prints an error as one line on stderr."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    _print_and_log(f"error: {' '.join(message.split())}")
 
 
 def print_stop(message: str) -> None:
     """Prints on stderr that SIGTERM ends this process, and what is saved."""
-    print(f"stopped by SIGTERM: {message}", file=sys.stderr, flush=True)
+    _print_and_log(f"stopped by SIGTERM: {message}")
+
+
+def _print_and_log(line: str) -> None:
+    process_log.write(line)
+    print(line, file=sys.stderr, flush=True)
 
 
 def _setting_named(error: Exception, argv: Sequence[str]) -> str | None:

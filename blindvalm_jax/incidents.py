@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from blindvalm_jax import events
+from blindvalm_jax import events, process_log
 from blindvalm_jax.config import TrainConfig
-from blindvalm_jax.console import say, say_here
+from blindvalm_jax.console import is_first, say, say_here
 from blindvalm_jax.guard import GuardState
 
 # What must be a number of any state that is kept. Norms of the update and the parameters, since the
@@ -59,12 +59,16 @@ class Incidents:
 
     def tell_damaged(self, done: int, damaged: Sequence[str]) -> None:
         """Tells of records that were found damaged since the last time."""
-        for number, what in enumerate(damaged[self._damaged :], start=self._damaged + 1):
+        new = damaged[self._damaged :]  # others are found meanwhile
+        for number, what in enumerate(new, start=self._damaged + 1):
             events.record(self._workdir, "replaced", step=done, record=what, count=number)
+            said = f"note: {what}; another is read in its place ({number} so far)"
             if number <= _SAID:
-                more = f"; further ones: {events.FILE}" if number == _SAID else ""
-                say_here(f"note: {what}; another is read in its place ({number} so far){more}")
-        self._damaged = len(damaged)
+                place = events.FILE if is_first() else process_log.DIRECTORY
+                say_here(said + (f"; further ones: {place}" if number == _SAID else ""))
+            else:
+                process_log.write(said)
+        self._damaged += len(new)
 
     def _changed(self, name: str, scalars: Mapping[str, float], *, new: int, count: int) -> None:
         """Tells of updates that were skipped or clipped since the last time."""

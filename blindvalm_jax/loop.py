@@ -58,7 +58,7 @@ def run(
     )
     notice.begin(first)
     with (
-        contextlib.closing(reporter),
+        reporter,
         notice.kept(),
         Watchdog(settings.train.watchdog_seconds) as watchdog,
     ):

@@ -13,14 +13,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from blindvalm_jax import flops
+from blindvalm_jax import flops, process_log
 from blindvalm_jax.config import Config
 from blindvalm_jax.console import is_first, say
+from blindvalm_jax.errors import Preempted
 from blindvalm_jax.goodput import Goodput, Loss
 from blindvalm_jax.guard import GuardState
 from blindvalm_jax.incidents import Incidents
-from blindvalm_jax.metrics import MetricWriter, StepTimer, duration
+from blindvalm_jax.metrics import StepTimer, duration
 from blindvalm_jax.profiling import Profile
+from blindvalm_jax.sinks import Ending, Sinks
 
 
 class Reporter:
@@ -38,20 +40,17 @@ class Reporter:
         guard: GuardState | None,
         goodput: Goodput,
     ) -> None:
-        """Opens metrics.jsonl.
+        """Opens metrics.jsonl and what else is asked for.
 
         first: updates done before; unit: "token" or "pair"; guard: memory of the guard at `first`.
         """
+        # Before time is taken: a server may keep this waiting.
+        self._sinks = Sinks(settings.log, workdir, resume_step=first)
         self._timer, self._goodput = StepTimer(), goodput
         goodput.loop_begins()
         self._incidents = Incidents(settings.train, workdir, guard)
         self._profile = Profile(workdir / "profile", settings.log.profile_steps)
-        self._writer = MetricWriter(
-            workdir,
-            resume_step=first,
-            tensorboard=settings.log.tensorboard,
-            active=is_first(),
-        )
+        self._ending: Ending = "done"
         self._last, self._logged, self._waited = settings.train.steps, first, 0.0
         self._unit, self._units = f"{unit}s", settings.train.batch_size * units_per_row
         self._flops = flops_per_unit
@@ -96,20 +95,22 @@ class Reporter:
         values[f"train/{self._unit}"] = done * self._units
         if damaged:
             values["data/replaced_records"] = len(damaged)
-        speed = ""
+        speed = here = ""
         if not self._profile.any_in(self._logged + 1, done):
             seconds = spent / updates
             values |= self._speed(seconds, (waited - self._waited) / updates)
+            here = f"  {seconds:.3f} s a step, {values['perf/data_wait_seconds']:.3f} s for data"
             speed = f"  {self._units / seconds:,.0f} {self._unit}/s"
             speed += f"  left {duration(seconds * (self._last - done))}"
         self._goodput.waited(waited)
         values |= self._goodput.metrics()
-        values["perf/peak_memory_mib"] = peak_memory_mib()
-        self._writer.write(done, {k: v for k, v in values.items() if not k.startswith("guard/")})
-        say(
-            f"step {done}/{self._last}  loss {values['train/loss']:.4f}  "
-            f"lr {values['train/learning_rate']:.2e}  grad {values['train/grad_norm']:.3f}{speed}"
-        )
+        values["perf/peak_memory_mib"] = peak = peak_memory_mib()
+        self._sinks.write(done, {k: v for k, v in values.items() if not k.startswith("guard/")})
+        if is_first():
+            said = f"loss {values['train/loss']:.4f}  lr {values['train/learning_rate']:.2e}"
+            say(f"step {done}/{self._last}  {said}  grad {values['train/grad_norm']:.3f}{speed}")
+        else:  # what is the same on all need not stand in each log
+            process_log.write(f"step {done}/{self._last}{here}  memory {peak:,.0f} MiB at most")
         self._logged, self._waited = done, waited
         return diverged
 
@@ -134,24 +135,33 @@ class Reporter:
     def diverged(self, done: int, reason: str) -> None:
         """Records that the run ends so."""
         self._incidents.diverged(done, reason)
+        self._ending = "failed"
 
     def evaluated(self, done: int, scalars: Mapping[str, float], damaged: Sequence[str]) -> None:
         """Writes metrics on held-out data; damaged: see `log`."""
         self._incidents.tell_damaged(done, damaged)
-        self._writer.write(done, scalars)
+        self._sinks.write(done, scalars)
         named = (f"{k.removeprefix('eval/').replace('_', ' ')} {v:.4g}" for k, v in scalars.items())
         say(f"step {done}/{self._last}  held-out {'  '.join(named)}")
 
     def answered(self, done: int, scalars: Mapping[str, float]) -> None:
         """Writes the scores of tasks."""
-        self._writer.write(done, scalars)
+        self._sinks.write(done, scalars)
         named = (f"{name.rpartition('/')[2]} {value:.4g}" for name, value in scalars.items())
         say(f"step {done}/{self._last}  tasks  {'  '.join(named)}")
 
-    def close(self) -> None:
+    def __enter__(self) -> Reporter:
+        """Reports until the block ends."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         """Closes the files, and a trace that is under way."""
         self._profile.close()
-        self._writer.close()
+        if kind is not None and issubclass(kind, Preempted):
+            self._ending = "preempted"
+        elif kind is not None:
+            self._ending = "failed"
+        self._sinks.close(self._ending)
 
 
 def peak_memory_mib() -> float:

@@ -46,7 +46,7 @@ MARKER, LOCK = ".blindvalm_run", ".run.lock"
 _WRITTEN = (
     *("checkpoints", "config.json", "data", "eval", "events.jsonl", "metrics.jsonl"),
     *("parameters.txt", "placement.md", "profile", "quarantine", "run.json", "saved.json"),
-    *("tensorboard", "tower"),
+    *("tensorboard", "tower", "wandb.json"),
 )
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 

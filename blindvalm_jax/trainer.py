@@ -24,11 +24,12 @@ from blindvalm_jax import (
     incidents,
     loop,
     memory,
-    metrics,
     optim,
     partitioning,
     planning,
+    process_log,
     runs,
+    sinks,
     step,
 )
 from blindvalm_jax.checkpoints.manager import Checkpoints
@@ -74,12 +75,16 @@ def _train(
     dry_run: bool,
     allow_changed: Sequence[str],
 ) -> int:
+    if not is_first():
+        process_log.begin(workdir, process=jax.process_index(), processes=jax.process_count())
     goodput = Goodput()
     mesh = _mesh(settings)
     settings = fitting.kept(settings, workdir)
     saved = runs.check_resume(workdir, settings, allowed=allow_changed)
     resuming = saved is not None
-    _check_reports(settings)
+    if not dry_run:
+        distributed.first_then_others(lambda: sinks.check(settings.log, workdir))
+    _say_of_warmup(settings)
     objective = _read(settings, workdir, mesh, resuming=resuming, dry_run=dry_run)
     planned = _plan(settings, objective, mesh)
     about = describe_run(objective, mesh=mesh, planned=planned)
@@ -172,10 +177,7 @@ def _mesh(settings: config.Config) -> Mesh:
     return mesh
 
 
-def _check_reports(settings: config.Config) -> None:
-    """Refuses what cannot be reported to, and says what a learning rate will not do."""
-    if settings.log.tensorboard:
-        metrics.import_tensorboard()
+def _say_of_warmup(settings: config.Config) -> None:
     if settings.optimizer.warmup_steps >= settings.train.steps:
         say(
             f"note: optimizer.warmup_steps {settings.optimizer.warmup_steps} end after "

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
+import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +16,7 @@ from typing import Any
 import pytest
 
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.page import curves, drawing, records
+from blindvalm_jax.page import controls, curves, drawing, records
 
 HOSTILE = 'a<b>&"</script>'
 
@@ -176,24 +179,114 @@ def test_run_that_has_not_logged_yet_is_drawn(tmp_path: Path) -> None:
         records.read([one, one])
 
 
+def many(tmp_path: Path, count: int) -> list[records.Run]:
+    """Runs with long names that differ in sources, and in how far they are."""
+    sources = ("text", "none")
+    name = "learning_rate_0.0003_weight_decay_0.01_warmup_2000"
+    return records.read(
+        [
+            make_run(
+                tmp_path / "sweep" / f"{name}_seed_{number}",
+                source=sources[number % 2],
+                steps=6 + number % 9,
+                metrics={"eval/loss": 3.0 + number / 10, "train/grad_norm": 1.0},
+            )
+            for number in range(count)
+        ]
+    )
+
+
+def test_forty_runs_can_be_told_apart_and_switched(tmp_path: Path) -> None:
+    pytest.importorskip("plotly", reason="plotly is not installed")
+    runs = many(tmp_path, 40)
+    text = drawing.page(runs).replace(drawing_library(), "")
+    assert "<h1>40 runs</h1>" in text
+    assert len({curves.style(index) for index in range(40)}) == 40
+    for index, run in enumerate(runs):
+        assert f'data-run="{index}" autocomplete="off" checked>{controls.stroke(index)}' in text
+        assert text.count(run.name) > 2
+    # each a row of settings: nobody reads forty columns
+    assert "<td>grounding.source</td>" not in text
+    assert ">grounding.source</th>" in text
+
+
+def test_script_has_each_curve_over_each_axis(tmp_path: Path) -> None:
+    runs = many(tmp_path, 3)
+    found, expected = drawing.data(runs), curves.figure(runs)["data"]
+    assert len(found["columns"]) < len(expected) * len(found["choices"]) / 2  # shared by panels
+    for number, trace in enumerate(expected):
+        assert runs[found["owners"][number]].name == trace["name"]
+        for axis, x in zip(found["choices"], trace["choices"], strict=True):
+            assert list(found["columns"][axis[number]]) == x
+
+
+def test_panels_stand_below_each_other_and_share_their_axis(tmp_path: Path) -> None:
+    layout = curves.figure(many(tmp_path, 1))["layout"]
+    domains = [layout[name]["domain"] for name in layout if name.startswith("yaxis")]
+    assert len(domains) == 3
+    for (below, _), (_, top) in itertools.pairwise(domains):
+        assert top < below
+    assert [layout[name].get("matches") for name in ("xaxis", "xaxis2", "xaxis3")] == [
+        None,
+        "x",
+        "x",
+    ]
+
+
+# Clicks as a reader does, and leaves in the page what has become of it.
+_CLICKS = """
+<script>
+const at = (query) => document.querySelector(query);
+const before = at("#controls").getBoundingClientRect(), panels = plot.getBoundingClientRect();
+at("[data-every=hidden]").click();
+for (const run of [3, 12]) at(`[data-run="${run}"]`).click();
+at('[data-axis="2"]').click();
+at("[data-log=yaxis]").click();
+const heads = [...at("table").rows[0].cells];
+const column = heads.findIndex((cell) => cell.textContent === "held-out loss");
+for (const click of [1, 2]) heads[column].click();
+const seen = {
+  apart: before.bottom <= panels.top, band: before.height / innerHeight,
+  wide: document.documentElement.scrollWidth - innerWidth,
+  shown: [...new Set(owners.filter((run, trace) => plot.data[trace].visible))],
+  x: plot.data[0].x, loss: plot.layout.yaxis.type,
+  sorted: [...at("table").rows].slice(1, 4).map((row) => row.cells[column].textContent),
+};
+const kept = document.createElement("pre");
+kept.id = "seen";
+kept.textContent = JSON.stringify(seen);
+document.body.append(kept);
+</script></body>"""
+
+
 @pytest.mark.slow
 def test_a_browser_draws_it(tmp_path: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no chromium or google-chrome on PATH")
     pytest.importorskip("plotly", reason="plotly is not installed")
-    runs = records.read([make_run(tmp_path / "one"), make_run(tmp_path / "two", source="none")])
+    runs = many(tmp_path, 40)
     page = tmp_path / "page.html"
-    page.write_text(drawing.page(runs))
+    page.write_text(drawing.page(runs).replace("</body>", _CLICKS))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000"]
+    flags += ["--window-size=1280,900", f"--user-data-dir={tmp_path / 'b'}"]
     done = subprocess.run(
-        [browser, *flags, f"--user-data-dir={tmp_path / 'b'}", "--dump-dom", page.as_uri()],
+        [browser, *flags, "--dump-dom", page.as_uri()],
         capture_output=True,
         text=True,
         check=True,
         timeout=120,
     )
     assert done.stdout.count('class="scatterlayer') == len(curves_shown(runs))
+    [told] = re.findall('<pre id="seen">(.*?)</pre>', done.stdout)
+    seen = json.loads(html.unescape(told))
+    assert seen["apart"]
+    assert 0 < seen["band"] < 0.45
+    assert seen["wide"] <= 0
+    assert seen["shown"] == [3, 12]
+    assert seen["x"] == curves.axes(runs[0])["model FLOPs"]
+    assert seen["loss"] == "log"
+    assert seen["sorted"] == ["6.9000", "6.8000", "6.7000"]
 
 
 def curves_shown(runs: list[records.Run]) -> list[str]:

@@ -20,7 +20,7 @@ from blindvalm_jax import config, events, metrics, trainer, trees
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.goodput import Goodput
 from blindvalm_jax.layer_norms import layer_norms
-from blindvalm_jax.metrics import MetricWriter
+from blindvalm_jax.sinks import MetricsFile
 from tests import small_models, small_text
 from tests.test_guard import small
 from tests.test_train import read_metrics
@@ -149,7 +149,7 @@ def test_a_full_disk_leaves_lines_out_and_ends_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is printed goes to no file here: the limit is on all of them."""
-    writer = MetricWriter(tmp_path, resume_step=0, tensorboard=False, active=True)
+    writer = MetricsFile(tmp_path / "metrics.jsonl", resume_step=0)
     writer.write(1, {"train/loss": 4.0})
     with full_disk(tmp_path / "metrics.jsonl"):
         for step in (2, 3):

@@ -12,7 +12,7 @@ from blindvalm_jax import files, runs, system
 from blindvalm_jax.config import Config, GroundingConfig
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import weights
-from blindvalm_jax.metrics import MetricWriter
+from blindvalm_jax.sinks import MetricsFile
 from tests import small_models
 
 PLAIN = Config(grounding=GroundingConfig(source="none"))
@@ -149,7 +149,7 @@ def test_a_resumed_run_drops_later_and_torn_lines_of_its_metrics(tmp_path: Path)
     kept = [json.dumps({"step": step, "train/loss": 1.0}) for step in (1, 2)]
     torn = [b"5", b'{"no": 1}', b'{"step": 3}', b'{"step": "x"}', b'{"step": 2, "a\xff']
     path.write_bytes(b"\n".join([*(line.encode() for line in kept), *torn]))
-    writer = MetricWriter(tmp_path, resume_step=2, tensorboard=False, active=True)
+    writer = MetricsFile(tmp_path / "metrics.jsonl", resume_step=2)
     writer.write(3, {"train/loss": float("nan")})
     writer.close()
     found = [json.loads(line) for line in path.read_text().splitlines()]

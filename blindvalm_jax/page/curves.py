@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import html
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from blindvalm_jax.page.records import Run
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; black is for the text.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
-_DASHES = ("solid", "dash", "dot", "dashdot")  # with more runs than colours
+# lengths of dashes and gaps, with more runs than colours; 42 runs can be told apart
+_DASHES = ("", "8,4", "2,3", "8,3,2,3", "16,4", "16,3,2,3")
 MOST_POINTS = 2000  # of a curve; more are thinned, evenly
-_PANEL_HEIGHT, _ABOVE, _GAP = 240, 110, 0.035  # pixels; share of the figure
+_FEWEST_POINTS, _POINTS = 300, 20_000  # with many runs: of a curve, of all curves of a panel
+_PANEL_HEIGHT, _ABOVE, _BELOW, _BETWEEN = 200, 40, 50, 60  # pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,16 @@ EVENT_SYMBOLS: Mapping[str, str] = {
 }
 
 
+def style(index: int) -> tuple[str, str]:
+    """Colour of a run, and its dashes: empty for an unbroken line."""
+    return COLORS[index % len(COLORS)], _DASHES[index // len(COLORS) % len(_DASHES)]
+
+
+def axis_names(runs: Sequence[Run]) -> list[str]:
+    """What curves may be drawn over."""
+    return ["updates", *sorted({run.unit for run in runs}), "model FLOPs", "hours of updates"]
+
+
 def axes(run: Run) -> dict[str, list[float]]:
     """What the lines of a run may be drawn over, by the name of the axis."""
     steps = [line["step"] for line in run.lines]
@@ -81,74 +93,81 @@ def figure(runs: Sequence[Run]) -> dict[str, Any]:
         for panel in PANELS
         if any(run.series(name) for run in runs for name in (*panel.metrics, *panel.beside))
     ]
-    names = ["updates", *sorted({run.unit for run in runs}), "model FLOPs", "hours of updates"]
+    names = axis_names(runs)
+    most = min(MOST_POINTS, max(_FEWEST_POINTS, _POINTS // max(len(runs), 1)))
     traces: list[dict[str, Any]] = []
     for index, run in enumerate(runs):
         over = axes(run)
-        style = {"color": COLORS[index % len(COLORS)]}
-        dash = _DASHES[index // len(COLORS) % len(_DASHES)]
-        shown = False
+        color, dashes = style(index)
+        dash = ",".join(f"{length}px" for length in dashes.split(",")) if dashes else "solid"
         for number, panel in enumerate(panels, start=1):
             for name in (*panel.metrics, *panel.beside):
-                trace = _curve(run, name, over, names)
+                trace = _curve(run, name, over, names, most=most)
                 if trace is None:
                     continue
                 held_out = name in panel.beside
                 traces.append(
                     trace
-                    | _place(number, run, show=not shown)
+                    | _place(number, run)
                     | {
                         "mode": "lines+markers" if held_out or len(trace["y"]) < 2 else "lines",
-                        "line": style | {"width": 1.5, "dash": "dash" if held_out else dash},
-                        "marker": style | {"size": 6},
+                        "line": {
+                            "color": color,
+                            "width": 1.5,
+                            "dash": "dash" if held_out else dash,
+                        },
+                        "marker": {"color": color, "size": 6},
                     }
                 )
-                shown = True
-        traces += _marks(run, over, names, style)
-    return {"data": traces, "layout": _layout(panels, names, traces)}
+        traces += _marks(run, over, names, color)
+    return {"data": traces, "layout": _layout(panels, names[0])}
 
 
-def _place(number: int, run: Run, *, show: bool) -> dict[str, Any]:
-    """Where a curve stands; one entry of the legend switches all of a run."""
+def _place(number: int, run: Run) -> dict[str, Any]:
+    """Where a curve stands, and whose it is."""
     axis = "" if number == 1 else str(number)
-    return {
-        "xaxis": "x",
-        "yaxis": f"y{axis}",
-        "name": html.escape(run.name),
-        "legendgroup": html.escape(run.name),
-        "showlegend": show,
-    }
+    return {"xaxis": f"x{axis}", "yaxis": f"y{axis}", "name": html.escape(run.name)}
 
 
 def _curve(
-    run: Run, metric: str, over: Mapping[str, Sequence[float]], names: Sequence[str]
+    run: Run,
+    metric: str,
+    over: Mapping[str, Sequence[float]],
+    names: Sequence[str],
+    *,
+    most: int,
 ) -> dict[str, Any] | None:
     """A metric over every axis; an axis that the run lacks leaves it undrawn there."""
     rows = [row for row, line in enumerate(run.lines) if metric in line]
     if not rows:
         return None
-    rows = thinned(rows)
-    choices = [[over[name][row] for row in rows] if name in over else [] for name in names]
+    rows = thinned(rows, most)
+    choices = [_rounded(over[name][row] for row in rows) if name in over else [] for name in names]
     return {
         "type": "scatter",
         "x": choices[0],
-        "y": [run.lines[row][metric] for row in rows],
+        "y": _rounded(run.lines[row][metric] for row in rows),
         "choices": choices,
         "hovertemplate": f"%{{y:.5g}} at %{{x:,.6g}}<extra>{html.escape(run.name)}</extra>",
     }
 
 
-def thinned(rows: Sequence[int]) -> list[int]:
-    """At most `MOST_POINTS` of them, evenly, the last one among them."""
-    every = -(-len(rows) // MOST_POINTS)
+def thinned(rows: Sequence[int], most: int = MOST_POINTS) -> list[int]:
+    """At most so many of them, evenly, the last one among them."""
+    every = -(-len(rows) // most)
     return list(rows[::-1][::every][::-1])
+
+
+def _rounded(values: Iterable[float | None]) -> list[float | None]:
+    """Seven digits, which is more than one sees: the rest is half of the page's size."""
+    return [None if value is None else float(f"{value:.7g}") for value in values]
 
 
 def _marks(
     run: Run,
     over: Mapping[str, Sequence[float]],
     names: Sequence[str],
-    style: Mapping[str, str],
+    color: str,
 ) -> list[dict[str, Any]]:
     """What happened to a run, marked on its loss."""
     losses = [
@@ -162,7 +181,7 @@ def _marks(
     ]
     choices = [[over[name][row] for row, _ in nearest] if name in over else [] for name in names]
     return [
-        _place(1, run, show=False)
+        _place(1, run)
         | {
             "type": "scatter",
             "mode": "markers",
@@ -174,7 +193,7 @@ def _marks(
             "marker": {
                 "symbol": [EVENT_SYMBOLS[event["event"]] for event in events],
                 "size": 11,
-                "color": style["color"],
+                "color": color,
                 "line": {"color": "black", "width": 1},
             },
         }
@@ -188,58 +207,46 @@ def told(event: Mapping[str, Any]) -> str:
     return f"{event['event'].replace('_', ' ')} at step {event['step']:,}{about}"
 
 
-def _layout(
-    panels: Sequence[Panel], names: Sequence[str], traces: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Panels below each other over one axis, with buttons that choose what it is."""
-    count = len(panels)
-    height = (1 - _GAP * (count - 1)) / max(count, 1)
+def _layout(panels: Sequence[Panel], axis: str) -> dict[str, Any]:
+    """Panels below each other that are zoomed together, the axis named below the last one."""
+    count = max(len(panels), 1)
+    inner = _PANEL_HEIGHT * count + _BETWEEN * (count - 1)
+    height, gap = _PANEL_HEIGHT / inner, _BETWEEN / inner
     layout: dict[str, Any] = {
         "template": "none",
-        "height": _ABOVE + 50 + _PANEL_HEIGHT * count,
-        "margin": {"l": 70, "r": 20, "t": _ABOVE, "b": 50},
+        "height": _ABOVE + inner + _BELOW,
+        "margin": {"l": 70, "r": 20, "t": _ABOVE, "b": _BELOW},
         "hovermode": "closest",
-        "legend": {"orientation": "h", "x": 0, "yanchor": "bottom", "y": 1.0},
-        "xaxis": {"title": {"text": names[0]}, "anchor": f"y{count if count > 1 else ''}"},
+        "showlegend": False,
         "annotations": [],
-        "updatemenus": [
-            {
-                "type": "buttons",
-                "direction": "right",
-                "x": 0,
-                "xanchor": "left",
-                "y": 1.0,
-                "yanchor": "bottom",
-                "pad": {"b": 40},
-                "showactive": True,
-                "buttons": [
-                    {
-                        "label": name,
-                        "method": "update",
-                        "args": [
-                            {"x": [trace["choices"][place] for trace in traces]},
-                            {"xaxis.title.text": name, "xaxis.autorange": True},
-                        ],
-                    }
-                    for place, name in enumerate(names)
-                ],
-            }
-        ],
     }
     for number, panel in enumerate(panels, start=1):
-        top = 1 - (number - 1) * (height + _GAP)
-        layout[f"yaxis{'' if number == 1 else number}"] = {
-            "domain": [max(top - height, 0.0), top - 0.1 * height],
-            "type": "log" if panel.logarithmic else "linear",
-            "exponentformat": "power",
+        top = 1 - (number - 1) * (height + gap)
+        which = "" if number == 1 else str(number)
+        layout[f"xaxis{which}"] = {
+            "anchor": f"y{which}",
             "gridcolor": "#e4e4e4",
             "zeroline": False,
+            **({"matches": "x"} if which else {}),
+            **({"title": {"text": axis}} if number == count else {}),
+        }
+        layout[f"yaxis{which}"] = {
+            "anchor": f"x{which}",
+            "domain": [max(top - height, 0.0), top],
+            "gridcolor": "#e4e4e4",
+            "zeroline": False,
+            **(
+                {"type": "log", "exponentformat": "power"}
+                if panel.logarithmic
+                else {"type": "linear", "tickformat": ",.6~g"}
+            ),
         }
         layout["annotations"].append(
             {
                 "text": f"<b>{panel.title}</b>",
                 "x": 0,
-                "y": top - 0.09 * height,
+                "y": top,
+                "yshift": 4,
                 "xref": "paper",
                 "yref": "paper",
                 "xanchor": "left",

@@ -7,9 +7,10 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.page import curves, tables
+from blindvalm_jax.page import controls, curves, tables
 from blindvalm_jax.page.records import Run
 
 _MARK = "<!-- blindvalm_jax: a page of runs -->"
@@ -20,10 +21,16 @@ h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
 table { border-collapse: collapse; font-size: 0.92em; }
 th, td { text-align: left; padding: 0.25em 0.9em 0.25em 0; border-bottom: 1px solid #ddd;
          vertical-align: top; }
+th { position: sticky; top: 0; z-index: 1; background: #fff; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-.scroll { overflow-x: auto; } .swatch { display: inline-block; width: 0.8em; height: 0.8em;
-          margin-right: 0.45em; border-radius: 2px; } .quiet { color: #666; }
+td.run, th.run { white-space: nowrap; }
+.many td { white-space: nowrap; }
+.many td.run { position: sticky; left: 0; background: #fff; white-space: normal; }
+.many td.run span { display: inline-block; width: max-content; max-width: 26em;
+                    overflow-wrap: anywhere; }
+.scroll { overflow: auto; max-height: 26em; } .stroke { margin-right: 0.3em; }
 """
+_TITLED = 3  # so many runs are named at the top
 
 
 def check_installed() -> None:
@@ -46,23 +53,43 @@ def page(runs: Sequence[Run]) -> str:
     """The HTML of a page; nothing in it is loaded from elsewhere."""
     from plotly.offline import get_plotlyjs
 
-    figure = curves.figure(runs)
-    for trace in figure["data"]:
-        del trace["choices"]
-    title = html.escape(", ".join(run.name for run in runs))
+    names = [run.name for run in runs]
+    title = html.escape(", ".join(names) if len(runs) <= _TITLED else f"{len(runs)} runs")
     # "</" would end the script, whatever a run is called.
-    drawn = json.dumps(figure, allow_nan=False).replace("</", "<\\/")
+    constants = "".join(
+        f"const {name} = {json.dumps(what, allow_nan=False, separators=(',', ':'))};\n"
+        for name, what in data(runs).items()
+    ).replace("</", "<\\/")
     return "\n".join(
         [
             f"<!doctype html>\n{_MARK}",
             f'<html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
-            f"<style>{_STYLE}</style></head><body><h1>{title}</h1>",
-            *tables.all_of(runs),
-            '<h2>Curves</h2><div id="curves"></div>',
+            f"<style>{_STYLE}{controls.STYLE}</style></head><body><h1>{title}</h1>",
+            *tables.overview(runs),
+            "<h2>Curves</h2><section>",
+            *controls.band(runs),
+            '<div id="curves"></div></section>',
+            *tables.details(runs),
             f"<script>{get_plotlyjs()}</script>",
-            f"<script>const figure = {drawn};",
-            "const options = {responsive: true, displaylogo: false};",
-            'Plotly.newPlot("curves", figure.data, figure.layout, options);</script>',
+            f"<script>{constants}{controls.SCRIPT}</script>",
             "</body></html>\n",
         ]
     )
+
+
+def data(runs: Sequence[Run]) -> dict[str, Any]:
+    """What the script draws.
+
+    figure: without x; columns: all x there are, once each; choices: the column of each curve, by
+    axis; owners: the run of each curve.
+    """
+    figure = curves.figure(runs)
+    columns: dict[tuple[float, ...], int] = {}
+    choices: list[list[int]] = [[] for _ in curves.axis_names(runs)]
+    places = {html.escape(run.name): index for index, run in enumerate(runs)}
+    for trace in figure["data"]:
+        del trace["x"]
+        for axis, x in zip(choices, trace.pop("choices"), strict=True):
+            axis.append(columns.setdefault(tuple(x), len(columns)))
+    owners = [places[trace["name"]] for trace in figure["data"]]
+    return {"figure": figure, "columns": list(columns), "choices": choices, "owners": owners}

@@ -7,20 +7,22 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from blindvalm_jax.metrics import duration
-from blindvalm_jax.page import curves
+from blindvalm_jax.page import controls, curves
 from blindvalm_jax.page.records import Run
 
 _MOST_EVENTS = 200  # of all runs; the newest are shown
 _LOST = "perf/lost_"
 _NOTHING = "–"
+_SIDE_BY_SIDE = 6  # of more runs each is a row of settings
 
 
-def all_of(runs: Sequence[Run]) -> list[str]:
-    """All tables, as lines of HTML."""
-    return [*_overview(runs), *_time(runs), *_settings(runs), *_events(runs)]
+def details(runs: Sequence[Run]) -> list[str]:
+    """All tables but the first, as lines of HTML."""
+    return [*_settings(runs), *_time(runs), *_events(runs)]
 
 
-def _overview(runs: Sequence[Run]) -> list[str]:
+def overview(runs: Sequence[Run]) -> list[str]:
+    """How far each run is, as lines of HTML."""
     of: list[tuple[str, Callable[[Run], str]]] = [
         ("model", _model),
         ("parameters", lambda run: f"{sum(_sizes(run).values()):,}"),
@@ -85,12 +87,20 @@ def _settings(runs: Sequence[Run]) -> list[str]:
     ]
     if not differing:
         return []
-    rows = [
-        [html.escape(name), *(html.escape(str(run.settings.get(name, _NOTHING))) for run in runs)]
+    columns = [
+        [html.escape(name), *(_setting(run.settings.get(name, _NOTHING)) for run in runs)]
         for name in differing
     ]
-    head = ["setting", *(_named(run, runs) for run in runs)]
+    names = ["setting", *(_named(run, runs) for run in runs)]
+    if len(runs) > _SIDE_BY_SIDE:
+        head, *rows = zip(*[["run", *names[1:]], *columns], strict=True)
+    else:
+        head, rows = tuple(names), [tuple(column) for column in columns]
     return ["<h2>Settings in which they differ</h2>", *_table(head, rows, numbers=False)]
+
+
+def _setting(value: Any) -> str:
+    return html.escape(f"{value:.12g}" if isinstance(value, float) else str(value))
 
 
 def _events(runs: Sequence[Run]) -> list[str]:
@@ -108,9 +118,7 @@ def _events(runs: Sequence[Run]) -> list[str]:
 
 
 def _named(run: Run, runs: Sequence[Run]) -> str:
-    color = curves.COLORS[list(runs).index(run) % len(curves.COLORS)]
-    swatch = f'<span class="swatch" style="background:{color}"></span>'
-    return f"{swatch}{html.escape(run.name)}"
+    return f"<span>{controls.stroke(list(runs).index(run))}{html.escape(run.name)}</span>"
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:
@@ -123,11 +131,16 @@ def _table(
     """A table; with numbers, all columns but the first two stand to the right."""
 
     def line(cells: Sequence[Any], tag: str) -> str:
-        parts = [
-            f"<{tag}{' class=number' if numbers and place > 1 else ''}>{cell}</{tag}>"
+        kinds = [
+            "number" if numbers and place > 1 else "run" if "<svg" in cell else ""
             for place, cell in enumerate(cells)
+        ]
+        parts = [
+            f"<{tag}{kind and f' class={kind}'}>{cell}</{tag}>"
+            for kind, cell in zip(kinds, cells, strict=True)
         ]
         return f"<tr>{''.join(parts)}</tr>"
 
     body = [line(row, "td") for row in rows]
-    return ['<div class="scroll"><table>', line(head, "th"), *body, "</table></div>"]
+    kind = "scroll many" if len(body) > _SIDE_BY_SIDE else "scroll"
+    return [f'<div class="{kind}"><table>', line(head, "th"), *body, "</table></div>"]

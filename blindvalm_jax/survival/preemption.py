@@ -18,6 +18,7 @@ from typing import Any, Literal
 import jax
 from jax.experimental import multihost_utils
 
+from blindvalm_jax import process_log
 from blindvalm_jax.errors import PREEMPTED, Preempted, print_stop
 
 NOTHING_LOST = "the same command goes on from what is on disk"
@@ -127,7 +128,9 @@ class Notice:
             told = True
             way = self._way
             if way == "keep":
-                print("SIGTERM: what is under way is saved first", file=sys.stderr, flush=True)
+                said = "SIGTERM: what is under way is saved first"
+                print(said, file=sys.stderr, flush=True)
+                process_log.write(said)
             if way != "end":
                 continue  # who keeps it saves and ends, however long that takes
             self._left.wait(_GRACE)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+from blindvalm_jax import process_log
 from blindvalm_jax.errors import print_error
 
 _LOOKS = 10  # within the seconds it waits
@@ -74,5 +75,6 @@ class Watchdog:
                     "goes on from the newest checkpoint"
                 )
                 faulthandler.dump_traceback(_STDERR)
+                process_log.write_stacks()
                 os._exit(1)
         faulthandler.cancel_dump_traceback_later()
