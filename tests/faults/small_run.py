@@ -76,9 +76,18 @@ def settings(text: Path, **changes: Any) -> ml_collections.ConfigDict:
     return values
 
 
-def quickly(devices: int) -> str:
-    """Flags of XLA: programs are small and run a few times, so that little is asked of it."""
-    return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+def quickly(directory: Path, *, devices: int) -> dict[str, str]:
+    """Variables of JAX: programs are small and run a few times, and several processes have them.
+
+    directory: where compiled programs are kept for the next process.
+    """
+    count = f"--xla_force_host_platform_device_count={devices}"
+    return {
+        "XLA_FLAGS": f"{count} --xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 
 def write_text(directory: Path) -> Path:
@@ -194,7 +203,7 @@ class Runs:
         )
         main = ["-c", _TRAIN.format(code=code)]
         arguments = [*main, f"--config={file}", f"--workdir={workdir}", *flags]
-        environment = {"XLA_FLAGS": quickly(devices), **environment}
+        environment = {**quickly(self._directory, devices=devices), **environment}
         self._processes.append(Process([sys.executable, *arguments], **environment))
         return self._processes[-1]
 

@@ -54,7 +54,8 @@ class Workers:
 
     def start(self) -> subprocess.Popen[str]:
         """One more."""
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": small_run.quickly(1)}
+        quickly = small_run.quickly(self.workdir.parent, devices=1)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **quickly}
         log = (self.workdir.parent / f"worker{len(self.running)}.txt").open("w")
         process = subprocess.Popen(
             self.command, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True
