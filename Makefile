@@ -2,7 +2,7 @@
 # make toyworld  trains all variants over five seeds, draws the bias curve, writes the report: hours
 # make test      format, lint, types, and the tests that do not take long; needs no torch
 # make faults    processes that are killed, stopped, doubled and hung, one and several: docs/reliability.md
-# make test-all  the same with torch, FAISS, lm-evaluation-harness and the slow tests, and XLA's optimizations left on
+# make test-all  the same with torch, FAISS, lm-evaluation-harness, emulated stores and the slow tests, and XLA's optimizations left on
 #
 # Everything runs in $(VENV), made on first use and brought up to date when pyproject.toml or
 # constraints.txt changes. With another Python: make test PYTHON=python3.12 VENV=.venv312
@@ -11,6 +11,8 @@
 PYTHON ?= $(or $(firstword $(shell for p in python3.11 python3.12 python3.13; do command -v $$p; done)),python3)
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# play gs:// and s3:// in tests/test_emulated_stores.py
+EMULATORS = 'moto[s3]' flask flask-cors gcp-storage-emulator
 
 # processes that run tests, each a file at a time
 TEST_WORKERS ?= 2
@@ -58,7 +60,7 @@ $(VENV)/installed-test: pyproject.toml constraints.txt $(VENV)/created
 	@touch $@
 
 $(VENV)/installed-extras: $(VENV)/installed-test
-	$(PIP_INSTALL) -e '.[test,faiss,harness]' accelerate peft $(TORCH)
+	$(PIP_INSTALL) -e '.[test,faiss,harness,gs,s3,tensorboard,wandb]' accelerate peft $(TORCH) $(EMULATORS)
 	@touch $@
 
 $(VENV)/created:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from blindvalm_jax import addresses
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.stores.settings import INPUTS
 from blindvalm_jax.trees import flatten
 
 if TYPE_CHECKING:
@@ -28,8 +29,9 @@ def check(config: Config) -> None:
     Raises:
       UserError: naming the settings and what to change.
     """
-    settings = flatten(dataclasses.asdict(config))
-    if wrong := addresses.refusal({key.replace("/", "."): text for key, text in settings.items()}):
+    settings = {k.replace("/", "."): x for k, x in flatten(dataclasses.asdict(config)).items()}
+    inputs = {name: settings.pop(name) for name in INPUTS}
+    if wrong := addresses.misfit(inputs) or addresses.refusal(settings):
         raise UserError(wrong)
     if config.train.objective == "contrastive":
         _check_contrastive(config)

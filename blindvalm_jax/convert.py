@@ -101,4 +101,4 @@ def _ours(path: Path) -> formats.Converted:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, inputs={"input": "train.init_from"})

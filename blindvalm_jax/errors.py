@@ -7,7 +7,7 @@ import os
 import re
 import select
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -36,11 +36,13 @@ def run_main(
     failure: int = 1,
     interrupted: str = "the same command goes on from what is on disk",
     takes_addresses: Sequence[str] = (),
+    inputs: Mapping[str, str] | None = None,
 ) -> None:
     """Runs an absl entry point; a `UserError` becomes one line on stderr and exit code `failure`.
 
     interrupted: what is said behind "interrupted; " on Ctrl-C: what becomes of the work done.
-    takes_addresses: flags, or "argument", that may be an address of an object store.
+    takes_addresses: flags, or "argument", that may be an address of an object store. inputs: flags
+    that may name an input in one, by the setting that they stand for (`stores.settings`).
     `--verbosity=0` shows what libraries log.
     """
 
@@ -66,13 +68,26 @@ def run_main(
     def guarded(argv: Sequence[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # libraries report every file they write
-        free = (*_TEXT, *takes_addresses)
-        given: dict[str, object] = {f"--{f.name}": f.value for f in _given() if f.name not in free}
+        free = (*_TEXT, *takes_addresses, *(inputs or ()))
+        given: dict[str, object] = {
+            f"--{flag.name}": flag.value
+            for flag in _given()
+            # settings are looked at where they are read
+            if flag.name not in free and not flag.name.startswith("config.")
+        }
         if "argument" not in free:
             given["argument"] = list(argv[1:])
         if wrong := addresses.refusal(given):
             fail(wrong)
-        exit_after(lambda: main(argv), failure=failure, interrupted=interrupted)
+
+        def with_inputs() -> int | None:
+            if inputs:
+                from blindvalm_jax.stores import settings  # which imports this
+
+                settings.bring_flags(inputs)
+            return main(argv)
+
+        exit_after(with_inputs, failure=failure, interrupted=interrupted)
 
     app.run(guarded, flags_parser=parse)
 
@@ -167,8 +182,10 @@ def first_line(error: BaseException) -> str:
 
 
 def print_error(message: str) -> None:
-    """Prints an error as one line on stderr."""
-    _print_and_log(f"error: {' '.join(message.split())}")
+    """Prints an error as one line on stderr; inputs that were brought go by their addresses."""
+    from blindvalm_jax.stores import places  # which imports this
+
+    _print_and_log(places.as_given(f"error: {' '.join(message.split())}"))
 
 
 def print_stop(message: str) -> None:

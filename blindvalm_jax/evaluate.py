@@ -163,4 +163,12 @@ def _compare(arguments: Sequence[str]) -> int:
 _COMMANDS = {"compare": _compare, "report": _report}
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(
+        main,
+        inputs={
+            **model_flags.INPUTS,
+            "tasks": "eval.tasks",
+            "data": "eval.tasks_data",
+            "tfds_dir": "data.tfds_dir",
+        },
+    )

@@ -250,4 +250,8 @@ def _report(found: Generation) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, interrupted="the texts that were done are printed, and with --json in its file")
+    run_main(
+        main,
+        interrupted="the texts that were done are printed, and with --json in its file",
+        inputs=model_flags.INPUTS,
+    )

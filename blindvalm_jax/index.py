@@ -313,4 +313,13 @@ def _verify() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(
+        main,
+        inputs={
+            "clip": "grounding.tower",
+            "images": "data.images",
+            "tfds_dir": "data.tfds_dir",
+            "windows": "data.windows",
+            "index": "grounding.index",
+        },
+    )

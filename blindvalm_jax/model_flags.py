@@ -26,6 +26,12 @@ _FLAGS = [flags.DEFINE_string(name, "", meaning) for name, meaning in _TEXTS.ite
     flags.DEFINE_integer("neighbours", 0, "of weights of a VALM: K", lower_bound=0),
     flags.DEFINE_enum("dtype", DTYPES[0], DTYPES, "of the computation, whatever it was trained in"),
 ]
+# The settings that some of them stand for.
+INPUTS = {
+    **{"checkpoint": "train.init_from", "hf": "train.init_from", "tokenizer": "tokenizer.path"},
+    **{"tower": "grounding.tower", "tower_tokenizer": "grounding.tokenizer"},
+    "index": "grounding.index",
+}
 
 
 def named() -> NamedModel:

@@ -143,4 +143,13 @@ def _summary(made: Manifest, out: Path, seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(
+        main,
+        inputs={
+            "files": "data.files",
+            "eval_files": "data.eval_files",
+            "tfds_dir": "data.tfds_dir",
+            "tokenizer_path": "tokenizer.path",
+            "tower_tokenizer": "grounding.tokenizer",
+        },
+    )

@@ -23,6 +23,7 @@ from blindvalm_jax.checkpoints import layout, quarantine
 from blindvalm_jax.config import Config, completed
 from blindvalm_jax.console import is_first, say
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.stores import places
 from blindvalm_jax.trees import flatten
 
 # May differ when a run is resumed: none of them changes what is computed, beyond rounding. Paths of
@@ -253,6 +254,7 @@ def keep_places(workdir: Path, about: Mapping[str, Any], *, resolved: Config) ->
     about: as `write_record` gets it, after `check_data`. All else it says stays as trained.
     """
     record = moved = files.read_object(workdir / "run.json")
+    about = places.as_given(about)
     for place in (("data", "directory"), ("images", "index"), ("images", "prepared", "directory")):
         moved = _moved(moved, about, place)
     settings = files.read_object(workdir / "config.json")
@@ -310,8 +312,8 @@ def _completed(given: Mapping[str, Any]) -> Any:
 
 
 def _plain(config: Config) -> Any:
-    """Settings as JSON gives them back."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """Settings as JSON gives them back, with the addresses of inputs that were brought."""
+    return json.loads(json.dumps(places.as_given(dataclasses.asdict(config))))
 
 
 def _is_free(key: str, config: Config) -> bool:
@@ -344,7 +346,7 @@ def write_record(
         **code,
         "devices": [jax.devices()[0].device_kind, jax.device_count()],
         "processes": jax.process_count(),
-        **about,
+        **places.as_given(about),
         "starts": starts,
     }
     files.write_json(workdir / "config.json", _plain(resolved))

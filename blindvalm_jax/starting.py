@@ -7,9 +7,12 @@ from pathlib import Path
 
 import jax
 
-from blindvalm_jax import runs
+from blindvalm_jax import distributed, runs
+from blindvalm_jax.checkpoints import layout
 from blindvalm_jax.config import Config
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.stores import inputs
+from blindvalm_jax.stores.settings import brought
 from blindvalm_jax.survival import preemption
 from blindvalm_jax.toyworld import supply
 from blindvalm_jax.trainer import train
@@ -18,13 +21,21 @@ from blindvalm_jax.trainer import train
 def start(
     settings: Config, workdir: Path, *, dry_run: bool = False, allow_changed: Sequence[str] = ()
 ) -> int:
-    """Trains in `workdir`, see `trainer.train`; makes what is named `toyworld` before.
+    """Trains in `workdir`, see `trainer.train`, with all that settings name on this machine.
+
+    Before, inputs that lie in a store are brought, and what is named `toyworld` is made.
 
     Raises:
       UserError: as `trainer.train`; several processes cannot make what is named `toyworld`.
       Preempted: SIGTERM ended it, and what was done is saved.
     """
-    with preemption.noticed(), runs.held(workdir):  # before parts are made in its data/
+    with (
+        preemption.noticed(),
+        runs.held(workdir),  # before parts are made in its data/
+        inputs.released(),
+    ):
+        kept = _read_no_more(workdir, settings)
+        settings = distributed.first_then_others(lambda: brought(settings, but=kept))
         if supply.wanted(settings):
             if jax.process_count() > 1:
                 raise UserError(
@@ -33,3 +44,11 @@ def start(
                 )
             settings = supply.complete(settings, workdir, train=train, dry_run=dry_run)
         return train(settings, workdir, dry_run=dry_run, allow_changed=allow_changed)
+
+
+def _read_no_more(workdir: Path, settings: Config) -> list[str]:
+    """Inputs of which a run that has begun reads nothing: it keeps its tower."""
+    if not layout.steps(workdir) or not (workdir / "run.json").exists():
+        return []
+    same = runs.given_before(workdir)["grounding"]["tower"] == settings.grounding.tower
+    return ["train.init_from", *(["grounding.tower", "grounding.tokenizer"] if same else [])]

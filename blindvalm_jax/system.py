@@ -22,6 +22,7 @@ from blindvalm_jax.models.clip import Readout, TextTower, TowerConfig
 from blindvalm_jax.models.decoder import Decoder
 from blindvalm_jax.models.transformer import split_stack
 from blindvalm_jax.objectives.language_model import Model
+from blindvalm_jax.stores import places
 from blindvalm_jax.trees import flatten, unflatten
 
 _TOWER_KEY = 2**31  # no update's number, whose dropout key is folded in likewise
@@ -76,7 +77,7 @@ def read_tower(config: Config, resumed: Path | None) -> Tower | None:
             "without knowledge (or grounding.source=none for a plain GPT-2)"
         )
     loaded = clip_text.load_tower(grounding.tower)
-    return Tower(*loaded[:2], loaded.source, loaded.sha256, loaded.tokenizer)
+    return Tower(*loaded[:2], places.as_given(loaded.source), loaded.sha256, loaded.tokenizer)
 
 
 def tower_context(config: Config, tower: Tower | None) -> int:

@@ -19,6 +19,7 @@ from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding.images import Images
 from blindvalm_jax.interop import formats, run_directory, weights
 from blindvalm_jax.objectives import language
+from blindvalm_jax.stores.settings import INPUTS, brought
 from blindvalm_jax.trained_model import TrainedModel
 
 __all__ = ["TrainedModel", "from_weights", "in_training", "load"]
@@ -42,6 +43,8 @@ def load(
     if not isinstance(run.config, weights.DecoderSpec):
         raise UserError(f"{workdir} is a run of a {weights.kind_of(run.config)}, not of a decoder")
     settings = config.from_dict(files.read_object(workdir / "config.json"))
+    read = {"grounding.index"}  # what else is named was read to train, or is kept in the run
+    settings = brought(settings, but=set(INPUTS) - read)
     if dtype:
         settings = dataclasses.replace(
             settings,

@@ -135,7 +135,7 @@ cd blindvalm
 python3 -m pip install --quiet --user uv
 PATH=\$HOME/.local/bin:\$PATH
 uv venv --quiet --clear --python $PYTHON_VERSION venv
-uv pip install --quiet --python venv/bin/python --constraints constraints.txt \"blindvalm_jax[tpu] @ $package\"" || return 1
+uv pip install --quiet --python venv/bin/python --constraints constraints.txt \"blindvalm_jax[tpu,gs] @ $package\"" || return 1
   [ -z "$setup" ] || on_workers "$setup"
 }
 

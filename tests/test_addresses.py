@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
         ("gs://bucket/runs/first", "gs://bucket/runs/first"),
         (str(Path("s3://bucket/runs")), "s3:/bucket/runs"),  # as pathlib makes it
         ("a.txt, gs://bucket/*.txt", "gs://bucket/*.txt"),
-        ("text:mine=gs://bucket/a.txt", "gs://bucket/a.txt"),
+        ("text:gs://bucket/a.txt", "gs://bucket/a.txt"),
         (["a", "https://example.org/b.txt"], "https://example.org/b.txt"),
     ],
 )
@@ -40,19 +40,35 @@ def test_paths_hub_ids_and_numbers_are_no_addresses(value: object) -> None:
 
 
 @pytest.mark.parametrize(
+    "address",
+    ["gs://bucket", "gs:/bucket/a", "gs://*/a", "gs://bucket/../a", "az://bucket/a", "gs:///a"],
+)
+def test_what_names_nothing_in_a_store_that_is_known_is_no_input(address: str) -> None:
+    told = addresses.misfit({"--other": "gs://bucket/a/*.txt", "data.files": f"a.txt,{address}"})
+    assert told is not None
+    assert told.startswith(f"data.files: {address} is an address, expected gs://BUCKET/NAME")
+
+
+@pytest.mark.parametrize(
     ("module", "words", "named"),
     [
         (
             "train",
-            ("--config=configs/text.py:tiny", "--workdir=run", "--config.data.files=s3://b/*.txt"),
-            "--config.data.files: s3://b/*.txt is an address",
+            ("--config=configs/text.py:tiny", "--workdir=run", "--config.data.cache=s3://b/data"),
+            "data.cache: s3://b/data is an address",
+        ),
+        (
+            "train",
+            ("--config=configs/text.py:tiny", "--workdir=run", "--config.data.files=gs:/b/*.txt"),
+            "data.files: gs:/b/*.txt is an address, expected gs://BUCKET/NAME",
         ),
         (
             "train",
             ("--config=configs/text.py:tiny", "--workdir=gs://b/run", "--dry_run"),
             "--dry_run trains nothing, and --workdir=gs://b/run",
         ),
-        ("prepare", ("--files=gs://b/*.txt", "--out=out"), "--files: gs://b/*.txt is an address"),
+        ("prepare", ("--files=https://b/a", "--out=out"), "--files: https://b/a is an address"),
+        ("prepare", ("--files=a.txt", "--out=gs://b/out"), "--out: gs://b/out is an address"),
     ],
 )
 def test_a_command_says_so_in_one_line_and_makes_nothing(
@@ -100,8 +116,8 @@ def test_a_text_that_begins_so_may_be_a_prompt(tmp_path: Path) -> None:
 
 def test_a_config_file_and_the_functions_refuse_them_too(tmp_path: Path) -> None:
     settings = config.default()
-    settings.grounding.tower = "gs://bucket/clip"
-    with pytest.raises(UserError, match="grounding.tower: gs://bucket/clip is an address"):
+    settings.grounding.tower = "az://bucket/clip"
+    with pytest.raises(UserError, match="grounding.tower: az://bucket/clip is an address"):
         config.parse(settings)
     with pytest.raises(UserError, match="--workdir: gs:/bucket/run is an address"):
         runs.claim(Path("gs://bucket/run"))

@@ -214,7 +214,7 @@ def test_a_local_package_is_copied_with_configs_and_versions(
     sources = [Path(w).name for w in copy.words if w.startswith("/")]
     assert sources == ["configs", "constraints.txt", file]
     command = fakes.calls()[-1].value("--command")
-    assert f'"blindvalm_jax[tpu] @ file://$HOME/blindvalm/{file}"' in command
+    assert f'"blindvalm_jax[tpu,gs] @ file://$HOME/blindvalm/{file}"' in command
 
 
 def test_workers_keep_the_exit_code_and_the_words_of_the_command(

@@ -17,12 +17,12 @@ _LOOP = """
 import os, signal, sys, tempfile, time
 from pathlib import Path
 import fsspec
-from blindvalm_jax import remote
+from blindvalm_jax import addresses, remote
 from blindvalm_jax.errors import Preempted, exit_after
 from blindvalm_jax.survival import preemption
 
 preemption._GRACE = 0.2
-remote.SCHEMES = ("memory",)
+addresses.STORES.append("memory")
 tempfile.tempdir = sys.argv[2]
 memory = fsspec.filesystem("memory")
 put = memory.put_file

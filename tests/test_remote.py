@@ -6,11 +6,7 @@ import contextlib
 import fcntl
 import importlib.util
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,10 +15,11 @@ from typing import Any
 import fsspec
 import pytest
 
-from blindvalm_jax import config, remote, trainer
+from blindvalm_jax import addresses, config, remote, starting
 from blindvalm_jax.errors import UserError
-from tests import small_models, small_text
-from tests.test_train import settings
+from blindvalm_jax.stores import inputs, mirror, places
+from tests import small_models, small_text, tiny_tokenizers
+from tests.test_train import settings, write_tower
 
 ADDRESS = "memory://bucket/runs/first"
 LAST = "_CHECKPOINT_METADATA"
@@ -31,11 +28,12 @@ LAST = "_CHECKPOINT_METADATA"
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Runs are worked on in a directory of the test; the store is empty before and after."""
-    monkeypatch.setattr(remote, "SCHEMES", ("gs", "s3", "memory"))
+    monkeypatch.setattr(addresses, "STORES", ["gs", "s3", "memory"])
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     store = fsspec.filesystem("memory")
     store.store.clear()
-    yield
+    with inputs.released():
+        yield
     store.store.clear()
 
 
@@ -47,21 +45,21 @@ def there() -> dict[str, bytes]:
 
 
 def write(name: str, content: str) -> None:
-    path = remote.directory_of(ADDRESS) / name
+    path = places.of_run(ADDRESS) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content)
 
 
 def here() -> dict[str, str]:
     """What is in the directory, without locks and notes."""
-    directory = remote.directory_of(ADDRESS)
+    directory = places.of_run(ADDRESS)
     found = {p.relative_to(directory).as_posix(): p for p in directory.rglob("*") if p.is_file()}
     return {n: p.read_text() for n, p in found.items() if n not in (".run.lock", ".sent.json")}
 
 
 def aside() -> dict[str, str]:
     """What was moved aside."""
-    found = [p for p in remote.directory_of(ADDRESS).parent.rglob("*") if p.is_file()]
+    found = [p for p in places.of_run(ADDRESS).parent.rglob("*") if p.is_file()]
     moved = [p for p in found if ".unsent-" in str(p)]
     return {str(p).partition(".unsent-")[2].partition("/")[2]: p.read_text() for p in moved}
 
@@ -90,7 +88,7 @@ def test_what_is_new_is_sent_what_is_gone_is_removed_and_the_unfinished_stays() 
     assert there().keys() == first
     write("metrics.jsonl", "1\n2\n")
     write(f"checkpoints/4/{LAST}", "whole")
-    shutil.rmtree(remote.directory_of(ADDRESS) / "checkpoints/2")
+    shutil.rmtree(places.of_run(ADDRESS) / "checkpoints/2")
     store.send()
     assert there()["metrics.jsonl"] == b"1\n2\n"
     steps = {name for name in there() if name.startswith("checkpoints")}
@@ -113,7 +111,7 @@ def test_what_makes_a_step_whole_is_sent_last_and_removed_first(
     for file in ("state/a", LAST, "zz"):
         write(f"checkpoints/2/{file}", "x")
     store.send()
-    shutil.rmtree(remote.directory_of(ADDRESS) / "checkpoints/2")
+    shutil.rmtree(places.of_run(ADDRESS) / "checkpoints/2")
     store.send()
     assert [name for _, name in order[:3]][-1] == LAST
     assert order[3] == ("rm_file", LAST)
@@ -128,7 +126,7 @@ def test_another_machine_gets_what_was_sent_and_no_half_a_step() -> None:
         write(f"checkpoints/{step}/{LAST}", "whole")
     store.send()
     fsspec.filesystem("memory").rm_file(f"/bucket/runs/first/checkpoints/4/{LAST}")
-    directory = remote.directory_of(ADDRESS)
+    directory = places.of_run(ADDRESS)
     write("run.json", "2")  # of one that was cut off before it was sent
     write("extra", "x")
     again = remote.Store(ADDRESS)
@@ -170,7 +168,7 @@ def test_a_store_that_fails_at_the_end_is_an_error_that_says_where_the_run_is(
         raise OSError("no network")
 
     monkeypatch.setattr(fsspec.filesystem("memory"), "put_file", failing)
-    directory = remote.directory_of(ADDRESS)
+    directory = places.of_run(ADDRESS)
     told = f"no network.* What is here is in {directory}"
     with pytest.raises(UserError, match=told), remote.kept(ADDRESS, seconds=60):
         write("metrics.jsonl", "1\n")
@@ -204,7 +202,7 @@ def test_what_was_not_sent_at_the_end_is_sent_by_the_same_command(sent_of_the_st
         with pytest.raises(UserError, match="and the same command sends it"):
             worked({"saved.json": "4"}, (4, "four"))
     assert "saved.json" not in there()
-    shutil.rmtree(remote.directory_of(ADDRESS) / "checkpoints/2")  # kept no longer, or lost here
+    shutil.rmtree(places.of_run(ADDRESS) / "checkpoints/2")  # kept no longer, or lost here
     before = {name: content for name, content in here().items() if name != "run.json"}
     with remote.kept(ADDRESS):
         assert {name: here()[name] for name in before} == before
@@ -255,7 +253,7 @@ def test_what_another_machine_sent_is_brought_and_what_was_not_sent_is_moved_asi
     assert aside() == steps
     told = capsys.readouterr().err
     assert "was written by another machine" in told
-    assert f"moved to {remote.directory_of(ADDRESS)}.unsent-" in told
+    assert f"moved to {places.of_run(ADDRESS)}.unsent-" in told
     enter(remote.kept(ADDRESS))
     assert aside() == steps  # and once
 
@@ -265,7 +263,7 @@ def test_a_step_of_another_machine_replaces_one_of_the_same_sizes(
 ) -> None:
     worked({"checkpoints/4/state/of_ours": "x"}, (4, "ours"))
     with on_another_machine(tmp_path / "other"), remote.kept(ADDRESS):
-        shutil.rmtree(remote.directory_of(ADDRESS) / "checkpoints/4")
+        shutil.rmtree(places.of_run(ADDRESS) / "checkpoints/4")
         save(4, "them")
         write("data/tokens", "other")
     enter(remote.kept(ADDRESS))
@@ -345,13 +343,13 @@ def test_the_directory_is_read_as_often_for_many_files_as_for_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     memory = fsspec.filesystem("memory")
-    contents, reads = remote._contents, []
+    contents, reads = mirror._contents, []
 
     def noted(directory: Path) -> Any:
         reads.append(directory)
         return contents(directory)
 
-    monkeypatch.setattr(remote, "_contents", noted)
+    monkeypatch.setattr(mirror, "_contents", noted)
     counts = []
     for count in (1, 20):
         for number in range(count):
@@ -364,7 +362,7 @@ def test_the_directory_is_read_as_often_for_many_files_as_for_one(
 
 def test_a_second_process_of_the_machine_is_kept_out() -> None:
     write("run.json", "{}")
-    with (remote.directory_of(ADDRESS) / ".run.lock").open("w") as lock:
+    with (places.of_run(ADDRESS) / ".run.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for bring in (
             lambda: remote.main(["remote", ADDRESS]),
@@ -372,7 +370,7 @@ def test_a_second_process_of_the_machine_is_kept_out() -> None:
         ):
             with pytest.raises(UserError, match="is in use by another process"):
                 bring()
-    assert (remote.directory_of(ADDRESS) / "run.json").exists()  # nothing was brought
+    assert (places.of_run(ADDRESS) / "run.json").exists()  # nothing was brought
     enter(remote.kept(ADDRESS))
 
 
@@ -386,7 +384,7 @@ def test_the_command_brings_a_run_and_says_where(capsys: pytest.CaptureFixture[s
         remote.main(["remote", ADDRESS])
     write("run.json", "{}")
     remote.Store(ADDRESS).send()
-    shutil.rmtree(remote.directory_of(ADDRESS))
+    shutil.rmtree(places.of_run(ADDRESS))
     assert remote.main(["remote", ADDRESS]) == 0
     assert (Path(capsys.readouterr().out.strip()) / "run.json").read_text() == "{}"
 
@@ -406,7 +404,7 @@ def test_other_addresses_are_refused(
 ) -> None:
     monkeypatch.undo()  # the store of these tests is none for users
     with pytest.raises(UserError, match=told):
-        remote.directory_of(address)
+        places.of_run(address)
 
 
 @pytest.mark.parametrize(("address", "library"), [("gs://b/run", "gcsfs"), ("s3://b/run", "s3fs")])
@@ -418,115 +416,51 @@ def test_a_missing_library_is_named(address: str, library: str) -> None:
 
 
 def test_a_run_that_was_cut_off_goes_on_on_another_machine(tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
+    """Run and inputs are at addresses: the record says so, and a text that changed is refused."""
+    text, tower = tmp_path / "text.txt", tmp_path / "tower"
     small_text.write_text(text, small_text.documents(120))
-    plain = {"grounding__source": "none", "grounding__tower": "", "eval__every_steps": 0}
-    values = config.parse(settings(text, train__steps=4, **plain))
+    vocab, merges = tiny_tokenizers.clip_parts()
+    write_tower(tower, vocab_size=len(vocab))
+    tiny_tokenizers.write_pair(tower, vocab, merges)
+    memory = fsspec.filesystem("memory")
+    memory.put_file(str(text), "/bucket/texts/a.txt")
+    for place in ("tower", "tokenizer"):
+        for path in tower.iterdir():
+            memory.put_file(str(path), f"/bucket/{place}/{path.name}")
+    named = {"data": {"files": "memory://bucket/texts/*.txt"}}
+    named |= {"grounding": {"tower": "memory://bucket/tower"}}
+    named |= {"tokenizer": {"kind": "clip", "path": "memory://bucket/tokenizer"}}
+    given = settings(text, train__steps=4, eval__every_steps=0)
+    given.update(named)
+    values = config.parse(given)
     with small_models.quick_compilation():
         with remote.kept(ADDRESS) as directory:
-            assert trainer.train(values, directory) == 0
+            assert starting.start(values, directory) == 0
         whole = there()
-        # killed while step 4 was sent; the next machine has nothing yet
-        fsspec.filesystem("memory").rm_file(f"/bucket/runs/first/checkpoints/4/{LAST}")
-        shutil.rmtree(directory)
-        with remote.kept(ADDRESS) as directory:
+        # killed while step 4 was sent; the next machine has nothing yet, and the tower is gone
+        memory.rm_file(f"/bucket/runs/first/checkpoints/4/{LAST}")
+        memory.rm("/bucket/tower", recursive=True)
+        with on_another_machine(tmp_path / "other"), remote.kept(ADDRESS) as directory:
             assert sorted(p.name for p in (directory / "checkpoints").iterdir()) == ["2"]
-            assert trainer.train(values, directory) == 0
-    assert there().keys() >= {"config.json", "run.json", f"checkpoints/4/{LAST}"}
-    assert losses(there()["metrics.jsonl"])[4] == losses(whole["metrics.jsonl"])[4]
+            assert starting.start(values, directory) == 0
+        memory.pipe_file("/bucket/texts/a.txt", text.read_bytes() + b"\n\nAnother document.\n")
+        with pytest.raises(UserError, match="was trained with other data"):
+            starting.start(values, directory)
+    kept = there()
+    assert kept.keys() >= {"config.json", "run.json", f"checkpoints/4/{LAST}"}
+    assert losses(kept["metrics.jsonl"])[4] == losses(whole["metrics.jsonl"])[4]
+    record, resolved = json.loads(kept["run.json"]), json.loads(kept["config.json"])
+    for section, values_of in named.items():
+        for key, value in values_of.items():
+            assert record["config_as_given"][section][key] == value
+            assert resolved[section][key] == value
+    assert "changed" not in record["starts"][1]
+    manifest = next(n for n in kept if n.startswith("data/windows") and "manifest" in n)
+    assert b"memory://bucket/texts/a.txt" in kept[manifest]
+    written = [n for n in kept if n.endswith(".json") and b"/inputs/" in kept[n]]
+    assert [n for n in written if not n.endswith("file_hashes.json")] == []
 
 
 def losses(lines: bytes) -> dict[int, float]:
     rows = [json.loads(line) for line in lines.splitlines()]
     return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
-
-
-# ---------------------------------------------------------------- the real libraries
-
-_EMULATORS = {
-    "s3": ("s3fs", "moto_server", ["-H", "127.0.0.1", "-p"]),
-    "gs": ("gcsfs", "gcp-storage-emulator", ["start", "--host=127.0.0.1", "--in-memory", "--port"]),
-}
-_ROUND = """
-import sys, tempfile
-from pathlib import Path
-import fsspec
-from blindvalm_jax import remote
-address, place = sys.argv[1:]
-scheme = address[:2]
-store = fsspec.filesystem(scheme)
-store.mkdir("bucket")
-for machine in ("one", "two"):
-    tempfile.tempdir = f"{place}/{machine}"
-    with remote.kept(address) as directory:
-        if machine == "one":
-            for name in ("run.json", "checkpoints/2/state/a", "checkpoints/2/_CHECKPOINT_METADATA"):
-                (directory / name).parent.mkdir(parents=True, exist_ok=True)
-                (directory / name).write_text(name)
-        else:
-            found = {str(p.relative_to(directory)): p.read_text()
-                     for p in directory.rglob("*")
-                     if p.is_file() and p.name not in (".run.lock", ".sent.json")}
-            assert len(found) == 3 and all(k == v for k, v in found.items()), found
-            (directory / "run.json").unlink()
-            (directory / "metrics.jsonl").write_text("1")
-kept = remote.Store(address)
-noted = {name: known[0] for name, known in kept._noted().items()}
-assert kept._there() == noted and all(noted.values()), (kept._there(), noted)
-(kept.directory / "metrics.jsonl").write_text("12")
-tempfile.tempdir = f"{place}/one"
-with remote.kept(address) as directory:
-    (directory / "run.json").write_text("other")
-tempfile.tempdir = f"{place}/two"
-with remote.kept(address) as directory:
-    assert (directory / "run.json").read_text() == "other"
-    assert (directory / "metrics.jsonl").read_text() == "1"
-    aside, = directory.parent.glob("*.unsent-*")
-    assert (aside / "metrics.jsonl").read_text() == "12"
-    (directory / "run.json").unlink()
-    (directory / "metrics.jsonl").unlink()
-assert sorted(n.rpartition("/")[2] for n in store.find("bucket")) == ["_CHECKPOINT_METADATA", "a"]
-print("kept")
-"""
-
-
-@pytest.mark.parametrize("scheme", _EMULATORS)
-def test_the_libraries_of_the_stores_against_an_emulation(scheme: str, tmp_path: Path) -> None:
-    library, emulator, words = _EMULATORS[scheme]
-    pytest.importorskip(library, reason=f"{library} is not installed: pip install -e '.[{scheme}]'")
-    command = shutil.which(emulator)
-    if command is None:
-        pytest.skip(f"{emulator} is not on PATH: pip install 'moto[server]' gcp-storage-emulator")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [command, *words, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            with socket.socket() as tried:
-                if tried.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.05)
-        url = f"http://127.0.0.1:{port}"
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
-            **{"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"},
-            **{"AWS_DEFAULT_REGION": "us-east-1", "STORAGE_EMULATOR_HOST": url},
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", _ROUND, f"{scheme}://bucket/runs/first", str(tmp_path)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-    finally:
-        server.kill()
-        server.wait()
-    assert done.stdout.endswith("kept\n"), done.stderr

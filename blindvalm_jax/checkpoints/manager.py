@@ -25,6 +25,7 @@ from blindvalm_jax.config import CheckpointConfig, Config
 from blindvalm_jax.console import is_first, say, warn
 from blindvalm_jax.errors import UserError, first_line
 from blindvalm_jax.step import TrainState
+from blindvalm_jax.stores import places
 from blindvalm_jax.survival import preemption
 
 _LONG_WAIT = 1.0  # seconds
@@ -261,7 +262,7 @@ def _items(state: TrainState, step: int, config: Config, loss: float | None) -> 
     data: dict[str, Any] = {"next_step": step, "seed": config.seed}
     if loss is not None:
         data["eval_loss"] = float(loss)
-    settings = dataclasses.asdict(config)
+    settings = places.as_given(dataclasses.asdict(config))
     sums = layout.Digests(
         leaves=digests.of_tree(everything),
         items={

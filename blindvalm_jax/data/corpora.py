@@ -22,6 +22,7 @@ import zstandard
 
 from blindvalm_jax.data.file_hashes import file_hashes, readable
 from blindvalm_jax.errors import UserError, first_line
+from blindvalm_jax.stores import places
 
 _COMPRESSIONS = (".gz", ".zst", ".xz")
 _FORMATS = (".txt", ".jsonl")
@@ -62,7 +63,7 @@ class FileSource:
         paths = self.paths()
         hashes = file_hashes(paths, known=self.digests)
         return [
-            {"path": str(path), "format": "".join(_format_of(path)), **vars(found)}
+            {"path": places.as_given(str(path)), "format": "".join(_format_of(path)), **vars(found)}
             for path, found in zip(paths, hashes, strict=True)
         ]
 

@@ -14,12 +14,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from blindvalm_jax import config, digests, files, trees
+from blindvalm_jax import addresses, config, digests, files, trees
 from blindvalm_jax.checkpoints import layout
 from blindvalm_jax.checkpoints.orbax_log import quiet
 from blindvalm_jax.errors import UserError, first_line
 from blindvalm_jax.interop import weights
 from blindvalm_jax.models.contrastive import ClipConfig
+from blindvalm_jax.stores import inputs
 
 
 class Trained(NamedTuple):
@@ -69,7 +70,7 @@ def load(directory: Path, *, step: int | None = None) -> Trained:
     params = _restore(checkpoint / layout.STATE, spec)
     weights.check(params, spec, str(checkpoint))
     _check_digests(checkpoint, params)
-    windows = Path(_entry(_table(record, "data", record_path), "directory", str, record_path))
+    windows = _entry(_table(record, "data", record_path), "directory", str, record_path)
     return Trained(
         config=spec,
         params=params,
@@ -77,9 +78,19 @@ def load(directory: Path, *, step: int | None = None) -> Trained:
         tokenizer={
             name: _entry(tokenizer, name, str, record_path) for name in ("kind", "fingerprint")
         },
-        tokenizer_directory=weights.tokenizer_directory(windows / "tokenizer"),
+        tokenizer_directory=_tokenizer_directory(windows, directory),
         eos_id=_entry(tokenizer, "eos_id", int, record_path),
     )
+
+
+def _tokenizer_directory(windows: str, run: Path) -> Path | None:
+    """Where the tokenizer lies, beside the windows, which may be in a store or of a run moved."""
+    if addresses.is_address(windows):
+        return weights.tokenizer_directory(Path(inputs.bring(f"{windows}/tokenizer")))
+    found = Path(windows)
+    if not found.exists():  # the run was trained in another place
+        found = run / "data" / found.name
+    return weights.tokenizer_directory(found / "tokenizer")
 
 
 def spec_of(settings: config.Config, record: dict[str, Any], path: Path) -> weights.Spec:

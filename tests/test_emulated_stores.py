@@ -1,0 +1,229 @@
+"""Runs and inputs in emulations of the stores, through the libraries that users have."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from tests import small_text
+
+ROOT = Path(__file__).resolve().parents[1]
+_EMULATORS = {
+    "s3": ("s3fs", "moto_server", ["-H", "127.0.0.1", "-p"]),
+    "gs": ("gcsfs", "gcp-storage-emulator", ["start", "--host=127.0.0.1", "--in-memory", "--port"]),
+}
+_INPUTS = """
+import glob
+import sys
+from pathlib import Path
+import fsspec
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.stores import downloads, inputs
+scheme = sys.argv[1]
+store = fsspec.filesystem(scheme)
+store.mkdir("bucket")
+downloads._PART = 4
+
+def brought(name, **more):
+    place = Path(inputs.bring(f"{scheme}://{name}", **more))
+    top = place.parent if more else place
+    return {p.relative_to(top).as_posix(): p.read_text() for p in top.rglob("*") if p.is_file()}
+
+def put(name, content):
+    store.pipe_file(f"bucket/{name}", content.encode())
+
+put("t/a.txt", "0123456789")
+put("t/b.txt", "")
+put("t/deep/c.txt", "c")
+put("t2/d.txt", "d")
+for name in ("t/", "t/deep/") if scheme == "s3" else ():  # as consoles make directories
+    store.touch(f"bucket/{name}", truncate=True)
+assert brought("bucket/t/*.txt", glob=True) == {"a.txt": "0123456789", "b.txt": ""}
+whole = {"a.txt": "0123456789", "b.txt": "", "deep/c.txt": "c"}
+assert brought("bucket/t") == whole, brought("bucket/t")
+deep = inputs.bring(f"{scheme}://bucket/t/**/*.txt", glob=True)
+assert sorted(Path(p).name for p in glob.glob(deep, recursive=True)) == ["a.txt", "b.txt", "c.txt"]
+cat, store.cat_file = store.cat_file, None
+assert brought("bucket/t") == whole  # nothing travels
+store.cat_file = cat
+put("t/a.txt", "9876543210")
+store.rm_file("bucket/t/b.txt")
+assert brought("bucket/t") == {"a.txt": "9876543210", "deep/c.txt": "c"}
+assert brought("bucket/t/*.txt", glob=True) == {"a.txt": "9876543210"}
+for name in ("bucket/none/*.txt", "other/a.txt", "other/*.txt"):
+    try:
+        brought(name, glob=True)
+    except UserError as error:
+        assert "names nothing" in str(error), error
+    else:
+        raise AssertionError(name)
+print("brought")
+"""
+_ROUND = """
+import sys, tempfile
+from pathlib import Path
+import fsspec
+from blindvalm_jax import remote
+address, place = sys.argv[1:]
+scheme = address[:2]
+store = fsspec.filesystem(scheme)
+store.mkdir("bucket")
+for machine in ("one", "two"):
+    tempfile.tempdir = f"{place}/{machine}"
+    with remote.kept(address) as directory:
+        if machine == "one":
+            for name in ("run.json", "checkpoints/2/state/a", "checkpoints/2/_CHECKPOINT_METADATA"):
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                (directory / name).write_text(name)
+        else:
+            found = {str(p.relative_to(directory)): p.read_text()
+                     for p in directory.rglob("*")
+                     if p.is_file() and p.name not in (".run.lock", ".sent.json")}
+            assert len(found) == 3 and all(k == v for k, v in found.items()), found
+            (directory / "run.json").unlink()
+            (directory / "metrics.jsonl").write_text("1")
+kept = remote.Store(address)
+noted = {name: known[0] for name, known in kept._noted().items()}
+assert kept._there() == noted and all(noted.values()), (kept._there(), noted)
+(kept.directory / "metrics.jsonl").write_text("12")
+tempfile.tempdir = f"{place}/one"
+with remote.kept(address) as directory:
+    (directory / "run.json").write_text("other")
+tempfile.tempdir = f"{place}/two"
+with remote.kept(address) as directory:
+    assert (directory / "run.json").read_text() == "other"
+    assert (directory / "metrics.jsonl").read_text() == "1"
+    aside, = directory.parent.glob("*.unsent-*")
+    assert (aside / "metrics.jsonl").read_text() == "12"
+    (directory / "run.json").unlink()
+    (directory / "metrics.jsonl").unlink()
+assert sorted(n.rpartition("/")[2] for n in store.find("bucket")) == ["_CHECKPOINT_METADATA", "a"]
+print("kept")
+"""
+
+
+@contextlib.contextmanager
+def emulated(scheme: str) -> Iterator[dict[str, str]]:
+    """An emulation of a store; gives the environment of processes that use it."""
+    library, emulator, words = _EMULATORS[scheme]
+    pytest.importorskip(library, reason=f"{library} is not installed: make extras")
+    command = shutil.which(emulator, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if command is None:
+        pytest.skip(f"{emulator} is not installed: make extras")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [command, *words, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with socket.socket() as tried:
+                if tried.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        url = f"http://127.0.0.1:{port}"
+        yield {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            **{"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"},
+            **{"AWS_DEFAULT_REGION": "us-east-1", "STORAGE_EMULATOR_HOST": url},
+            **{"AWS_EC2_METADATA_DISABLED": "true"},
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        }
+    finally:
+        server.kill()
+        server.wait()
+
+
+def ended(words: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """A process of Python that came to its end."""
+    return subprocess.run(
+        [sys.executable, *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("scheme", _EMULATORS)
+def test_the_libraries_of_the_stores_against_an_emulation(scheme: str, tmp_path: Path) -> None:
+    with emulated(scheme) as environment:
+        address = f"{scheme}://bucket/runs/first"
+        done = ended(["-c", _ROUND, address, str(tmp_path)], environment)
+    assert done.stdout.endswith("kept\n"), done.stderr
+
+
+@pytest.mark.parametrize("scheme", _EMULATORS)
+def test_inputs_are_brought_by_the_libraries_from_an_emulation(scheme: str, tmp_path: Path) -> None:
+    with emulated(scheme) as environment:
+        done = ended(["-c", _INPUTS, scheme], {**environment, "BLINDVALM_SCRATCH": str(tmp_path)})
+    assert done.stdout.endswith("brought\n"), done.stderr
+
+
+_FILL = """
+import sys, fsspec
+scheme, path = sys.argv[1:]
+store = fsspec.filesystem(scheme)
+store.mkdir("bucket")
+store.put_file(path, "bucket/texts/a.txt")
+store.pipe_file("bucket/texts/deep/b.jsonl", b"")
+"""
+_CONFIG = """
+from pathlib import Path
+from tests.test_train import settings
+def get_config():
+    return settings(Path("unused"), grounding__source="none", grounding__tower="", mesh__data=1,
+                    eval__every_steps=0, optimizer__schedule="inverse_sqrt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", _EMULATORS)
+def test_a_run_is_trained_from_a_store_and_kept_there(scheme: str, tmp_path: Path) -> None:
+    """By the command, on two machines."""
+    text, values = tmp_path / "a.txt", tmp_path / "values.py"
+    small_text.write_text(text, small_text.documents(120))
+    values.write_text(_CONFIG)
+    workdir, files = f"{scheme}://bucket/runs/first", f"{scheme}://bucket/texts/*.txt"
+
+    def trained(machine: str, *, steps: int) -> subprocess.CompletedProcess[str]:
+        (tmp_path / machine).mkdir()
+        words = [f"--config={values}", f"--workdir={workdir}", f"--config.data.files={files}"]
+        words += [f"--config.train.steps={steps}"]
+        there = {**environment, "TMPDIR": str(tmp_path / machine)}
+        return ended(["-m", "blindvalm_jax.train", *words], there)
+
+    with emulated(scheme) as environment:
+        assert ended(["-c", _FILL, scheme, str(text)], environment).returncode == 0
+        first = trained("one", steps=2)
+        assert first.returncode == 0, first.stderr
+        second = trained("two", steps=4)
+        assert second.returncode == 0, second.stderr
+        assert "resumed at step 2" in second.stdout
+        assert "data.files" not in second.stdout  # it is no other setting on another machine
+    assert {path.name for path in (tmp_path / "two/blindvalm").iterdir()} == {scheme, "inputs"}
+
+
+def test_a_machine_that_is_not_logged_in_says_so_in_one_line(tmp_path: Path) -> None:
+    with emulated("s3") as environment:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            environment.pop(name)
+        words = ["-m", "blindvalm_jax.prepare", "--files=s3://bucket/*.txt", f"--out={tmp_path}/w"]
+        done = ended(words, {**environment, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)})
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: s3://bucket/*.txt cannot be read: NoCredentialsError")
+    assert "and this machine logged in" in done.stderr
+    assert done.stderr.count("\n") == 1
