@@ -11,10 +11,12 @@ step each, so that what is compared is a second apart:
 Each step is waited for, so that nothing the loop does on the host hides behind a step of the
 device: with an accelerator the loop costs less than is shown here. Ratios are those of a turn's
 sums: of the time on the clock, and of the processor's time over all threads, which other processes
-on the machine disturb less. Every other turn the loop saves a checkpoint in its middle, in the
-background. What such a turn takes longer in all, until the checkpoint is on disk, is spread over
---save_every steps. Text is random words; the model is BLIND-VALM with a random tower, sizes by
---decoder and --tower as in valm_cost.
+on the machine disturb less. Least disturbed is what the loop's own thread takes of the processor
+beyond that of a guarded step: metrics and watchdog, but not the reading of batches, which has
+threads of its own. Every other turn the loop saves a checkpoint in its middle, in the background.
+What such a turn takes longer in all, until the checkpoint is on disk, is spread over --save_every
+steps. Text is random words; the model is BLIND-VALM with a random tower, sizes by --decoder and
+--tower as in valm_cost.
 """
 
 from __future__ import annotations
@@ -47,19 +49,20 @@ SYSTEMS = ("bare", "guarded", "loop")
 
 
 class Spent(NamedTuple):
-    """Seconds: on the clock, and of the processor."""
+    """Seconds: on the clock, of the processor, and of the processor for this thread alone."""
 
     clock: float
     processor: float
+    thread: float
 
     @classmethod
     def now(cls) -> Spent:
         """Since some time in the past."""
-        return cls(time.perf_counter(), time.process_time())
+        return cls(time.perf_counter(), time.process_time(), time.thread_time())
 
     def since(self, begin: Spent) -> Spent:
         """From then to this one."""
-        return Spent(self.clock - begin.clock, self.processor - begin.processor)
+        return Spent(*(now - before for now, before in zip(self, begin, strict=True)))
 
 
 class Turn(NamedTuple):
@@ -83,11 +86,13 @@ def run() -> dict[str, Any]:
         saved = systems.bytes_saved()
     del plain[0], saving[0]  # that round warmed up
     rows = {name: _row(name, [turn.steps for turn in plain]) for name in SYSTEMS}
-    print(f"{'system':8} {'s/step':>8} {'clock':>7} {'95 %':>13} {'processor':>10} {'95 %':>13}")
+    head = f"{'system':8} {'s/step':>8} {'clock':>7} {'95 %':>13} {'processor':>10} {'95 %':>13}"
+    print(f"{head} {'thread, ms':>11}")
     for name, row in rows.items():
         print(
             f"{name:8} {row['seconds']:8.3f} {row['ratio']:7.3f} {_span(row['interval']):>13} "
-            f"{row['processor_ratio']:10.3f} {_span(row['processor_interval']):>13}"
+            f"{row['processor_ratio']:10.3f} {_span(row['processor_interval']):>13} "
+            f"{1e3 * row['thread_seconds']:11.1f}"
         )
     extra = [a.total - b.total for a, b in zip(saving, plain, strict=True)]
     save = statistics.median(extra)
@@ -189,7 +194,7 @@ class _Systems:
 
         steps = _STEPS.value
         checkpoint = dataclasses.replace(
-            self._settings.checkpoint, every_steps=steps // 2 if saves else steps
+            self._settings.checkpoint, every_steps=(steps + 1) // 2 if saves else steps
         )
         settings = dataclasses.replace(self._settings, checkpoint=checkpoint)
         compiled = _Between(
@@ -346,6 +351,7 @@ def _row(name: str, rounds: list[dict[str, Spent]]) -> dict[str, Any]:
         "interval": _interval(of(name, "clock"), of("bare", "clock")),
         "processor_ratio": turns.over(of(name, "processor"), of("bare", "processor"))["ratio"],
         "processor_interval": _interval(of(name, "processor"), of("bare", "processor")),
+        "thread_seconds": statistics.median(of(name, "thread")),
     }
 
 

@@ -194,8 +194,8 @@ def print_stop(message: str) -> None:
 
 
 def _print_and_log(line: str) -> None:
-    process_log.write(line)
     print(line, file=sys.stderr, flush=True)
+    process_log.write_last(line)
 
 
 def _setting_named(error: Exception, argv: Sequence[str]) -> str | None:

@@ -6,14 +6,17 @@ moved while the run goes on, and nothing of it is lost where the process is kill
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
 DIRECTORY = "logs"
+_PATIENCE = 2.0  # seconds
 _path: Path | None = None
 _complained = False
 
@@ -30,12 +33,30 @@ def write(text: str) -> None:
 
     A log that cannot be written is said once on stderr: it is no reason to end a run.
     """
-    _append(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text.rstrip()}".replace("\n", "\n    "))
+    _append(_line(text))
+
+
+def write_last(text: str) -> None:
+    """As `write`, where the process must end also if its file system hangs."""
+    _append_soon(_line(text))
 
 
 def write_stacks() -> None:
-    """Appends what each thread of this process does."""
-    _append(None)
+    """Appends what each thread of this process does; waits as `write_last` does."""
+    _append_soon(None)
+
+
+def _line(text: str) -> str:
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text.rstrip()}".replace("\n", "\n    ")
+
+
+def _append_soon(line: str | None) -> None:
+    if _path is None:
+        return
+    writing = threading.Thread(target=_append, args=(line,), daemon=True)
+    with contextlib.suppress(RuntimeError):  # the interpreter is ending
+        writing.start()
+        writing.join(_PATIENCE)
 
 
 def _append(line: str | None) -> None:
@@ -48,7 +69,7 @@ def _append(line: str | None) -> None:
             if line is None:
                 faulthandler.dump_traceback(file)
             else:
-                file.write(f"{line}\n".encode())
+                file.write(f"{line}\n".encode(errors="backslashreplace"))
     except OSError as error:
         if not _complained:
             reason = error.strerror or error

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from blindvalm_jax import distributed, runs
+from blindvalm_jax import distributed, runs, sinks
 from blindvalm_jax.checkpoints import layout
 from blindvalm_jax.config import Config
 from blindvalm_jax.errors import UserError
@@ -42,6 +42,8 @@ def start(
                     "what `toyworld` names is made by a run of one process: begin without "
                     "--distributed, or give the paths of tokenizer, tower and index"
                 )
+            if not dry_run:  # rather than after hours
+                sinks.check(settings.log, workdir)
             settings = supply.complete(settings, workdir, train=train, dry_run=dry_run)
         return train(settings, workdir, dry_run=dry_run, allow_changed=allow_changed)
 

@@ -5,6 +5,7 @@ Variables that wandb itself reads (WANDB_MODE=offline and the like) hold, but fo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import secrets
@@ -18,7 +19,9 @@ from blindvalm_jax.errors import PREEMPTED, UserError, first_line
 
 FILE = "wandb.json"  # which run there is that of the directory
 _WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
-_FINISH_SECONDS = 20.0  # a scheduler that has sent SIGTERM waits for 30, and what is here is saved
+# For what is not sent yet, which stays here. Schedulers wait for 15 to 30 seconds behind SIGTERM,
+# of which wandb's own end may take 13 more; other processes of the run wait for 10.
+_FINISH_SECONDS = 5.0
 _CODES = {"done": 0, "preempted": PREEMPTED, "failed": 1}
 
 
@@ -48,6 +51,7 @@ class Run:
             # who has given it another name there keeps that
             name=None if again else own.run_name or workdir.resolve().name,
             resume=own.resume or "allow",
+            reinit="create_new",  # not one that this process has begun before
             dir=None if "WANDB_DIR" in os.environ else str(workdir),
             settings=wandb.Settings(finish_timeout=own.finish_timeout or _FINISH_SECONDS),
         )
@@ -59,11 +63,17 @@ class Run:
                 f"to {own.wandb_dir if 'WANDB_DIR' in os.environ else workdir / 'wandb'}, from "
                 "where `wandb sync` sends it"
             )
-            wandb.teardown()  # what has failed to begin still holds the run
+            _tear_down()  # what has failed to begin still holds the run
             self._run = begin(mode="offline")
-        settings = files.read_object(workdir / "config.json")
-        self._run.config.update(settings, allow_val_change=True)
-        self._from = max(self._run.starting_step, written + 1 if again else 0)
+        try:
+            settings = files.read_object(workdir / "config.json")
+            self._run.config.update(settings, allow_val_change=True)
+        except Exception:
+            _tear_down()
+            raise
+        # offline nobody else knows what is written
+        before_this = written + 1 if again and self._run.offline else 0
+        self._from = max(self._run.starting_step, before_this)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes the scalars of a step; of a step that is there already nothing."""
@@ -72,9 +82,13 @@ class Run:
 
     def close(self, ending: str) -> None:
         """Ends it as done, preempted or failed; waits a while for what is not sent yet."""
-        if ending == "preempted":
-            self._run.mark_preempting()
-        self._run.finish(exit_code=_CODES[ending])
+        try:
+            if ending == "preempted":
+                self._run.mark_preempting()
+            self._run.finish(exit_code=_CODES[ending])
+        except Exception:
+            _tear_down()
+            raise
 
 
 def check(place: str, workdir: Path) -> None:
@@ -105,6 +119,12 @@ def _known(workdir: Path, place: str) -> str | None:
         return None
     known = files.read_object(path, hint="without it a new run is begun there")
     return str(known["id"]) if known.get("place") == place and "id" in known else None
+
+
+def _tear_down() -> None:
+    """Ends wandb's process, so that the next run of this one begins without it."""
+    with contextlib.suppress(Exception):
+        _library().teardown()
 
 
 def _library() -> Any:

@@ -125,6 +125,8 @@ def test_page_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
 def test_names_tell_runs_apart(tmp_path: Path) -> None:
     paths = [make_run(tmp_path / seed / "blind") for seed in ("seed_0", "seed_1")]
     assert [run.name for run in records.read(paths)] == ["seed_0/blind", "seed_1/blind"]
+    within = [make_run(tmp_path / "x"), make_run(tmp_path / "x" / "x")]
+    assert [run.name for run in records.read(within)] == ["x", "x/x"]
 
 
 def test_differing_settings_are_listed_side_by_side(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import threading
 from pathlib import Path
 
 import jax
@@ -59,6 +61,25 @@ def test_the_first_process_keeps_none(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_stacks_of_a_hang_are_kept(second: Path) -> None:
     process_log.write_stacks()
     assert "in test_stacks_of_a_hang_are_kept" in second.read_text()
+
+
+def test_names_that_are_no_text_are_kept(second: Path) -> None:
+    console.say_here("a file im\udcff.png is damaged")
+    assert said(second) == ["a file im\\udcff.png is damaged"]
+
+
+def test_an_end_does_not_wait_for_a_file_system_that_hangs(
+    second: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody reads what is written there."""
+    second.unlink()
+    os.mkfifo(second)
+    ending = threading.Thread(target=lambda: errors.print_error("it ends"), daemon=True)
+    ending.start()
+    ending.join(60)
+    assert not ending.is_alive()
+    assert capfd.readouterr().err == "error: it ends\n"
+    os.close(os.open(second, os.O_RDONLY | os.O_NONBLOCK))  # whoever waits there goes on
 
 
 def test_a_log_that_cannot_be_written_is_said_once(

@@ -185,6 +185,23 @@ def test_how_a_run_ends_is_told(library: Any, tmp_path: Path) -> None:
     assert (len(of("preempting", failed)), codes(failed)) == (0, [1])
 
 
+def test_a_run_is_its_own_behind_one_that_failed_and_beside_the_users(
+    library: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "bare").mkdir()  # without the settings that a run is told
+    with pytest.raises(UserError, match="config.json"):
+        weights_and_biases.Run(PLACE, tmp_path / "bare", written=0)
+    users = library.init(project="users", mode="offline", dir=str(tmp_path))
+    workdir = make(tmp_path / "run")
+    weights_and_biases.Run(PLACE, workdir, written=0).close("done")
+    users.log({"still": 1})
+    users.finish()
+    [start] = records(workdir)
+    [run] = of("run", start)
+    assert run["run_id"] == json.loads((workdir / weights_and_biases.FILE).read_text())["id"]
+    assert run["project"] == "toy"
+
+
 def test_another_project_and_what_wandb_is_told_by_its_variables(
     library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,7 +86,6 @@ def _read(path: Path, name: str) -> Run:
 
 def _names(paths: Sequence[Path]) -> list[str]:
     """The last parts of each path that no other has, at least one."""
-    if len(paths) == 1:
-        return [paths[0].name]
     shared = len(Path(os.path.commonpath(paths)).parts)
-    return ["/".join(path.parts[shared:]) or path.name for path in paths]
+    shared = min(shared, *(len(path.parts) - 1 for path in paths))  # one may lie within another
+    return ["/".join(path.parts[shared:]) for path in paths]

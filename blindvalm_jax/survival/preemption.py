@@ -130,7 +130,7 @@ class Notice:
             if way == "keep":
                 said = "SIGTERM: what is under way is saved first"
                 print(said, file=sys.stderr, flush=True)
-                process_log.write(said)
+                process_log.write_last(said)
             if way != "end":
                 continue  # who keeps it saves and ends, however long that takes
             self._left.wait(_GRACE)

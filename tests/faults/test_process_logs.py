@@ -28,7 +28,7 @@ class Straggling:
     def __next__(self):
         self.count += 1
         if self.count == 4:
-            time.sleep(0.7)
+            time.sleep(2)
         if self.count == {_STEPS}:
             raise UserError("a record of mine cannot be read")
         return next(self.iterator)
@@ -73,9 +73,10 @@ def test_a_process_that_prints_nothing_keeps_a_log(tmp_path: Path) -> None:
         )
     }
     assert list(steps) == list(range(1, _STEPS - 1))
-    assert max(steps, key=lambda step: steps[step]) in (3, 4)
-    assert max(steps.values()) >= 0.7
-    assert max(read_metrics(workdir)["perf/data_wait_seconds"].values()) != max(steps.values())
+    waited = {step: steps[step] for step in (3, 4)}
+    slow = max(waited, key=lambda step: waited[step])
+    assert waited[slow] >= 2
+    assert read_metrics(workdir)["perf/data_wait_seconds"][slow] < 2
 
     replaced = [line for line in said if "another is read in its place" in line]
     numbers = [int(found[1]) for found in re.finditer(r"\((\d+) so far\)", "\n".join(replaced))]
