@@ -37,7 +37,7 @@ from blindvalm_jax.console import is_first, say
 from blindvalm_jax.goodput import Goodput
 from blindvalm_jax.objectives.contrastive import Contrastive
 from blindvalm_jax.objectives.language import Language
-from blindvalm_jax.objectives.objective import Objective
+from blindvalm_jax.objectives.objective import Objective, Start
 from blindvalm_jax.objectives.shapes import Shapes, without_data
 from blindvalm_jax.survival import preemption
 from blindvalm_jax.tasks.training import TrainingTasks, unanswered
@@ -118,15 +118,7 @@ def _train(
         if resuming:
             state = _resume(settings, workdir, planned, checkpoints, mesh)
         else:
-            state = compilation.init_state(
-                objective.model,
-                planned.optimizer,
-                seed=settings.seed,
-                mesh=mesh,
-                guarded=planned.guarded,
-            )
-            if start is not None:
-                state = dataclasses.replace(state, params=start.into(state.params))
+            state = _begin(settings, objective, planned, start, mesh)
         first = int(state.step)
         frozen = objective.place_frozen(planned.frozen, resuming=resuming)
         if is_first():
@@ -239,6 +231,24 @@ def _compile(
         compiled = compile_for(settings)
     say(f"compiled in {time.perf_counter() - begin:.1f} s; {describe_memory(compiled)}")
     return settings, compiled, said[settings.train]
+
+
+def _begin(
+    settings: config.Config,
+    objective: Objective,
+    planned: _Planned,
+    start: Start | None,
+    mesh: Mesh,
+) -> step.TrainState:
+    """The state of a run that begins; start: weights that it begins with, if settings name some."""
+    state = compilation.init_state(
+        objective.model,
+        planned.optimizer,
+        seed=settings.seed,
+        mesh=mesh,
+        guarded=planned.guarded,
+    )
+    return state if start is None else dataclasses.replace(state, params=start.into(state.params))
 
 
 def _resume(

@@ -47,17 +47,6 @@ pipeline.Batches.__next__ = fills
 _LIMIT = "resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, resource.RLIM_INFINITY))"
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_run.write_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture
-def runs(tmp_path: Path) -> Iterator[Runs]:
-    with small_run.runs(tmp_path) as found:
-        yield found
-
-
 @pytest.fixture(params=["no file may grow", "a small disk"])
 def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, str, str]]:
     """A directory, and the code that leaves no room in it and makes room again."""

@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import small_models, test_valm
-from tests.faults import small_run
 from tests.faults.small_run import Runs, check_equal, computed, steps
 
 pytestmark = pytest.mark.faults
@@ -28,12 +26,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         directory = test_valm.write_inputs(tmp_path_factory.mktemp("inputs"))
         test_valm.find_neighbours(directory, directory / "prepared")
     return directory
-
-
-@pytest.fixture
-def runs(tmp_path: Path) -> Iterator[Runs]:
-    with small_run.runs(tmp_path) as found:
-        yield found
 
 
 @pytest.mark.parametrize(

@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.faults import small_run
 from tests.faults.small_run import FAILED, PREEMPTED, Runs, computed, steps
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_run.write_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture
-def runs(tmp_path: Path) -> Iterator[Runs]:
-    with small_run.runs(tmp_path) as found:
-        yield found
 
 
 def test_sigterm_saves_the_update_under_way_and_a_second_run_is_kept_out(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import ml_collections
@@ -24,17 +23,6 @@ from tests.faults.small_run import (
 
 pytestmark = pytest.mark.faults
 SOON = 30.0  # seconds within which a process ends without the others
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_run.write_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture
-def runs(tmp_path: Path) -> Iterator[Runs]:
-    with small_run.runs(tmp_path) as found:
-        yield found
 
 
 def train(
