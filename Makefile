@@ -23,6 +23,11 @@ PYTEST = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 VENV_VERSION = $(shell $(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 PIP_INSTALL = $(BIN)/python -m pip install $(if $(filter 3.11,$(VENV_VERSION)),-c constraints.txt)
 
+# What one test has compiled the next ones read, in all processes; test-all compiles everything.
+COMPILED = $(abspath $(VENV))/compiled
+SHARING = JAX_COMPILATION_CACHE_DIR=$(COMPILED) \
+  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+
 .DEFAULT_GOAL := test
 .PHONY: train toyworld test faults test-all checks install extras
 
@@ -34,10 +39,12 @@ toyworld: $(VENV)/installed
 
 # Without XLA's fusion emitters a small program compiles in 3/5 of the time; test-all has them.
 test: checks
-	XLA_FLAGS="--xla_cpu_use_fusion_emitters=false $$XLA_FLAGS" $(PYTEST) -m "not slow and not faults"
+	rm -rf $(COMPILED)
+	XLA_FLAGS="--xla_cpu_use_fusion_emitters=false $$XLA_FLAGS" $(SHARING) $(PYTEST) -m "not slow and not faults"
 
 faults: install
-	$(PYTEST) -m faults
+	rm -rf $(COMPILED)
+	$(SHARING) $(PYTEST) -m faults
 
 test-all: extras checks
 	OPTIMIZED_TESTS=1 $(PYTEST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -13,6 +14,9 @@ DEVICES = 8
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Tests hold millions of objects, all of which Python would look through again and again.
+gc.set_threshold(20_000, 20, 20)
 
 # What a test starts in another process inherits the platform; nothing may reach for a model hub.
 os.environ["JAX_PLATFORMS"] = "cpu"

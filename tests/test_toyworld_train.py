@@ -42,7 +42,7 @@ def train(workdir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("kind", ["conv", "vit"])
+@pytest.mark.parametrize("kind", [pytest.param("conv", marks=pytest.mark.slow), "vit"])
 def test_clip_of_a_world_is_trained_in_a_new_directory_and_gone_on_with(
     kind: str, tmp_path: Path
 ) -> None:

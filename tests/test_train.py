@@ -310,6 +310,7 @@ def command(values: ml_collections.ConfigDict, directory: Path) -> list[str]:
     return [sys.executable, "-m", "blindvalm_jax.train", f"--config={directory / 'config.py'}"]
 
 
+@pytest.mark.faults
 def test_a_run_with_a_damaged_checkpoint_ends_bit_identical(text: Path, tmp_path: Path) -> None:
     """In a process of its own, to see all that is printed: no traceback. Then none is left.
 

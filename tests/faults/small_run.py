@@ -79,12 +79,13 @@ def settings(text: Path, **changes: Any) -> ml_collections.ConfigDict:
 def quickly(directory: Path, *, devices: int) -> dict[str, str]:
     """Variables of JAX: programs are small and run a few times, and several processes have them.
 
-    directory: where compiled programs are kept for the next process.
+    directory: where compiled programs are kept for the next process, if there is no other place.
     """
+    place = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(directory / "compiled"))
     count = f"--xla_force_host_platform_device_count={devices}"
     return {
         "XLA_FLAGS": f"{count} --xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
+        "JAX_COMPILATION_CACHE_DIR": place,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
