@@ -18,6 +18,7 @@ from blindvalm_jax.errors import UserError
 LONGEST = 4096
 DEFAULT_LENGTH = 1024
 _TOKENS_A_PARAMETER = 20  # Hoffmann et al. 2022
+_WARMUP_SHARE = 0.05  # of the updates, where the recipe's number is more than that
 # CLIP ViT-L/14's text tower
 TOWER_LAYERS, TOWER_WIDTH, TOWER_HEADS, TOWER_CONTEXT = 12, 768, 12, 77
 
@@ -70,6 +71,9 @@ def rung(config: ConfigDict, size: str, variant: str, length: int = DEFAULT_LENG
     config.data.sequence_length = config.decoder.max_positions = length
     config.train.batch_size = max(1, shape.tokens // length)
     config.train.steps = math.ceil(_TOKENS_A_PARAMETER * shape.parameters / shape.tokens)
+    config.optimizer.warmup_steps = min(
+        config.optimizer.warmup_steps, round(_WARMUP_SHARE * config.train.steps)
+    )
     # The table's gradient is summed over devices for each chunk: eight of them at any length.
     config.train.loss_chunk = math.gcd(length, max(presets.LOSS_CHUNK, length // 8))
     config.optimizer.learning_rate = shape.learning_rate

@@ -7,7 +7,8 @@
 SIZE: 10m, 25m, 50m, 124m (default), 355m, 774m, 1.3b, 2.7b, 3b. VARIANT: blind (default), gpt2,
 eos, random_tower, shuffled; or valm, valm_eos with --config.grounding.index=INDEX. LENGTH: tokens
 of a row (1024), up to 4096. Without a CLIP the tower has random weights and ViT-L/14's shape.
-Trained for 20 tokens a parameter in updates of 131,072 to 1,048,576 tokens.
+Trained for 20 tokens a parameter in updates of 131,072 to 1,048,576 tokens, 2,000 of them warm-up
+or, where that is less, 5 %.
 Which size fits where, and --dry_run without any data: docs/scaling_up.md. What is slower and
 smaller: --config.train.remat=full, more --config.train.microbatches, a larger mesh.fsdp.
 Time and result: not measured by this project.

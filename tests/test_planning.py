@@ -351,6 +351,7 @@ def test_sizes_of_the_ladder_have_the_parameters_they_say(size: str) -> None:
     named = float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
     assert shape.parameters == pytest.approx(named, rel=0.03)
     assert values.train.steps * shape.tokens == pytest.approx(20 * shape.parameters, rel=1e-3)
+    assert 0 < values.optimizer.warmup_steps < values.train.steps / 10
 
 
 @pytest.mark.parametrize("variant", presets.VARIANTS)

@@ -20,6 +20,7 @@ import ml_collections
 import numpy as np
 
 from blindvalm_jax import config
+from blindvalm_jax.checkpoints import differences, layout
 from tests import small_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -293,3 +294,11 @@ def check_equal(one: Path, other: Path) -> None:
                 assert value is other_value, name
             else:
                 np.testing.assert_allclose(other_value, value, rtol=1e-5, err_msg=name)
+
+
+def check_alike(one: Path, other: Path, *, step: int) -> None:
+    """The checkpoints of a step hold the same arrays; values: Adam makes much of last bits."""
+    found = differences.compare(*(layout.directory(run) / str(step) for run in (one, other)))
+    assert (found.others, found.only) == ({}, [[], []])
+    assert found.equal > 0
+    assert not any(leaf.not_finite for leaf in found.leaves)

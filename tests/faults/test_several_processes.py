@@ -16,6 +16,7 @@ from tests.faults.small_run import (
     LEFT,
     PREEMPTED,
     Runs,
+    check_alike,
     check_equal,
     computed,
     steps,
@@ -60,14 +61,16 @@ def test_processes_train_as_one_does_and_hand_over(text: Path, tmp_path: Path, r
     train(runs, values, tmp_path / "four", processes=2)
     check_equal(tmp_path / "one", tmp_path / "four")
     assert steps(tmp_path / "four") == [stopped, 12]
+    for several in ("two", "four"):
+        check_alike(tmp_path / "one", tmp_path / several, step=12)
 
 
-def test_one_process_goes_on_with_what_two_began(text: Path, tmp_path: Path, runs: Runs) -> None:
-    """And two with what one began, on other cuts of the parameters."""
+def test_any_number_of_processes_goes_on(text: Path, tmp_path: Path, runs: Runs) -> None:
+    """One with what two and four began, two and four with what one did, on other cuts."""
     values = small_run.settings(text, train__steps=8, checkpoint__every_steps=4)
     runs.start(values, tmp_path / "one").ends()
     values.mesh.fsdp, values.mesh.data = 2, -1
-    for first, then in ((1, 2), (2, 1)):
+    for first, then in ((1, 2), (2, 1), (4, 1), (1, 4)):
         workdir = tmp_path / f"{first}_{then}"
         pause = small_run.PAUSES.format(batch=6, flag=str(tmp_path / "never"))
         began = runs.several(first, values, workdir, devices=2, codes={0: pause})
@@ -80,6 +83,7 @@ def test_one_process_goes_on_with_what_two_began(text: Path, tmp_path: Path, run
         for process in runs.several(then, values, workdir, devices=2):
             process.ends()
         check_equal(tmp_path / "one", workdir)
+        check_alike(tmp_path / "one", workdir, step=8)
 
 
 def test_the_survivor_of_a_killed_process_ends_soon(text: Path, tmp_path: Path, runs: Runs) -> None:
@@ -92,6 +96,19 @@ def test_the_survivor_of_a_killed_process_ends_soon(text: Path, tmp_path: Path, 
         said = both[1 - gone].ends(*LEFT, within=SOON)
         assert "another process of the run is gone" in said or "another task died" in said
     assert steps(tmp_path / "run")
+
+
+def test_a_process_that_is_silent_is_taken_for_dead(text: Path, tmp_path: Path, runs: Runs) -> None:
+    """Row 5 where no connection is closed: only the missing heartbeat tells."""
+    values = small_run.settings(text, train__steps=100_000)
+    one, other = runs.several(2, values, tmp_path / "run", heartbeat=10)
+    one.until("^step 5/")
+    other.send(signal.SIGSTOP)
+    try:
+        one.ends(*LEFT, within=SOON)
+    finally:
+        other.send(signal.SIGKILL)
+    other.ends(-signal.SIGKILL)
 
 
 def test_a_process_that_fails_leaves_none_waiting(text: Path, tmp_path: Path, runs: Runs) -> None:
