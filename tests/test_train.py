@@ -283,17 +283,24 @@ def test_length_may_grow_where_the_schedule_does_not_depend_on_it(
     assert sorted(run(longer, tmp_path)["train/loss"]) == [1, 2, 3, 4]
 
 
-def test_resume_on_changed_text_is_refused(text: Path, tmp_path: Path) -> None:
-    """The BPE learned from it would be another, and every embedding row mean another token."""
-    mine = tmp_path / "mine.txt"
-    mine.write_text(text.read_text())
+def test_resume_on_changed_text_is_refused(tmp_path: Path) -> None:
+    """Also where the BPE learned from it is the same; else each embedding row is another token's.
+
+    Documents in another order have the same words.
+    """
+    mine, documents = tmp_path / "mine.txt", small_text.documents(120, seed=0)
+    small_text.write_text(mine, documents)
     values = settings(mine, train__steps=4, optimizer__schedule="inverse_sqrt")
     run(values, tmp_path / "run")
     record = (tmp_path / "run" / "run.json").read_bytes()
-    small_text.write_text(mine, small_text.documents(120, seed=5))
     values.train.steps = 6
-    with pytest.raises(UserError, match="was trained with another tokenizer"):
-        run(values, tmp_path / "run")
+    for changed, message in (
+        (documents[::-1], "was trained with other data"),
+        (small_text.documents(120, seed=5), "was trained with another tokenizer"),
+    ):
+        small_text.write_text(mine, changed)
+        with pytest.raises(UserError, match=message):
+            run(values, tmp_path / "run")
     assert (tmp_path / "run" / "run.json").read_bytes() == record
 
 
