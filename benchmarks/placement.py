@@ -37,7 +37,8 @@ def run() -> dict[str, Any]:
     print(
         f"{'mesh':>8} {'devices':>7} {'rows':>6} {'param':>8} {'moments':>8} {'tower':>8} "
         f"{'temp':>8} {'all':>8} | {'gathered':>8} {'reduced: fsdp':>14} {'data':>8} {'tensor':>8} "
-        f"{'other':>8} | {'warnings':>8}   MiB a device, sent in a step; seconds to compile"
+        f"{'other':>8} | {'gathers':>8} {'reduces':>8} | {'warnings':>8}   MiB a device, "
+        "sent in a step; how many of both run in it; seconds to compile"
     )
     rows = [_row(*sizes) for sizes in meshes]
     about = {"plan": _PLAN.value, "rows_a_part": _ROWS.value, "remat": _REMAT.value}
@@ -89,6 +90,10 @@ def _row(data: int, fsdp: int, tensor: int) -> dict[str, Any]:
     other = sum(sent.values()) - gathered - sum(reduced)
     sizes = [held["decoder"], held["optimizer"], held.get("tower", 0) + held.get("index", 0)]
     sizes += [] if plan.memory is None else [plan.memory.temporary, plan.memory.total]
+    counts = [
+        sum(total.executions for total in totals if total.kind == kind)
+        for kind in ("all-gather", "all-reduce")
+    ]
     first = " ".join(f"{size / 2**20:8,.0f}" for size in sizes)
     last = " ".join(
         f"{size / 2**20:{width},.0f}"
@@ -96,8 +101,8 @@ def _row(data: int, fsdp: int, tensor: int) -> dict[str, Any]:
     )
     print(
         f"{data}x{fsdp}x{tensor}".rjust(8),
-        f"{row['devices']:7} {row['rows']:6} {first} | {last} | {len(plan.warnings):8}   "
-        f"{seconds:.0f} s",
+        f"{row['devices']:7} {row['rows']:6} {first} | {last} | "
+        f"{counts[0]:8,} {counts[1]:8,} | {len(plan.warnings):8}   {seconds:.0f} s",
         flush=True,
     )
     return row
