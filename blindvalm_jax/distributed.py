@@ -20,7 +20,7 @@ import jax
 from jax.sharding import Mesh
 from orbax.checkpoint import multihost
 
-from blindvalm_jax import agreement, process_log
+from blindvalm_jax import agreement, meeting, process_log
 from blindvalm_jax.console import is_first
 from blindvalm_jax.errors import (
     PREEMPTED,
@@ -89,13 +89,14 @@ def joined(
     with.
 
     Raises:
-      UserError: the flags do not fit, or the others cannot be found.
+      UserError: the flags do not fit, the port is taken, or the others cannot be found.
       SystemExit: in place of an error inside, which is printed.
     """
     check(where, processes=processes, process=process)
     if not where:
         yield
         return
+    meeting.check_port(where, process=process)
     # Both concern CPUs alone, where several processes compute over TCP and in order.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_cpu_enable_async_dispatch", False)

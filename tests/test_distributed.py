@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from blindvalm_jax import distributed
+from blindvalm_jax import distributed, meeting
 from blindvalm_jax.errors import UserError
 from tests.dying import run_python
 
@@ -18,6 +18,17 @@ with distributed.joined(
     where, processes=2, process=int(process), heartbeat_seconds=5, wait_seconds=2
 ):
     pass
+"""
+_ALONE = """
+import sys
+from blindvalm_jax import distributed
+from blindvalm_jax.errors import exit_after
+def main():
+    with distributed.joined(
+        sys.argv[1], processes=1, process=0, heartbeat_seconds=5, wait_seconds=10
+    ):
+        print("joined")
+exit_after(main, interrupted="")
 """
 
 
@@ -65,3 +76,53 @@ def test_processes_that_do_not_meet_say_so_and_end(process: int) -> None:
     [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert f"of --distributed=localhost:{port} have not met within 2 seconds" in line
     assert "Check failure" not in done.stderr
+
+
+@pytest.mark.parametrize("taken", ["127.0.0.1", "0.0.0.0"])
+def test_a_port_that_is_taken_is_one_line_and_1(taken: str) -> None:
+    with socket.socket() as other:
+        other.bind((taken, 0))
+        other.listen()
+        port = other.getsockname()[1]
+        done = run_python(_ALONE, f"localhost:{port}")
+    assert done.returncode == 1, done.stderr
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error: --distributed=localhost:{port}: port {port} of this machine")
+    assert "in use" in line
+    assert done.stdout == ""
+
+
+def test_a_port_of_connections_that_have_just_ended_is_not_taken() -> None:
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as JAX's own has it
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        port = listening.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            served, _ = listening.accept()
+            served.close()  # who closes first keeps the port for a minute
+            assert client.recv(1) == b""
+    with socket.socket() as strict, pytest.raises(OSError, match="in use"):
+        strict.bind(("127.0.0.1", port))
+    meeting.check_port(f"localhost:{port}", process=0)
+
+
+def test_only_the_first_process_asks_for_the_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its number, or by the variables of TPU pods on GKE."""
+    for name in ("JAX_COORDINATOR_BIND_ADDRESS", "MEGASCALE_SLICE_ID", "TPU_WORKER_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setenv("JAX_COORDINATOR_PORT", str(port))
+        meeting.check_port(f"localhost:{port}", process=1)
+        meeting.check_port("auto", process=None)
+        monkeypatch.setenv("TPU_WORKER_ID", "1")
+        meeting.check_port("auto", process=None)
+        monkeypatch.setenv("TPU_WORKER_ID", "0")
+        with pytest.raises(UserError, match=f"port {port} .* JAX_COORDINATOR_PORT=ANOTHER to all"):
+            meeting.check_port("auto", process=None)
+        monkeypatch.setenv("MEGASCALE_SLICE_ID", "1")
+        meeting.check_port("auto", process=None)
