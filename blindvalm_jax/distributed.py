@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import itertools
 import os
+import re
 import sys
 import threading
 import traceback
@@ -37,9 +38,10 @@ _LEFT = 134  # as a shell reports the abort that JAX may be faster with: no erro
 _PATIENCE = 10.0  # seconds that a process which fails waits for the others to end with it
 _TURN_MS = 7 * 24 * 3600 * 1000  # the first process may prepare data for days
 _turns = itertools.count()
+_LOST_STATUSES = ("UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED")
 _LOST = (
-    *("gloo", "closed by peer", "reset by peer", "broken pipe", "socket closed", "heartbeat"),
-    *("coordination service", "nccl", "unavailable:", "aborted:", "deadline_exceeded"),
+    *("closed by peer", "reset by peer", "broken pipe", "socket closed", "timed out waiting"),
+    *("heartbeat", "coordination service", "remote process exited"),  # the last is NCCL's
 )
 
 
@@ -194,13 +196,29 @@ def _end_if_lost(error: BaseException) -> None:
     """Ends this process if an error says that another one is gone."""
     if not jax.distributed.is_initialized() or isinstance(error, UserError):
         return
-    if any(word in str(error).lower() for word in _LOST):
+    if says_lost(error):
         print_error(
             f"another process of the run is gone, this was process {jax.process_index()} of "
             f"{jax.process_count()}: the same commands go on from the newest checkpoint "
             f"({first_line(error)})"
         )
         _end(_LEFT)
+
+
+def says_lost(error: BaseException) -> bool:
+    """Whether an error, or what caused it, is a status of JAX by which another process is gone.
+
+    A library, a pipe or NCCL that is set up wrongly may say similar words of something else, which
+    no restart mends.
+    """
+    # jaxlib raises the status of a transfer as a ValueError
+    if isinstance(error, jax.errors.JaxRuntimeError) or type(error) is ValueError:
+        status, _, said = str(error).partition(": ")
+        if status in _LOST_STATUSES:
+            return True
+        if re.fullmatch("[A-Z_]+", status) and any(word in said.lower() for word in _LOST):
+            return True
+    return error.__cause__ is not None and says_lost(error.__cause__)
 
 
 def first_then_others(work: Callable[[], Found]) -> Found:

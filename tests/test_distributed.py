@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 
 import pytest
+from jax.errors import JaxRuntimeError
 
 from blindvalm_jax import distributed, meeting
 from blindvalm_jax.errors import UserError
@@ -27,7 +29,7 @@ def main():
     with distributed.joined(
         sys.argv[1], processes=1, process=0, heartbeat_seconds=5, wait_seconds=10
     ):
-        print("joined")
+        exec(sys.argv[2])
 exit_after(main, interrupted="")
 """
 
@@ -84,7 +86,7 @@ def test_a_port_that_is_taken_is_one_line_and_1(taken: str) -> None:
         other.bind((taken, 0))
         other.listen()
         port = other.getsockname()[1]
-        done = run_python(_ALONE, f"localhost:{port}")
+        done = run_python(_ALONE, f"localhost:{port}", "print(1)")
     assert done.returncode == 1, done.stderr
     [line] = done.stderr.splitlines()
     assert line.startswith(f"error: --distributed=localhost:{port}: port {port} of this machine")
@@ -126,3 +128,46 @@ def test_only_the_first_process_asks_for_the_port(monkeypatch: pytest.MonkeyPatc
             meeting.check_port("auto", process=None)
         monkeypatch.setenv("MEGASCALE_SLICE_ID", "1")
         meeting.check_port("auto", process=None)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (JaxRuntimeError("UNAVAILABLE: The following tasks are unhealthy"), True),
+        (JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out. Id: x::0."), True),
+        (JaxRuntimeError("INTERNAL: Barrier failed: UNAVAILABLE: Task 1 heartbeat timeout"), True),
+        (
+            ValueError("UNKNOWN: Gloo AllGather failed: [pair.cc:547] Connection closed by peer"),
+            True,
+        ),
+        (
+            JaxRuntimeError("INTERNAL: NCCL: remote process exited or there was a network error"),
+            True,
+        ),
+        (JaxRuntimeError("INTERNAL: NCCL operation failed: unhandled system error"), False),
+        (JaxRuntimeError("INTERNAL: Gloo: op.preamble.length <= op.nbytes"), False),
+        (JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), False),
+        (RuntimeError("Unable to initialize backend 'tpu': UNAVAILABLE: no device"), False),
+        (ValueError("a heartbeat of 0 is none"), False),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), False),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), False),
+    ],
+)
+def test_what_says_that_another_process_is_gone(error: Exception, lost: bool) -> None:
+    assert distributed.says_lost(error) == lost
+    wrapped = RuntimeError("the checkpoint cannot be saved")
+    wrapped.__cause__ = error
+    assert distributed.says_lost(wrapped) == lost
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [("BrokenPipeError(32, 'Broken pipe')", 1), ("ValueError('UNKNOWN: closed by peer')", 134)],
+)
+def test_an_error_that_no_restart_mends_does_not_ask_for_one(raised: str, code: int) -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    done = run_python(_ALONE, f"localhost:{port}", f"raise {raised}")
+    assert done.returncode == code, done.stderr
+    assert ("another process of the run is gone" in done.stderr) == (code == 134)
