@@ -154,7 +154,10 @@ def _why(error: Exception, where: str) -> str:
 
 
 def _give_up(where: str, wait_seconds: int) -> NoReturn:
-    port = "; on Cloud TPU set JAX_COORDINATOR_PORT=8476, which its firewall lets through"
+    port = (
+        "; on Cloud TPU set JAX_COORDINATOR_PORT=8476, which its firewall lets through: "
+        "--env=JAX_COORDINATOR_PORT=8476 of launch/tpu_vm.sh and launch/gke.sh"
+    )
     print_error(
         f"the processes of --distributed={where} have not met within {wait_seconds} seconds: start "
         "all of them, each with a number of its own and the same address, which all must reach"

@@ -24,6 +24,7 @@ SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 POD = ("--name=first", "--image=example.org/a:1", "--claim=runs")
 TPU = (*POD, "--tpu=tpu-v5-lite-podslice", "--topology=4x4", "--hosts=4")
 GPU = (*POD, "--gpu=nvidia-h100-80gb", "--hosts=2", "--chips=8")
+XPK = (*POD[:2], "--project=p", "--zone=z", "--cluster=c", "--type=v5litepod-16", "--storage=s")
 TRAIN = ("--config=configs/text.py:small", '--config.note=it\'s "a" \\ $(NAME) $$')
 
 
@@ -157,6 +158,17 @@ def test_a_pod_gets_the_words_of_train_as_they_are() -> None:
     assert note.replace("$$", "$") == TRAIN[1]  # Kubernetes reads $$ as $
 
 
+@pytest.mark.parametrize("machines", [TPU, GPU])
+def test_a_pod_gets_the_variables_as_they_are(machines: tuple[str, ...]) -> None:
+    given = {"JAX_COORDINATOR_PORT": "8476", "NO": 'it\'s "a" \\ $(NAME) $$ #: ', "EMPTY": ""}
+    flags = [f"--env={name}={value}" for name, value in given.items()]
+    env = pod(manifest(*machines, *flags))["containers"][0]["env"]
+    told = {variable["name"]: variable["value"] for variable in env if "value" in variable}
+    # Kubernetes reads $$ as $
+    assert {name: value.replace("$$", "$") for name, value in told.items()} == given
+    assert "$$(NAME) $$$$" in told["NO"]
+
+
 def test_a_slice_is_a_job_on_one_pool_of_nodes() -> None:
     jobset = manifest(*TPU, "--slices=2", "--spot")
     (replicated,) = jobset["spec"]["replicatedJobs"]
@@ -203,12 +215,13 @@ def test_kubectl_creates_what_manifest_prints(fakes: Fakes) -> None:
 
 def test_xpk_restarts_on_42_and_leaves_time_to_save(fakes: Fakes) -> None:
     fakes.add("xpk")
-    place = ("--project=p", "--zone=z", "--cluster=c", "--type=v5litepod-16", "--storage=s")
-    done = fakes.run("launch/gke.sh", "xpk", *POD[:2], *place, "--grace=90", "--", "--x=a b")
+    given = (*XPK, "--grace=90", "--env=A=1 2", "--env=B=")
+    done = fakes.run("launch/gke.sh", "xpk", *given, "--", "--x=a b")
     assert done.returncode == 0, done.stderr
     (call,) = fakes.calls()
     assert call.words[:2] == ["workload", "create"]
     assert "--restart-on-exit-codes=42" in call.words
+    assert [word for word in call.words if "--env" in word] == ["--env=A=1 2", "--env=B="]
     assert "--termination-grace-period-seconds=90" in call.words
     train = "python -m blindvalm_jax.train --distributed=auto '--x=a b'"
     assert call.value("--command") == train
@@ -222,9 +235,17 @@ def test_xpk_restarts_on_42_and_leaves_time_to_save(fakes: Fakes) -> None:
         (("manifest", *TPU, "--gpu=g", "--", "--x"), "--tpu and --gpu are two ways"),
         (("manifest", *POD, "--tpu=t", "--", "--x"), "--topology=... or the variable"),
         (("manifest", *GPU, "--slices=2", "--", "--x"), "--slices are for TPUs"),
-        (("manifest", *GPU, "--hosts=two", "--", "--x"), "are whole numbers"),
+        (("manifest", *GPU, "--hosts=two", "--", "--x"), "--hosts must be a whole number from 1"),
+        (("manifest", *GPU, "--hosts=0", "--", "--x"), "--hosts must be a whole number from 1"),
+        (("manifest", *GPU, "--chips=", "--", "--x"), "--chips must be a whole number from 1"),
+        (("manifest", *GPU, f"--name={'a' * 48}", "--", "--x"), " is 1 characters too long: aaaa"),
+        (("manifest", *TPU, f"--name={'a' * 47}", "--slices=11", "--", "--x"), "is 1 characters"),
+        (("manifest", *GPU, "--env=PROCESS=1", "--", "--x"), "on GPUs it is the number of a pod"),
+        (("manifest", *GPU, "--env=A.B=secret", "--", "--x"), "digits and _, got 'A.B'"),
         (("manifest", *GPU), "arguments of train are needed"),
         (("delete", "--name=A_b"), "is no name of Kubernetes"),
+        (("xpk", *XPK, '--env=A=secret"', "--", "--x"), "--env=A=...: xpk spoils"),
+        (("xpk", *XPK, f"--name={'a' * 41}", "--", "--x"), "is 1 characters too long: "),
         (("xpk", *POD[:2], "--", "--x"), "--project=... or the variable GKE_PROJECT"),
     ],
 )
@@ -232,6 +253,7 @@ def test_bad_usage_of_gke_is_one_line_and_2(words: tuple[str, ...], told: str) -
     done = run_script("launch/gke.sh", *words)
     assert done.returncode == 2
     assert told in done.stderr
+    assert "secret" not in done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
 
