@@ -1,6 +1,7 @@
-"""Trains in several processes of this machine, as on several machines.
+r"""Trains in several processes of this machine, as on several machines.
 
-    python launch/local.py --processes=2 [--devices=4] -- --config=configs/text.py --workdir=DIR
+    python launch/local.py --processes=2 [--devices=4] -- \
+        --config=configs/text.py --config.data.files='texts/*.txt' --workdir=DIR
 
 Lines of output begin with the number of their process. SIGTERM and Ctrl-C go to all processes. When
 one fails the others are ended. What is there --grace seconds later is killed. The exit code is the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -15,7 +16,11 @@ from typing import Any
 
 import pytest
 import yaml
+from absl import flags
+from ml_collections import config_flags
 
+from blindvalm_jax import config
+from blindvalm_jax.objectives.shapes import without_data
 from tests import make_golden_launch
 from tests.launch_fakes import ROOT, Answer, Fakes, run_script
 
@@ -107,14 +112,61 @@ def test_the_page_has_a_command_for_every_file() -> None:
     assert named == {path.name for path in LAUNCH.iterdir() if path.is_file()} - others
 
 
+# ml_collections reads config files so.
+_LOADS = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+
+def _train_words(text: str) -> list[str] | None:
+    """The arguments of the first train command that a script prints, also in quotes of quotes."""
+    if text.startswith("apiVersion"):
+        jobset = yaml.safe_load(text[: text.index("\n+ ")])
+        return [word.replace("$$", "$") for word in pod(jobset)["containers"][0]["args"]]
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=True)
+    lexer.whitespace_split, lexer.commenters = True, ""
+    words = list(lexer)
+    if "blindvalm_jax.train" in words:
+        own = words[words.index("blindvalm_jax.train") + 1 :]
+        return list(itertools.takewhile(lambda word: word not in (";", "+"), own))
+    inside = (_train_words(word) for word in words if "blindvalm_jax.train" in word)
+    return next((found for found in inside if found), None)
+
+
+def _settings(words: list[str]) -> config.Config:
+    """What the flags of train say."""
+    own = flags.FlagValues()
+    argv = ["train", *words]
+    config_flags.DEFINE_config_file("config", flag_values=own, sys_argv=argv)
+    own(argv, known_only=True)
+    return config.parse(own.config)
+
+
+@_LOADS
 @pytest.mark.parametrize("words", [w for w in _commands() if w[0] not in ("sky", "docker")])
-def test_the_pages_commands_are_right(words: list[str]) -> None:
+def test_the_pages_commands_are_right(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are understood, and what they train has data."""
     at = next(i for i, word in enumerate(words) if word.startswith("launch/"))
     start = [sys.executable] if words[at].endswith(".py") else ["bash"]
     behind = at + 2 if words[at].endswith(".sh") else at + 1  # the scripts have subcommands
     command = [*start, *words[at:behind], "--dry-run", *words[behind:]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+    train = _train_words(done.stdout)
+    assert train is not None
+    monkeypatch.chdir(ROOT)
+    assert not without_data(_settings(train))
+
+
+@_LOADS
+@pytest.mark.parametrize("words", [w for w in _commands() if w[0] == "sky"])
+def test_the_pages_sky_jobs_train_on_data(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = yaml.safe_load((ROOT / words[3]).read_text())
+    given = [word for flag, word in itertools.pairwise(words) if flag == "--env"]
+    variables = dict(word.split("=", 1) for word in given)
+    assert variables.keys() <= task["envs"].keys()
+    monkeypatch.chdir(ROOT)
+    assert not without_data(_settings(sky_words(words[3], tmp_path, 1, **variables)[2:]))
 
 
 # ---------------------------------------------------------------- GKE
@@ -336,6 +388,21 @@ def test_a_sky_job_recovers_from_42_alone_and_needs_its_variables(name: str) -> 
         shellcheck("--exclude=SC2086,SC2154", "-", text=task[part])
 
 
+def sky_words(file: str, home: Path, nodes: int, **variables: str) -> list[str]:
+    """What a sky job gives to python on the last of its machines."""
+    python = home / "venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\nfor w in "$@"; do echo "$w"; done\nexit 42\n')
+    python.chmod(0o755)
+    variables |= {
+        **{"HOME": str(home), "SKYPILOT_NUM_NODES": str(nodes), "SKYPILOT_NODE_RANK": "1"},
+        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+    }
+    done = run_script("-c", yaml.safe_load((ROOT / file).read_text())["run"], **variables)
+    assert done.returncode == 42  # SkyPilot sees it
+    return done.stdout.splitlines()
+
+
 @pytest.mark.parametrize(
     ("name", "nodes", "meet"),
     [
@@ -347,21 +414,11 @@ def test_a_sky_job_recovers_from_42_alone_and_needs_its_variables(name: str) -> 
 def test_a_sky_job_runs_train_with_what_was_given(
     name: str, nodes: int, meet: list[str], tmp_path: Path
 ) -> None:
-    python = tmp_path / "venv/bin/python"
-    python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/sh\nfor w in "$@"; do echo "$w"; done\nexit 42\n')
-    python.chmod(0o755)
     variables = {
         **{"CONFIG": "configs/text.py:small,blind", "RUN": "a b"},
-        **{"SETTINGS": "--config.train.steps=9 --config.seed=1", "HOME": str(tmp_path)},
-        **{"SKYPILOT_NUM_NODES": str(nodes), "SKYPILOT_NODE_RANK": "1"},
-        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+        "SETTINGS": "--config.train.steps=9 --config.seed=1",
     }
-    done = run_script(
-        "-c", yaml.safe_load((LAUNCH / f"{name}.yaml").read_text())["run"], **variables
-    )
-    assert done.returncode == 42  # SkyPilot sees it
-    assert done.stdout.splitlines() == [
+    assert sky_words(f"launch/{name}.yaml", tmp_path, nodes, **variables) == [
         *("-m", "blindvalm_jax.train", *meet),
         *("--config=configs/text.py:small,blind", "--workdir=/runs/a b"),
         *("--config.train.steps=9", "--config.seed=1"),
