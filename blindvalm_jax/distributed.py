@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import itertools
 import os
+import re
 import sys
 import threading
 import traceback
@@ -20,7 +21,7 @@ import jax
 from jax.sharding import Mesh
 from orbax.checkpoint import multihost
 
-from blindvalm_jax import agreement, process_log
+from blindvalm_jax import agreement, meeting, process_log
 from blindvalm_jax.console import is_first
 from blindvalm_jax.errors import (
     PREEMPTED,
@@ -37,9 +38,10 @@ _LEFT = 134  # as a shell reports the abort that JAX may be faster with: no erro
 _PATIENCE = 10.0  # seconds that a process which fails waits for the others to end with it
 _TURN_MS = 7 * 24 * 3600 * 1000  # the first process may prepare data for days
 _turns = itertools.count()
+_LOST_STATUSES = ("UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED")
 _LOST = (
-    *("gloo", "closed by peer", "reset by peer", "broken pipe", "socket closed", "heartbeat"),
-    *("coordination service", "nccl", "unavailable:", "aborted:", "deadline_exceeded"),
+    *("closed by peer", "reset by peer", "broken pipe", "socket closed", "timed out waiting"),
+    *("heartbeat", "coordination service", "remote process exited"),  # the last is NCCL's
 )
 
 
@@ -89,13 +91,14 @@ def joined(
     with.
 
     Raises:
-      UserError: the flags do not fit, or the others cannot be found.
+      UserError: the flags do not fit, the port is taken, or the others cannot be found.
       SystemExit: in place of an error inside, which is printed.
     """
     check(where, processes=processes, process=process)
     if not where:
         yield
         return
+    meeting.check_port(where, process=process)
     # Both concern CPUs alone, where several processes compute over TCP and in order.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -151,7 +154,10 @@ def _why(error: Exception, where: str) -> str:
 
 
 def _give_up(where: str, wait_seconds: int) -> NoReturn:
-    port = "; on Cloud TPU set JAX_COORDINATOR_PORT=8476, which its firewall lets through"
+    port = (
+        "; on Cloud TPU set JAX_COORDINATOR_PORT=8476, which its firewall lets through: "
+        "--env=JAX_COORDINATOR_PORT=8476 of launch/tpu_vm.sh and launch/gke.sh"
+    )
     print_error(
         f"the processes of --distributed={where} have not met within {wait_seconds} seconds: start "
         "all of them, each with a number of its own and the same address, which all must reach"
@@ -193,13 +199,29 @@ def _end_if_lost(error: BaseException) -> None:
     """Ends this process if an error says that another one is gone."""
     if not jax.distributed.is_initialized() or isinstance(error, UserError):
         return
-    if any(word in str(error).lower() for word in _LOST):
+    if says_lost(error):
         print_error(
             f"another process of the run is gone, this was process {jax.process_index()} of "
             f"{jax.process_count()}: the same commands go on from the newest checkpoint "
             f"({first_line(error)})"
         )
         _end(_LEFT)
+
+
+def says_lost(error: BaseException) -> bool:
+    """Whether an error, or what caused it, is a status of JAX by which another process is gone.
+
+    A library, a pipe or NCCL that is set up wrongly may say similar words of something else, which
+    no restart mends.
+    """
+    # jaxlib raises the status of a transfer as a ValueError
+    if isinstance(error, jax.errors.JaxRuntimeError) or type(error) is ValueError:
+        status, _, said = str(error).partition(": ")
+        if status in _LOST_STATUSES:
+            return True
+        if re.fullmatch("[A-Z_]+", status) and any(word in said.lower() for word in _LOST):
+            return True
+    return error.__cause__ is not None and says_lost(error.__cause__)
 
 
 def first_then_others(work: Callable[[], Found]) -> Found:

@@ -20,6 +20,23 @@ needed() {
   [ -n "$1" ] || bad_usage "$2=... or the variable $3 is needed; --help says what it is"
 }
 
+# whole --flag VALUE LEAST: refuses what is no whole number, or a smaller one, or beyond six digits.
+whole() {
+  case $2 in '' | *[!0-9]* | 0?* | ???????*) ;; *) [ "$2" -lt "$3" ] || return 0 ;; esac
+  bad_usage "$1 must be a whole number from $3 to 999999, got '$2'"
+}
+
+# Refuses what is no NAME=VALUE on one line; the value may be a secret, and is not shown.
+check_variable() {
+  local name=${1%%=*}
+  case $1 in *=*) ;; *) bad_usage "--env must be NAME=VALUE, got no = in it" ;; esac
+  case $name in
+    '' | [0-9]* | *[!A-Za-z0-9_]*)
+      bad_usage "--env must be NAME=VALUE, NAME of letters, digits and _, got '$name'" ;;
+  esac
+  case $1 in *$'\n'*) bad_usage "--env=$name=...: the value must be one line" ;; esac
+}
+
 # Prints words so that any shell reads them back as they are.
 quoted() {
   local word space='' escaped="'\\''"

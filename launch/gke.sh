@@ -20,10 +20,12 @@
 #   --hosts=N                           hosts of a slice, 1
 #   --slices=N                          TPU slices, 1
 #   --spot                              on Spot nodes
+#   --env=NAME=VALUE                    variable of training, one flag for each; the value is seen in
+#                                       the manifest, and by xpk on its command line
 #   --restarts=N                        how often all is started again, 50
 #   --grace=SECONDS                     from SIGTERM to SIGKILL, 300: a save has to fit in
 #   --namespace=NAMESPACE               of kubectl
-# xpk alone (it needs --name, --image, --slices, --restarts and --grace of the above):
+# xpk alone (it reads --name, --image, --slices, --env, --restarts and --grace of the above):
 #   --project=PROJECT    GKE_PROJECT    project of the cluster
 #   --zone=ZONE          GKE_ZONE       zone of the cluster
 #   --cluster=CLUSTER    GKE_CLUSTER    name of the cluster
@@ -48,6 +50,7 @@ main() {
   topology=${GKE_TOPOLOGY-} project=${GKE_PROJECT-} zone=${GKE_ZONE-} cluster=${GKE_CLUSTER-}
   type=${GKE_TYPE-} storage=${GKE_STORAGE-}
   chips=4 hosts=1 slices=1 spot=0 restarts=50 grace=300 namespace=
+  variables=()
   while [ $# -gt 0 ]; do
     case $1 in
       --name=*) name=${1#*=} ;;
@@ -60,6 +63,7 @@ main() {
       --hosts=*) hosts=${1#*=} ;;
       --slices=*) slices=${1#*=} ;;
       --spot) spot=1 ;;
+      --env=*) check_variable "${1#*=}"; variables+=("${1#*=}") ;;
       --restarts=*) restarts=${1#*=} ;;
       --grace=*) grace=${1#*=} ;;
       --namespace=*) namespace=${1#*=} ;;
@@ -75,15 +79,16 @@ main() {
     esac
     shift
   done
-  for number in "$chips" "$hosts" "$slices" "$restarts" "$grace"; do
-    case $number in
-      '' | *[!0-9]*) bad_usage "--chips, --hosts, --slices, --restarts and --grace are whole numbers" ;;
-    esac
-  done
+  whole --chips "$chips" 1
+  whole --hosts "$hosts" 1
+  whole --slices "$slices" 1
+  whole --restarts "$restarts" 0
+  whole --grace "$grace" 0
   needed "$name" --name GKE_NAME
   case $name in
     *[!a-z0-9-]* | [!a-z]* | *-) bad_usage "--name=$name is no name of Kubernetes: a-z, 0-9 and -" ;;
   esac
+  check_length
   case $command in manifest | create | xpk)
     needed "$image" --image GKE_IMAGE
     [ $# -gt 0 ] || bad_usage "arguments of train are needed behind --, such as -- --config=..." ;;
@@ -92,12 +97,26 @@ main() {
   "do_$command" "$@"
 }
 
+# Names of pods are part of addresses, where 63 characters are the most; five are drawn at random.
+check_length() {
+  local pod="$name-train-$((slices - 1))-$((hosts - 1))-xxxxx" most=63
+  [ "$command" != xpk ] || pod=$name most=40 # what xpk takes
+  [ ${#pod} -le "$most" ] ||
+    bad_usage "--name=$name is $((${#pod} - most)) characters too long: $pod may have $most"
+}
+
 check_manifest() {
   needed "$claim" --claim GKE_CLAIM
   [ -n "$tpu$gpu" ] || bad_usage "--tpu=... or --gpu=... is needed, which machines to run on"
   [ -z "$tpu" ] || [ -z "$gpu" ] || bad_usage "--tpu and --gpu are two ways: give one"
   [ -z "$tpu" ] || needed "$topology" --topology GKE_TOPOLOGY
   [ -z "$gpu" ] || [ "$slices" = 1 ] || bad_usage "--slices are for TPUs: give more --hosts"
+  local variable
+  for variable in ${variables[@]+"${variables[@]}"}; do
+    case $gpu:$variable in
+      ?*:PROCESS=*) bad_usage "--env=PROCESS=...: on GPUs it is the number of a pod" ;;
+    esac
+  done
 }
 
 kubernetes() {
@@ -132,10 +151,17 @@ do_xpk() {
   needed "$cluster" --cluster GKE_CLUSTER
   needed "$type" --type GKE_TYPE
   needed "$storage" --storage GKE_STORAGE
+  local given=() variable
+  for variable in ${variables[@]+"${variables[@]}"}; do
+    case $variable in
+      *[\"\\]* | *\$\(*) bad_usage "--env=${variable%%=*}=...: xpk spoils \", \\ and \$( in values" ;;
+    esac
+    given+=(--env="$variable")
+  done
   run xpk workload create --workload="$name" --project="$project" --zone="$zone" \
     --cluster="$cluster" --device-type="$type" --num-slices="$slices" --docker-image="$image" \
     --storage="$storage" --max-restarts="$restarts" --restart-on-exit-codes=42 \
-    --termination-grace-period-seconds="$grace" \
+    --termination-grace-period-seconds="$grace" ${given[@]+"${given[@]}"} \
     --command="$(quoted "${TRAIN[@]}" --distributed=auto "$@")"
 }
 
@@ -150,6 +176,16 @@ items() {
   local word
   for word in "$@"; do
     printf '              - %s\n' "$(json "${word//\$/\$\$}")"
+  done
+}
+
+# Variables, NAME=VALUE, as items of the list of them; Kubernetes expands as above.
+values() {
+  local variable value
+  for variable in "$@"; do
+    value=${variable#*=}
+    printf '\n              - name: %s\n                value: %s' \
+      "$(json "${variable%%=*}")" "$(json "${value//\$/\$\$}")"
   done
 }
 
@@ -175,7 +211,6 @@ do_manifest() {
               - \"--processes=$hosts\"
               - \"--process=\$(PROCESS)\""
     environment="
-              env:
               - name: PROCESS
                 valueFrom:
                   fieldRef:
@@ -183,6 +218,7 @@ do_manifest() {
     tolerations="
             - {key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}"
   fi
+  environment="$(values ${variables[@]+"${variables[@]}"})$environment"
   if [ "$spot" = 1 ]; then
     selector="$selector
               cloud.google.com/gke-spot: \"true\""
@@ -238,7 +274,8 @@ spec:
               command: ["python", "-m", "blindvalm_jax.train"]
               args:
 $start
-$(items "$@")$environment
+$(items "$@")${environment:+
+              env:$environment}
               resources:
                 limits:
                   $resource: $chips

@@ -1,6 +1,7 @@
-"""Trains in several processes of this machine, as on several machines.
+r"""Trains in several processes of this machine, as on several machines.
 
-    python launch/local.py --processes=2 [--devices=4] -- --config=configs/text.py --workdir=DIR
+    python launch/local.py --processes=2 [--devices=4] -- \
+        --config=configs/text.py --config.data.files='texts/*.txt' --workdir=DIR
 
 Lines of output begin with the number of their process. SIGTERM and Ctrl-C go to all processes. When
 one fails the others are ended. What is there --grace seconds later is killed. The exit code is the
@@ -15,6 +16,7 @@ import contextlib
 import os
 import queue
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -43,10 +45,19 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse_args(argv)
     if given.processes < 1:
         parser.error(f"--processes must be at least 1, got {given.processes}")
+    if given.devices is not None and given.devices < 1:
+        parser.error(f"--devices must be at least 1, got {given.devices}")
+    if not given.grace >= 0:
+        parser.error(f"--grace must be at least 0, got {given.grace:g}")
+    if given.port is not None and not 0 < given.port < 2**16:
+        parser.error(f"--port must be from 1 to 65535, got {given.port}")
+    program = _words(given.command)
+    if not program or not (given.dry_run or shutil.which(program[0])):
+        parser.error(f"--command={given.command}: there is no such program")
     port = given.port or free_port()
     commands = [
         [
-            *shlex.split(given.command),
+            *program,
             *(f"--distributed=localhost:{port}", f"--processes={given.processes}"),
             *(f"--process={process}", *given.arguments),
         ]
@@ -61,6 +72,14 @@ def main(argv: Sequence[str]) -> int:
     if given.dry_run:
         return 0
     return Group(commands, added, grace=given.grace).wait()
+
+
+def _words(command: str) -> list[str]:
+    """The words of a command; none where a quote does not end."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return []
 
 
 def free_port() -> int:

@@ -21,6 +21,8 @@
 #                                    each further start: mounts a bucket that is not mounted, say
 #   --spot             TPU_SPOT=1    cheaper, may be taken away
 #   --queued           TPU_QUEUED=1  ask through a queued resource of the same name
+#   --env=NAME=VALUE   variable of training, one flag for each; the value is seen in the commands
+#                      that are printed and on the workers (ps)             (run, babysit)
 #   --restarts=N       how often babysit starts training again, 50
 #   --poll=SECONDS     between two looks of babysit, 60; after failures longer, up to 15 minutes
 #   --configs=DIR      directory of config files to copy, configs/ beside launch/
@@ -43,6 +45,7 @@ main() {
   name=${TPU_NAME-} project=${TPU_PROJECT-} zone=${TPU_ZONE-} type=${TPU_TYPE-}
   version=${TPU_VERSION-} source=${TPU_SOURCE-} setup=${TPU_SETUP-}
   spot=${TPU_SPOT:-0} queued=${TPU_QUEUED:-0} restarts=50 poll=60 configs=$ROOT/configs
+  variables=()
   while [ $# -gt 0 ]; do
     case $1 in
       --name=*) name=${1#*=} ;;
@@ -54,6 +57,7 @@ main() {
       --setup=*) setup=${1#*=} ;;
       --spot) spot=1 ;;
       --queued) queued=1 ;;
+      --env=*) check_variable "${1#*=}"; variables+=("${1#*=}") ;;
       --restarts=*) restarts=${1#*=} ;;
       --poll=*) poll=${1#*=} ;;
       --configs=*) configs=${1#*=} ;;
@@ -64,7 +68,8 @@ main() {
     esac
     shift
   done
-  case $restarts$poll in *[!0-9]*) bad_usage "--restarts and --poll are whole numbers" ;; esac
+  whole --restarts "$restarts" 0
+  whole --poll "$poll" 0
   needed "$name" --name TPU_NAME
   needed "$project" --project TPU_PROJECT
   needed "$zone" --zone TPU_ZONE
@@ -141,8 +146,9 @@ uv pip install --quiet --python venv/bin/python --constraints constraints.txt \"
 
 # Each worker keeps the process's number, and its exit code once it has ended.
 do_run() {
-  local train
-  train=$(quoted venv/bin/python -m blindvalm_jax.train --distributed=auto "$@")
+  local train given=()
+  [ ${#variables[@]} = 0 ] || given=(env "${variables[@]}")
+  train=$(quoted ${given[@]+"${given[@]}"} venv/bin/python -m blindvalm_jax.train --distributed=auto "$@")
   on_workers "set -e
 cd blindvalm
 rm -f exit_code

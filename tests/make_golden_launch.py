@@ -18,12 +18,14 @@ _TRAIN = ("--config=configs/text.py:small,blind", "--workdir=/runs/the first")
 _TPU = ("--name=mine", "--project=my-project", "--zone=us-central1-a")
 _MADE = ("--type=v5litepod-16", "--version=v2-alpha-tpuv5-lite")
 _GIT = "--source=git+https://example.org/blindvalm_jax@v0.1.0"
+_SET = ("--env=JAX_COORDINATOR_PORT=8476", "--env=NOTE=it's $HOME: $(PROCESS) 1", "--env=EMPTY=")
 _POD = ("--name=first", "--image=example.org/blindvalm:1", "--claim=runs")
 
 CASES: dict[str, tuple[str, ...]] = {
     "tpu_vm_create": ("launch/tpu_vm.sh", "create", *_TPU, *_MADE),
     "tpu_vm_install": ("launch/tpu_vm.sh", "install", *_TPU, _GIT),
     "tpu_vm_run": ("launch/tpu_vm.sh", "run", *_TPU, "--", *_TRAIN),
+    "tpu_vm_run_env": ("launch/tpu_vm.sh", "run", *_TPU, *_SET, "--", *_TRAIN),
     "tpu_vm_logs": ("launch/tpu_vm.sh", "logs", *_TPU),
     "tpu_vm_status": ("launch/tpu_vm.sh", "status", *_TPU),
     "tpu_vm_delete": ("launch/tpu_vm.sh", "delete", *_TPU),
@@ -39,13 +41,17 @@ CASES: dict[str, tuple[str, ...]] = {
         *("launch/gke.sh", "create", *_POD, "--gpu=nvidia-h100-80gb", "--chips=8", "--hosts=2"),
         *("--namespace=training", "--", *_TRAIN),
     ),
+    "gke_create_env": (
+        *("launch/gke.sh", "create", *_POD, "--tpu=tpu-v5-lite-podslice", "--topology=2x2"),
+        *(*_SET, "--", *_TRAIN),
+    ),
     "gke_logs": ("launch/gke.sh", "logs", "--name=first"),
     "gke_status": ("launch/gke.sh", "status", "--name=first"),
     "gke_delete": ("launch/gke.sh", "delete", "--name=first"),
     "gke_xpk": (
         *("launch/gke.sh", "xpk", "--name=first", "--image=example.org/blindvalm:1"),
         *("--project=my-project", "--zone=us-central1-a", "--cluster=my-cluster"),
-        *("--type=v5litepod-16", "--slices=2", "--storage=runs", "--", *_TRAIN),
+        *("--type=v5litepod-16", "--slices=2", "--storage=runs", _SET[0], "--", *_TRAIN),
     ),
     "slurm": ("launch/slurm.sbatch", *_TRAIN),
     "local": (

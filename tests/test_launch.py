@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -15,7 +16,11 @@ from typing import Any
 
 import pytest
 import yaml
+from absl import flags
+from ml_collections import config_flags
 
+from blindvalm_jax import config
+from blindvalm_jax.objectives.shapes import without_data
 from tests import make_golden_launch
 from tests.launch_fakes import ROOT, Answer, Fakes, run_script
 
@@ -24,6 +29,7 @@ SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 POD = ("--name=first", "--image=example.org/a:1", "--claim=runs")
 TPU = (*POD, "--tpu=tpu-v5-lite-podslice", "--topology=4x4", "--hosts=4")
 GPU = (*POD, "--gpu=nvidia-h100-80gb", "--hosts=2", "--chips=8")
+XPK = (*POD[:2], "--project=p", "--zone=z", "--cluster=c", "--type=v5litepod-16", "--storage=s")
 TRAIN = ("--config=configs/text.py:small", '--config.note=it\'s "a" \\ $(NAME) $$')
 
 
@@ -106,14 +112,61 @@ def test_the_page_has_a_command_for_every_file() -> None:
     assert named == {path.name for path in LAUNCH.iterdir() if path.is_file()} - others
 
 
+# ml_collections reads config files so.
+_LOADS = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+
+def _train_words(text: str) -> list[str] | None:
+    """The arguments of the first train command that a script prints, also in quotes of quotes."""
+    if text.startswith("apiVersion"):
+        jobset = yaml.safe_load(text[: text.index("\n+ ")])
+        return [word.replace("$$", "$") for word in pod(jobset)["containers"][0]["args"]]
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=True)
+    lexer.whitespace_split, lexer.commenters = True, ""
+    words = list(lexer)
+    if "blindvalm_jax.train" in words:
+        own = words[words.index("blindvalm_jax.train") + 1 :]
+        return list(itertools.takewhile(lambda word: word not in (";", "+"), own))
+    inside = (_train_words(word) for word in words if "blindvalm_jax.train" in word)
+    return next((found for found in inside if found), None)
+
+
+def _settings(words: list[str]) -> config.Config:
+    """What the flags of train say."""
+    own = flags.FlagValues()
+    argv = ["train", *words]
+    config_flags.DEFINE_config_file("config", flag_values=own, sys_argv=argv)
+    own(argv, known_only=True)
+    return config.parse(own.config)
+
+
+@_LOADS
 @pytest.mark.parametrize("words", [w for w in _commands() if w[0] not in ("sky", "docker")])
-def test_the_pages_commands_are_right(words: list[str]) -> None:
+def test_the_pages_commands_are_right(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are understood, and what they train has data."""
     at = next(i for i, word in enumerate(words) if word.startswith("launch/"))
     start = [sys.executable] if words[at].endswith(".py") else ["bash"]
     behind = at + 2 if words[at].endswith(".sh") else at + 1  # the scripts have subcommands
     command = [*start, *words[at:behind], "--dry-run", *words[behind:]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+    train = _train_words(done.stdout)
+    assert train is not None
+    monkeypatch.chdir(ROOT)
+    assert not without_data(_settings(train))
+
+
+@_LOADS
+@pytest.mark.parametrize("words", [w for w in _commands() if w[0] == "sky"])
+def test_the_pages_sky_jobs_train_on_data(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = yaml.safe_load((ROOT / words[3]).read_text())
+    given = [word for flag, word in itertools.pairwise(words) if flag == "--env"]
+    variables = dict(word.split("=", 1) for word in given)
+    assert variables.keys() <= task["envs"].keys()
+    monkeypatch.chdir(ROOT)
+    assert not without_data(_settings(sky_words(words[3], tmp_path, 1, **variables)[2:]))
 
 
 # ---------------------------------------------------------------- GKE
@@ -155,6 +208,17 @@ def test_a_pod_gets_the_words_of_train_as_they_are() -> None:
     *_, config, note = pod(manifest(*TPU))["containers"][0]["args"]
     assert config == TRAIN[0]
     assert note.replace("$$", "$") == TRAIN[1]  # Kubernetes reads $$ as $
+
+
+@pytest.mark.parametrize("machines", [TPU, GPU])
+def test_a_pod_gets_the_variables_as_they_are(machines: tuple[str, ...]) -> None:
+    given = {"JAX_COORDINATOR_PORT": "8476", "NO": 'it\'s "a" \\ $(NAME) $$ #: ', "EMPTY": ""}
+    flags = [f"--env={name}={value}" for name, value in given.items()]
+    env = pod(manifest(*machines, *flags))["containers"][0]["env"]
+    told = {variable["name"]: variable["value"] for variable in env if "value" in variable}
+    # Kubernetes reads $$ as $
+    assert {name: value.replace("$$", "$") for name, value in told.items()} == given
+    assert "$$(NAME) $$$$" in told["NO"]
 
 
 def test_a_slice_is_a_job_on_one_pool_of_nodes() -> None:
@@ -203,12 +267,13 @@ def test_kubectl_creates_what_manifest_prints(fakes: Fakes) -> None:
 
 def test_xpk_restarts_on_42_and_leaves_time_to_save(fakes: Fakes) -> None:
     fakes.add("xpk")
-    place = ("--project=p", "--zone=z", "--cluster=c", "--type=v5litepod-16", "--storage=s")
-    done = fakes.run("launch/gke.sh", "xpk", *POD[:2], *place, "--grace=90", "--", "--x=a b")
+    given = (*XPK, "--grace=90", "--env=A=1 2", "--env=B=")
+    done = fakes.run("launch/gke.sh", "xpk", *given, "--", "--x=a b")
     assert done.returncode == 0, done.stderr
     (call,) = fakes.calls()
     assert call.words[:2] == ["workload", "create"]
     assert "--restart-on-exit-codes=42" in call.words
+    assert [word for word in call.words if "--env" in word] == ["--env=A=1 2", "--env=B="]
     assert "--termination-grace-period-seconds=90" in call.words
     train = "python -m blindvalm_jax.train --distributed=auto '--x=a b'"
     assert call.value("--command") == train
@@ -222,9 +287,17 @@ def test_xpk_restarts_on_42_and_leaves_time_to_save(fakes: Fakes) -> None:
         (("manifest", *TPU, "--gpu=g", "--", "--x"), "--tpu and --gpu are two ways"),
         (("manifest", *POD, "--tpu=t", "--", "--x"), "--topology=... or the variable"),
         (("manifest", *GPU, "--slices=2", "--", "--x"), "--slices are for TPUs"),
-        (("manifest", *GPU, "--hosts=two", "--", "--x"), "are whole numbers"),
+        (("manifest", *GPU, "--hosts=two", "--", "--x"), "--hosts must be a whole number from 1"),
+        (("manifest", *GPU, "--hosts=0", "--", "--x"), "--hosts must be a whole number from 1"),
+        (("manifest", *GPU, "--chips=", "--", "--x"), "--chips must be a whole number from 1"),
+        (("manifest", *GPU, f"--name={'a' * 48}", "--", "--x"), " is 1 characters too long: aaaa"),
+        (("manifest", *TPU, f"--name={'a' * 47}", "--slices=11", "--", "--x"), "is 1 characters"),
+        (("manifest", *GPU, "--env=PROCESS=1", "--", "--x"), "on GPUs it is the number of a pod"),
+        (("manifest", *GPU, "--env=A.B=secret", "--", "--x"), "digits and _, got 'A.B'"),
         (("manifest", *GPU), "arguments of train are needed"),
         (("delete", "--name=A_b"), "is no name of Kubernetes"),
+        (("xpk", *XPK, '--env=A=secret"', "--", "--x"), "--env=A=...: xpk spoils"),
+        (("xpk", *XPK, f"--name={'a' * 41}", "--", "--x"), "is 1 characters too long: "),
         (("xpk", *POD[:2], "--", "--x"), "--project=... or the variable GKE_PROJECT"),
     ],
 )
@@ -232,6 +305,7 @@ def test_bad_usage_of_gke_is_one_line_and_2(words: tuple[str, ...], told: str) -
     done = run_script("launch/gke.sh", *words)
     assert done.returncode == 2
     assert told in done.stderr
+    assert "secret" not in done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
 
@@ -314,6 +388,21 @@ def test_a_sky_job_recovers_from_42_alone_and_needs_its_variables(name: str) -> 
         shellcheck("--exclude=SC2086,SC2154", "-", text=task[part])
 
 
+def sky_words(file: str, home: Path, nodes: int, **variables: str) -> list[str]:
+    """What a sky job gives to python on the last of its machines."""
+    python = home / "venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\nfor w in "$@"; do echo "$w"; done\nexit 42\n')
+    python.chmod(0o755)
+    variables |= {
+        **{"HOME": str(home), "SKYPILOT_NUM_NODES": str(nodes), "SKYPILOT_NODE_RANK": "1"},
+        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+    }
+    done = run_script("-c", yaml.safe_load((ROOT / file).read_text())["run"], **variables)
+    assert done.returncode == 42  # SkyPilot sees it
+    return done.stdout.splitlines()
+
+
 @pytest.mark.parametrize(
     ("name", "nodes", "meet"),
     [
@@ -325,21 +414,11 @@ def test_a_sky_job_recovers_from_42_alone_and_needs_its_variables(name: str) -> 
 def test_a_sky_job_runs_train_with_what_was_given(
     name: str, nodes: int, meet: list[str], tmp_path: Path
 ) -> None:
-    python = tmp_path / "venv/bin/python"
-    python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/sh\nfor w in "$@"; do echo "$w"; done\nexit 42\n')
-    python.chmod(0o755)
     variables = {
         **{"CONFIG": "configs/text.py:small,blind", "RUN": "a b"},
-        **{"SETTINGS": "--config.train.steps=9 --config.seed=1", "HOME": str(tmp_path)},
-        **{"SKYPILOT_NUM_NODES": str(nodes), "SKYPILOT_NODE_RANK": "1"},
-        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+        "SETTINGS": "--config.train.steps=9 --config.seed=1",
     }
-    done = run_script(
-        "-c", yaml.safe_load((LAUNCH / f"{name}.yaml").read_text())["run"], **variables
-    )
-    assert done.returncode == 42  # SkyPilot sees it
-    assert done.stdout.splitlines() == [
+    assert sky_words(f"launch/{name}.yaml", tmp_path, nodes, **variables) == [
         *("-m", "blindvalm_jax.train", *meet),
         *("--config=configs/text.py:small,blind", "--workdir=/runs/a b"),
         *("--config.train.steps=9", "--config.seed=1"),

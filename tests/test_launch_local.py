@@ -144,7 +144,26 @@ def test_one_that_ignores_a_signal_to_the_launcher_is_killed(
     assert process.returncode == 128 + signal.SIGKILL  # it has not saved
 
 
-def test_no_processes_are_refused(command: list[str]) -> None:
-    done = launch(command, "--processes=0")
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--processes=0"], "--processes must be at least 1, got 0"),
+        (["--processes=1", "--devices=0"], "--devices must be at least 1, got 0"),
+        (["--processes=1", "--devices=-1"], "--devices must be at least 1, got -1"),
+        (["--processes=1", "--grace=-1"], "--grace must be at least 0, got -1"),
+        (["--processes=1", "--port=0"], "--port must be from 1 to 65535, got 0"),
+        (["--processes=1", "--port=65536"], "--port must be from 1 to 65535, got 65536"),
+        (
+            ["--processes=1", "--command=is-not-there -x"],
+            "is-not-there -x: there is no such program",
+        ),
+        (["--processes=1", "--command="], "--command=: there is no such program"),
+        (["--processes=1", "--command=true '"], "--command=true ': there is no such program"),
+    ],
+)
+def test_bad_usage_is_one_line_and_2(command: list[str], words: list[str], told: str) -> None:
+    done = launch(command, *words)
     assert done.returncode == 2
-    assert "--processes must be at least 1, got 0" in done.stderr
+    assert told in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""

@@ -225,7 +225,9 @@ def test_workers_keep_the_exit_code_and_the_words_of_the_command(
     python = home / "blindvalm/venv/bin/python"
     python.parent.mkdir(parents=True)
     # ends when the test has opened the other end of the pipe
-    python.write_text('#!/bin/sh\nfor w in "$@"; do echo "<$w>"; done\nread go < gate\nexit 42\n')
+    python.write_text(
+        '#!/bin/sh\nfor w in "$NOTE" "$@"; do echo "<$w>"; done\nread go < gate\nexit 42\n'
+    )
     python.chmod(0o755)
     gate = home / "blindvalm/gate"
     os.mkfifo(gate)
@@ -238,9 +240,9 @@ def test_workers_keep_the_exit_code_and_the_words_of_the_command(
 
     assert workers() == "training=none"
     words = ("--workdir=/runs/a b", '--config.x=it\'s $HOME; "x"')
-    assert (
-        fakes.run("launch/tpu_vm.sh", "run", *WHERE, "--", *words, HOME=str(home)).returncode == 0
-    )
+    note = "it's $HOME; \\"
+    given = (*WHERE, "--env=PORT=8476", f"--env=NOTE={note}", "--", *words)
+    assert fakes.run("launch/tpu_vm.sh", "run", *given, HOME=str(home)).returncode == 0
     assert workers() == "training=running"
     gate.write_text("go\n")  # returns once it is read
     deadline = time.monotonic() + 60
@@ -249,6 +251,7 @@ def test_workers_keep_the_exit_code_and_the_words_of_the_command(
     assert workers() == "training=42"
     log = (home / "blindvalm/train.log").read_text().splitlines()
     assert log == [
+        f"<{note}>",
         "<-m>",
         "<blindvalm_jax.train>",
         "<--distributed=auto>",
@@ -273,7 +276,14 @@ def test_workers_keep_the_exit_code_and_the_words_of_the_command(
         (("install", *WHERE, "--source=there/is/no.whl"), "there is no file there/is/no.whl"),
         (("install", *WHERE, "--source=blindvalm"), "no .whl, no .tar.gz and no git+https"),
         (("run", *WHERE), "arguments of train are needed behind --"),
-        ((*BABYSIT[1:], "--restarts=many", *TRAIN), "whole numbers"),
+        ((*BABYSIT[1:], "--restarts=many", *TRAIN), "--restarts must be a whole number"),
+        ((*BABYSIT[1:], "--restarts=", *TRAIN), "--restarts must be a whole number"),
+        ((*BABYSIT[1:], "--poll=", *TRAIN), "--poll must be a whole number from 0 to 999999, got"),
+        ((*BABYSIT[1:], "--poll=08", *TRAIN), "--poll must be a whole number"),
+        (("run", *WHERE, "--env=A", *TRAIN), "--env must be NAME=VALUE"),
+        (("run", *WHERE, "--env=1A=b", *TRAIN), "letters, digits and _, got '1A'"),
+        (("run", *WHERE, "--env=A-B=secret", *TRAIN), "letters, digits and _, got 'A-B'"),
+        (("run", *WHERE, "--env=A=b\nc", *TRAIN), "--env=A=...: the value must be one line"),
     ],
 )
 def test_bad_usage_is_one_line_and_2(fakes: Fakes, words: tuple[str, ...], told: str) -> None:
@@ -281,6 +291,7 @@ def test_bad_usage_is_one_line_and_2(fakes: Fakes, words: tuple[str, ...], told:
     done = fakes.run("launch/tpu_vm.sh", *words)
     assert done.returncode == 2
     assert told in done.stderr
+    assert "secret" not in done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
     assert fakes.calls() == []
