@@ -1,4 +1,4 @@
-"""What a run will hold and send, known before its first step: the report of `--dry_run`.
+"""What a run will hold and send, known before its first step: all of it in `placement.md`.
 
 The numbers of tensors are exact. Memory and collectives are those of the program that was compiled:
 on simulated CPU devices it is not the one that an accelerator gets (docs/scaling_up.md).
@@ -137,23 +137,27 @@ def of_settings(
     )
 
 
-def report(plan: Plan, workdir: Path) -> None:
-    """Prints a plan, and writes it to `placement.md` in the directory of the run."""
+def report(plan: Plan, workdir: Path, *, dry_run: bool) -> None:
+    """Writes a plan to `placement.md` in the directory of the run; a dry run prints all of it.
+
+    A run prints the memory of a device, and warnings.
+    """
     lines = [*placement.table(plan.tensors), *memory_lines(plan), *collective_lines(plan)]
     warnings = [f"warning: {line}" for line in plan.warnings]
-    for line in (*lines, *warnings):
+    for line in (*(lines if dry_run else memory_lines(plan)), *warnings):
         say(line)
     if jax.process_index() == 0:
         kind = jax.devices()[0].device_kind
         head = [
             "# What this run holds and sends",
             "",
-            f"By `--dry_run` on {plan.mesh.size} x {kind}, mesh {dict(plan.mesh.shape)}:",
+            f"On {plan.mesh.size} x {kind}, mesh {dict(plan.mesh.shape)}:",
             f"`{shlex.join(sys.argv)}`",
         ]
         text = "\n".join((*head, *lines, *warnings)) + "\n"
         files.write_bytes(workdir / FILE_NAME, text.encode())
-        say(f"written to {workdir / FILE_NAME}")
+        written = "written to" if dry_run else "every tensor, and what devices send each other:"
+        say(f"{written} {workdir / FILE_NAME}")
 
 
 def memory_lines(plan: Plan) -> list[str]:

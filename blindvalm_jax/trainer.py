@@ -102,17 +102,17 @@ def _train(
     start = None if resuming else objective.read_start(planned.state.params)
     with goodput.lost_to("compile"):
         settings, compiled, said = _compile(settings, objective, planned, mesh, dry_run=dry_run)
+    plan = planning.describe(
+        compiled,
+        mesh=mesh,
+        state=planned.state,
+        frozen=planned.frozen,
+        batch=planned.batch,
+        trained=objective.trained,
+        said=said,
+    )
+    planning.report(plan, workdir, dry_run=dry_run)
     if dry_run:
-        plan = planning.describe(
-            compiled,
-            mesh=mesh,
-            state=planned.state,
-            frozen=planned.frozen,
-            batch=planned.batch,
-            trained=objective.trained,
-            said=said,
-        )
-        planning.report(plan, workdir)
         return 0
     with Checkpoints(workdir, settings.checkpoint) as checkpoints:
         if resuming:

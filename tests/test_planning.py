@@ -331,12 +331,14 @@ def test_a_dry_run_changes_nothing_of_the_run_after_it(tmp_path: Path) -> None:
     given = config.parse(values)
     first, second = tmp_path / "a", tmp_path / "b"
     assert trainer.train(given, first, dry_run=True) == 0
+    planned = (first / "placement.md").read_text()
+    assert "| optimizer |" in planned
     for workdir in (first, second):
         assert trainer.train(given, workdir) == 0
     losses = [json.loads((d / "metrics.jsonl").read_text())["train/loss"] for d in (first, second)]
     assert losses[0] == losses[1]
-    assert not (second / "placement.md").exists()
-    assert "| optimizer |" in (first / "placement.md").read_text()
+    for workdir in (first, second):
+        assert (workdir / "placement.md").read_text() == planned, "a run has the plan as well"
     assert json.loads((first / "run.json").read_text())["starts"][0]["step"] == 0
 
 
