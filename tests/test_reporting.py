@@ -20,6 +20,7 @@ from blindvalm_jax import config, events, metrics, trainer, trees
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.goodput import Goodput
 from blindvalm_jax.layer_norms import layer_norms
+from blindvalm_jax.profiling import Profile
 from blindvalm_jax.sinks import MetricsFile
 from tests import small_models, small_text
 from tests.test_guard import small
@@ -105,6 +106,33 @@ def test_traced_steps_are_left_out_of_the_timings(reported: Path) -> None:
     assert sorted(read_metrics(reported)["perf/step_seconds"]) == [2, 6, 8]
     assert sorted(read_metrics(reported)["train/loss"]) == [2, 4, 6, 8]
     assert list((reported / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_trace_that_cannot_be_written_ends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither written nor, while JAX still holds what could not be written, begun."""
+    place = tmp_path / "profile"
+    place.write_text("no directory")
+    profile = Profile(place, (3, 9))
+    for step in (3, 4):
+        profile.before(step)
+    jnp.ones(3).sum().block_until_ready()
+    try:
+        profile.close()
+        for later in (profile, Profile(place, (5, 9))):
+            later.before(5)
+            assert not later.ends_at(9)
+            later.close()
+    finally:
+        place.unlink()
+        jax.profiler.stop_trace()
+    said = capsys.readouterr()
+    line, begun = said.err.splitlines()
+    assert begun.endswith("no profile from step 5 on")
+    assert line.startswith(f"warning: {place} cannot be written (FAILED_PRECONDITION")
+    assert line.endswith("no profile of steps 3 to 4, and what stands there of it is not whole")
+    assert said.out == ""
 
 
 def test_a_run_has_norms_of_each_of_its_layers(reported: Path) -> None:
