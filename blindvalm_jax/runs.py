@@ -325,17 +325,28 @@ def _is_free(key: str, config: Config) -> bool:
 
 
 def write_record(
-    workdir: Path, about: Mapping[str, Any], *, given: Config, resolved: Config, step: int
+    workdir: Path,
+    about: Mapping[str, Any],
+    *,
+    given: Config,
+    resolved: Config,
+    step: int,
+    began: str,
 ) -> None:
     """Writes config.json (as resolved) and run.json: what this run is and each of its starts.
 
     A start that resumed has the settings that differ from the start before, as [before, now].
+    began: when this start did, see `lifetime.now`.
     """
     path = workdir / "run.json"
     before = _record(workdir) if step and path.exists() else None
-    starts = [] if before is None else before["starts"]
+    if before is not None:
+        starts = before["starts"]
+    else:  # those that ended before the first checkpoint
+        starts = files.read_object(path).get("starts", []) if path.exists() else []
     code = {"commit": commit(), "code_sha256": CODE_SHA256}
-    start: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, **code}
+    written = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    start: dict[str, Any] = {"time": written, "began": began, "step": step, **code}
     if before is not None and (changed := _changed(before, given)):
         start["changed"] = changed
     starts.append(start)

@@ -22,6 +22,7 @@ from blindvalm_jax import (
     fitting,
     guard,
     incidents,
+    lifetime,
     loop,
     memory,
     optim,
@@ -123,8 +124,14 @@ def _train(
         frozen = objective.place_frozen(planned.frozen, resuming=resuming)
         if is_first():
             runs.write_record(
-                workdir, about, given=settings, resolved=objective.resolved(), step=first
+                workdir,
+                about,
+                given=settings,
+                resolved=objective.resolved(),
+                step=first,
+                began=goodput.began,
             )
+            goodput.before = lifetime.before(workdir, step=first)
             runs.write_parameters(workdir, {objective.trained: state.params, **frozen})
             events.record(workdir, "resume" if resuming else "start", step=first)
         with distributed.together(), objective.batches(first) as batches:

@@ -32,6 +32,7 @@ def overview(runs: Sequence[Run]) -> list[str]:
         ("a second", lambda run: _speed(run)),
         ("MFU", lambda run: _number(run.last("perf/mfu"), ".1%")),
         ("goodput", lambda run: _number(run.last("perf/goodput"), ".1%")),
+        ("of all starts", lambda run: _number(run.last("perf/run_goodput"), ".1%")),
         ("memory", lambda run: _number(run.last("perf/peak_memory_mib"), ",.0f", " MiB")),
         ("starts", lambda run: f"{len(run.record['starts']):,}"),
         ("skipped", lambda run: _number(run.last("train/skipped_updates"), ",.0f")),
@@ -67,7 +68,8 @@ def _time(runs: Sequence[Run]) -> list[str]:
         return []
     rows = [[_named(run, runs), *(_seconds(run.last(name)) for name in lost)] for run in runs]
     head = ["run", *(name.removeprefix(_LOST).removesuffix("_seconds") for name in lost)]
-    about = "<p>Since the newest start; what is left went into updates.</p>"
+    about = "<p>Since the newest start; what is left went into updates. "
+    about += "Under restart: of the whole run, updates done again and time between starts.</p>"
     return ["<h2>Where time went besides updates</h2>", about, *_table(head, rows)]
 
 
