@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from clu import parameter_overview
 
 from blindvalm_jax import addresses, distributed, files
 from blindvalm_jax.checkpoints import layout, quarantine
@@ -45,9 +44,9 @@ _OF_THE_GUARD = tuple(
 )
 MARKER, LOCK = ".blindvalm_run", ".run.lock"
 _WRITTEN = (
-    *("checkpoints", "config.json", "data", "eval", "events.jsonl", "metrics.jsonl"),
+    *("checkpoints", "config.json", "data", "eval", "events.jsonl", "logs", "metrics.jsonl"),
     *("parameters.txt", "placement.md", "profile", "quarantine", "run.json", "saved.json"),
-    *("tensorboard", "tower", "wandb.json"),
+    *("tensorboard", "tower", "wandb", "wandb.json"),
 )
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -362,17 +361,6 @@ def write_record(
     }
     files.write_json(workdir / "config.json", _plain(resolved))
     files.write_json(path, record)
-
-
-def processes() -> dict[str, int]:
-    """Which process this is, of how many: what a pipeline asks."""
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
-
-
-def write_parameters(workdir: Path, params: Any) -> None:
-    """Writes parameters.txt: name, shape, size and sharding of every parameter."""
-    table = parameter_overview.get_parameter_overview(params, include_stats="sharding")
-    files.write_bytes(workdir / "parameters.txt", f"{table}\n".encode())
 
 
 def versions() -> dict[str, str]:

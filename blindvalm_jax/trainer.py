@@ -27,6 +27,7 @@ from blindvalm_jax import (
     memory,
     optim,
     partitioning,
+    placement,
     planning,
     process_log,
     runs,
@@ -132,7 +133,7 @@ def _train(
                 began=goodput.began,
             )
             goodput.before = lifetime.before(workdir, step=first)
-            runs.write_parameters(workdir, {objective.trained: state.params, **frozen})
+            placement.write_parameters(workdir, {objective.trained: state.params, **frozen})
             events.record(workdir, "resume" if resuming else "start", step=first)
         with distributed.together(), objective.batches(first) as batches:
             return loop.run(
