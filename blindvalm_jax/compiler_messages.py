@@ -11,6 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _REMATERIALIZED = "nvoluntary full remat"
+_VARIABLE = "TF_CPP_MIN_LOG_LEVEL"
+# What JAX, imported before, goes by: it is read once.
+_LEVEL = os.environ.get(_VARIABLE, "")
+_WARNINGS = 1  # the highest level at which XLA still prints them
+
+
+def unheard() -> str | None:
+    """Why XLA's messages are missing, whatever it compiles; None: nobody has turned them off."""
+    if not _LEVEL.isdecimal() or int(_LEVEL) <= _WARNINGS:
+        return None
+    return (
+        f"{_VARIABLE}={_LEVEL} turns XLA's messages off: whether it gathers tensors whole for want "
+        f"of a better way is not known; unset it, or set {_WARNINGS}"
+    )
 
 
 @contextlib.contextmanager

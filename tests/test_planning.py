@@ -268,9 +268,62 @@ def test_messages_of_the_compiler_are_heard_and_shown(capfd: pytest.CaptureFixtu
     assert capfd.readouterr().err.splitlines() == [line, "of a child", "later"]
 
 
-def dry_run(workdir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+_BAD = """
+import jax, jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+jax.config.update("jax_num_cpu_devices", 8)
+from blindvalm_jax import compiler_messages
+mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(AxisType.Auto,) * 3)
+before = NamedSharding(mesh, P(("a", "b"), None, "c"))
+after = NamedSharding(mesh, P("a", "b", None))
+def bad(x):
+    x = jax.lax.with_sharding_constraint(x * 2, before)
+    x = jnp.sin(x).reshape(8, 4, 8, 8).transpose(1, 0, 3, 2).reshape(32, 8, 8)
+    return jax.lax.with_sharding_constraint(x, after) + 1
+with compiler_messages.heard() as said:
+    shape = jax.ShapeDtypeStruct((8, 32, 8), jnp.float32, sharding=before)
+    jax.jit(bad).lower(shape).compile()
+print(len(compiler_messages.rematerialized(said)), compiler_messages.unheard())
+"""
+
+
+@pytest.mark.parametrize("level", ["1", "2"])
+def test_what_xla_says_of_a_bad_program_is_known_or_known_to_be_missing(level: str) -> None:
+    """XLA's own words, which may change with its version."""
+    done = subprocess.run(
+        [sys.executable, "-c", _BAD],
+        cwd=ROOT,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": level, "JAX_ENABLE_COMPILATION_CACHE": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    count, _, unheard = done.stdout.strip().partition(" ")
+    if level == "1":
+        assert (int(count) > 0, unheard) == (True, "None"), done.stderr
+    else:
+        assert (count, done.stderr) == ("0", "")
+        assert unheard.startswith("TF_CPP_MIN_LOG_LEVEL=2 turns XLA's messages off: whether it")
+
+
+def test_a_plan_says_that_the_compiler_was_not_heard(tmp_path: Path) -> None:
+    small = ["width=96", "heads=6", "layers=2", "vocab_size=500"]
+    done = dry_run(
+        *(tmp_path, "--config=configs/ladder.py:10m,gpt2,64", "--dry_run"),
+        *(f"--config.decoder.{word}" for word in small),
+        TF_CPP_MIN_LOG_LEVEL="2",
+    )
+    assert done.returncode == 0, done.stderr
+    said = "warning: TF_CPP_MIN_LOG_LEVEL=2 turns XLA's messages off"
+    for text in (done.stdout, (tmp_path / "placement.md").read_text()):
+        assert [line[: len(said)] for line in text.splitlines()].count(said) == 1
+
+
+def dry_run(workdir: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "blindvalm_jax.train", f"--workdir={workdir}", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    env = {**os.environ, **environment}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
 def test_a_dry_run_plans_devices_that_are_not_here_without_data(tmp_path: Path) -> None:
