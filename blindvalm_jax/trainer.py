@@ -92,8 +92,9 @@ def _train(
     about = describe_run(objective, mesh=mesh, planned=planned)
     if saved is not None:
         runs.check_data(workdir, about)
-        if saved >= settings.train.steps and not loop.lacks_evaluation(settings, workdir, saved):
-            if not dry_run and is_first():
+        lacking = saved < settings.train.steps or loop.lacks_evaluation(settings, workdir, saved)
+        if not lacking and not dry_run:
+            if is_first():
                 runs.keep_places(workdir, about, resolved=objective.resolved())
             _say_nothing_to_do(settings, workdir, saved)
             return 0

@@ -390,7 +390,11 @@ def test_a_dry_run_changes_nothing_of_the_run_after_it(tmp_path: Path) -> None:
     assert losses[0] == losses[1]
     assert not (second / "placement.md").exists()
     assert "| optimizer |" in (first / "placement.md").read_text()
-    assert json.loads((first / "run.json").read_text())["starts"][0]["step"] == 0
+    before = (second / "run.json").read_bytes()
+    assert json.loads(before)["starts"][0]["step"] == 0
+    assert trainer.train(given, second, dry_run=True) == 0  # of a finished run as of any other
+    assert "| optimizer |" in (second / "placement.md").read_text()
+    assert (second / "run.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("size", ladder.SIZES)
