@@ -105,7 +105,7 @@ def describe(
         memory.plan(compiled),
         collectives.read(compiled.as_text(), mesh),
         compiler_messages.rematerialized(list(said)),
-        compiler_messages.unheard(),
+        compiler_messages.unheard(list(said)),
     )
 
 
