@@ -82,6 +82,7 @@ def _row(data: int, fsdp: int, tensor: int) -> dict[str, Any]:
         "memory": None if plan.memory is None else dataclasses.asdict(plan.memory),
         "collectives": [dataclasses.asdict(total) for total in totals],
         "warnings": plan.warnings,
+        "unheard": plan.unheard,
         "seconds_to_compile": seconds,
     }
     sent = {(total.kind, total.axes): total.bytes_sent for total in totals}

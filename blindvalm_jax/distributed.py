@@ -249,6 +249,11 @@ def first_then_others(work: Callable[[], Found]) -> Found:
     return found if is_first() else work()
 
 
+def processes() -> dict[str, int]:
+    """Which process this is, of how many: what a pipeline asks."""
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
 def check_rows(mesh: Mesh) -> None:
     """Refuses a mesh on which processes have no rows of their own, one block after the other.
 

@@ -16,6 +16,7 @@ from blindvalm_jax import addresses, process_log
 
 _BROKEN_PIPE = 141  # what a shell reports of a command that such a pipe ended
 PREEMPTED, DIVERGED = 42, 43
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _TEXT = ("prompt", "candidates", "stop")  # flags whose value may hold any text
 
 
@@ -109,7 +110,7 @@ def exit_after(main: Callable[[], int | None], *, failure: int = 1, interrupted:
             raise
         sys.exit(_BROKEN_PIPE)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _FULL:
             raise
         _flush_or_drop()
         place = error.filename or "where standard output or a file goes"
@@ -123,6 +124,8 @@ def exit_after(main: Callable[[], int | None], *, failure: int = 1, interrupted:
         # Known by its name: whoever needs no device need not wait for JAX to be imported.
         if type(error).__name__ != "JaxRuntimeError" or "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        if any(os.strerror(full) in str(error) for full in _FULL):  # XLA's word for a disk as well
+            _fail(f"{first_line(error)}; free some and start again", failure)
         _fail(
             "out of device memory; training: more train.microbatches, for language models "
             "train.remat=full or train.loss_chunk, or a larger mesh.fsdp need less, and "

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+from clu import parameter_overview
 from jax.sharding import Mesh, NamedSharding
 
-from blindvalm_jax import markdown, step
+from blindvalm_jax import files, markdown, step
 
 LARGE = 4 * 2**20  # bytes; what is larger and whole on every device is worth a warning
 
@@ -141,3 +143,9 @@ def mib(count: float) -> str:
     """Bytes as MiB, with decimals where there are few."""
     size = count / 2**20
     return f"{size:,.0f}" if size >= 100 else f"{size:,.2f}"
+
+
+def write_parameters(workdir: Path, params: Any) -> None:
+    """Writes parameters.txt: name, shape, size and sharding of every parameter."""
+    table = parameter_overview.get_parameter_overview(params, include_stats="sharding")
+    files.write_bytes(workdir / "parameters.txt", f"{table}\n".encode())

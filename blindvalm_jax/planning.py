@@ -60,7 +60,10 @@ def simulate(devices: int, *, dry_run: bool) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that is known of a compiled step; messages: what XLA said of tensors gathered whole."""
+    """All that is known of a compiled step.
+
+    messages: what XLA said of tensors gathered whole; unheard: why it could say nothing, if so.
+    """
 
     mesh: Mesh
     trained: str
@@ -69,6 +72,7 @@ class Plan:
     memory: memory.Memory | None
     collectives: list[collectives.Collective]
     messages: list[str]
+    unheard: str | None
 
     @property
     def warnings(self) -> list[str]:
@@ -77,6 +81,7 @@ class Plan:
             f"whole on every device: {x.group} {x.name}, {mib(x.bytes)} MiB"
             for x in placement.replicated(self.tensors, self.mesh)
         ]
+        found += [] if self.unheard is None else [self.unheard]
         return found + [f"XLA: {line[:_LONGEST_MESSAGE]}" for line in self.messages]
 
 
@@ -100,6 +105,7 @@ def describe(
         memory.plan(compiled),
         collectives.read(compiled.as_text(), mesh),
         compiler_messages.rematerialized(list(said)),
+        compiler_messages.unheard(list(said)),
     )
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from clu import parameter_overview
 
 from blindvalm_jax import addresses, distributed, files
 from blindvalm_jax.checkpoints import layout, quarantine
@@ -45,9 +44,9 @@ _OF_THE_GUARD = tuple(
 )
 MARKER, LOCK = ".blindvalm_run", ".run.lock"
 _WRITTEN = (
-    *("checkpoints", "config.json", "data", "eval", "events.jsonl", "metrics.jsonl"),
+    *("checkpoints", "config.json", "data", "eval", "events.jsonl", "logs", "metrics.jsonl"),
     *("parameters.txt", "placement.md", "profile", "quarantine", "run.json", "saved.json"),
-    *("tensorboard", "tower", "wandb.json"),
+    *("tensorboard", "tower", "wandb", "wandb.json"),
 )
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -325,17 +324,28 @@ def _is_free(key: str, config: Config) -> bool:
 
 
 def write_record(
-    workdir: Path, about: Mapping[str, Any], *, given: Config, resolved: Config, step: int
+    workdir: Path,
+    about: Mapping[str, Any],
+    *,
+    given: Config,
+    resolved: Config,
+    step: int,
+    began: str,
 ) -> None:
     """Writes config.json (as resolved) and run.json: what this run is and each of its starts.
 
     A start that resumed has the settings that differ from the start before, as [before, now].
+    began: when this start did, see `lifetime.now`.
     """
     path = workdir / "run.json"
     before = _record(workdir) if step and path.exists() else None
-    starts = [] if before is None else before["starts"]
+    if before is not None:
+        starts = before["starts"]
+    else:  # those that ended before the first checkpoint
+        starts = files.read_object(path).get("starts", []) if path.exists() else []
     code = {"commit": commit(), "code_sha256": CODE_SHA256}
-    start: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, **code}
+    written = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    start: dict[str, Any] = {"time": written, "began": began, "step": step, **code}
     if before is not None and (changed := _changed(before, given)):
         start["changed"] = changed
     starts.append(start)
@@ -351,17 +361,6 @@ def write_record(
     }
     files.write_json(workdir / "config.json", _plain(resolved))
     files.write_json(path, record)
-
-
-def processes() -> dict[str, int]:
-    """Which process this is, of how many: what a pipeline asks."""
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
-
-
-def write_parameters(workdir: Path, params: Any) -> None:
-    """Writes parameters.txt: name, shape, size and sharding of every parameter."""
-    table = parameter_overview.get_parameter_overview(params, include_stats="sharding")
-    files.write_bytes(workdir / "parameters.txt", f"{table}\n".encode())
 
 
 def versions() -> dict[str, str]:

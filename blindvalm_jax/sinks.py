@@ -87,10 +87,16 @@ def check(settings: LogConfig, workdir: Path) -> None:
     """Refuses to start without what is asked for; the first process alone needs it.
 
     Raises:
-      UserError: a library is not installed, or nobody is logged in.
+      UserError: metrics.jsonl cannot be written, a library is not installed, nobody is logged in.
     """
     if not is_first():
         return
+    path = workdir / "metrics.jsonl"
+    try:
+        if path.exists():
+            path.open("ab").close()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; move it away") from error
     if settings.tensorboard:
         _tensorboard()
     if settings.wandb:

@@ -22,10 +22,12 @@ from blindvalm_jax import (
     fitting,
     guard,
     incidents,
+    lifetime,
     loop,
     memory,
     optim,
     partitioning,
+    placement,
     planning,
     process_log,
     runs,
@@ -90,8 +92,9 @@ def _train(
     about = describe_run(objective, mesh=mesh, planned=planned)
     if saved is not None:
         runs.check_data(workdir, about)
-        if saved >= settings.train.steps and not loop.lacks_evaluation(settings, workdir, saved):
-            if not dry_run and is_first():
+        lacking = saved < settings.train.steps or loop.lacks_evaluation(settings, workdir, saved)
+        if not lacking and not dry_run:
+            if is_first():
                 runs.keep_places(workdir, about, resolved=objective.resolved())
             _say_nothing_to_do(settings, workdir, saved)
             return 0
@@ -123,9 +126,15 @@ def _train(
         frozen = objective.place_frozen(planned.frozen, resuming=resuming)
         if is_first():
             runs.write_record(
-                workdir, about, given=settings, resolved=objective.resolved(), step=first
+                workdir,
+                about,
+                given=settings,
+                resolved=objective.resolved(),
+                step=first,
+                began=goodput.began,
             )
-            runs.write_parameters(workdir, {objective.trained: state.params, **frozen})
+            goodput.before = lifetime.before(workdir, step=first)
+            placement.write_parameters(workdir, {objective.trained: state.params, **frozen})
             events.record(workdir, "resume" if resuming else "start", step=first)
         with distributed.together(), objective.batches(first) as batches:
             return loop.run(

@@ -181,6 +181,20 @@ def test_run_that_has_not_logged_yet_is_drawn(tmp_path: Path) -> None:
         records.read([one, one])
 
 
+def test_what_a_record_lacks_is_a_cell_without_a_value(tmp_path: Path) -> None:
+    pytest.importorskip("plotly", reason="plotly is not installed")
+    path = make_run(tmp_path / "one") / "run.json"
+    whole = json.loads(path.read_text())
+    for lacking in whole:
+        path.write_text(json.dumps({k: v for k, v in whole.items() if k != lacking}))
+        drawn = drawing.page(records.read([path.parent]))
+        assert ">–</td>" in drawn
+        assert "6 of 10" in drawn
+    path.write_text('{"commit": "of something else"}')
+    with pytest.raises(UserError, match=r"run\.json is no record of a run: name directories"):
+        records.read([path.parent])
+
+
 def many(tmp_path: Path, count: int) -> list[records.Run]:
     """Runs with long names that differ in sources, and in how far they are."""
     sources = ("text", "none")

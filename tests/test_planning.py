@@ -111,6 +111,11 @@ def test_collectives_of_a_known_program_are_counted_with_their_loops() -> None:
     }
 
 
+def other_warnings(found: planning.Plan) -> list[str]:
+    """Those but that a program was in the cache already."""
+    return [line for line in found.warnings if line != found.unheard]
+
+
 @pytest.mark.parametrize(
     ("groups", "axes", "size"),
     [
@@ -177,7 +182,7 @@ def test_parameters_and_moments_fall_with_the_devices_that_split_them(
     assert plan(sizes).gradient_bytes == held(sizes, "decoder")
     assert held(ONE, "optimizer") == 2 * held(ONE, "decoder") + 8  # and two counters
     assert not placement.replicated(plan(sizes).tensors, plan(sizes).mesh, larger_than=4000)
-    assert plan(sizes).warnings == []
+    assert not other_warnings(plan(sizes))
 
 
 def test_what_is_held_is_what_the_program_takes() -> None:
@@ -247,7 +252,7 @@ def test_an_index_is_split_over_all_devices() -> None:
     (index,) = [x for x in found.tensors if x.group == "index"]
     assert index.shape == (1000, 64)
     assert index.bytes_per_device == index.bytes / 8
-    assert found.warnings == []
+    assert not other_warnings(found)
 
 
 def test_messages_of_the_compiler_are_heard_and_shown(capfd: pytest.CaptureFixture[str]) -> None:
@@ -268,9 +273,82 @@ def test_messages_of_the_compiler_are_heard_and_shown(capfd: pytest.CaptureFixtu
     assert capfd.readouterr().err.splitlines() == [line, "of a child", "later"]
 
 
-def dry_run(workdir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+_BAD = """
+import jax, jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+jax.config.update("jax_num_cpu_devices", 8)
+from blindvalm_jax import compiler_messages
+mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(AxisType.Auto,) * 3)
+before = NamedSharding(mesh, P(("a", "b"), None, "c"))
+after = NamedSharding(mesh, P("a", "b", None))
+def bad(x):
+    x = jax.lax.with_sharding_constraint(x * 2, before)
+    x = jnp.sin(x).reshape(8, 4, 8, 8).transpose(1, 0, 3, 2).reshape(32, 8, 8)
+    return jax.lax.with_sharding_constraint(x, after) + 1
+with compiler_messages.heard() as said:
+    shape = jax.ShapeDtypeStruct((8, 32, 8), jnp.float32, sharding=before)
+    jax.jit(bad).lower(shape).compile()
+print(len(compiler_messages.rematerialized(said)), compiler_messages.unheard(said))
+"""
+
+
+def run_bad(**environment: str) -> tuple[int, str, str]:
+    """Lines on rematerialization of that program, why there are none, standard error."""
+    done = subprocess.run(
+        [sys.executable, "-c", _BAD],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    count, _, unheard = done.stdout.strip().partition(" ")
+    return int(count), unheard, done.stderr
+
+
+@pytest.mark.parametrize("level", ["1", "2"])
+def test_what_xla_says_of_a_bad_program_is_known_or_known_to_be_missing(level: str) -> None:
+    """XLA's own words, which may change with its version."""
+    count, unheard, error = run_bad(TF_CPP_MIN_LOG_LEVEL=level, JAX_ENABLE_COMPILATION_CACHE="0")
+    if level == "1":
+        assert (count > 0, unheard) == (True, "None"), error
+    else:
+        assert (count, error) == (0, "")
+        assert unheard.startswith("TF_CPP_MIN_LOG_LEVEL=2 turns XLA's messages off: whether it")
+
+
+def test_a_program_that_was_compiled_before_is_known_to_say_nothing(tmp_path: Path) -> None:
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "TF_CPP_MIN_LOG_LEVEL": "1",
+    }
+    first, second = run_bad(**cache), run_bad(**cache)
+    assert first[0] > 0
+    assert first[1] == "None"
+    assert second[0] == 0
+    assert second[1].startswith("the step comes from JAX's compilation cache")
+
+
+def test_a_plan_says_that_the_compiler_was_not_heard(tmp_path: Path) -> None:
+    small = ["width=96", "heads=6", "layers=2", "vocab_size=500"]
+    done = dry_run(
+        *(tmp_path, "--config=configs/ladder.py:10m,gpt2,64", "--dry_run"),
+        *(f"--config.decoder.{word}" for word in small),
+        TF_CPP_MIN_LOG_LEVEL="2",
+    )
+    assert done.returncode == 0, done.stderr
+    said = "warning: TF_CPP_MIN_LOG_LEVEL=2 turns XLA's messages off"
+    for text in (done.stdout, (tmp_path / "placement.md").read_text()):
+        assert [line[: len(said)] for line in text.splitlines()].count(said) == 1
+
+
+def dry_run(workdir: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "blindvalm_jax.train", f"--workdir={workdir}", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    env = {**os.environ, **environment}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
 def test_a_dry_run_plans_devices_that_are_not_here_without_data(tmp_path: Path) -> None:
@@ -339,7 +417,11 @@ def test_a_dry_run_changes_nothing_of_the_run_after_it(tmp_path: Path) -> None:
     assert losses[0] == losses[1]
     for workdir in (first, second):
         assert (workdir / "placement.md").read_text() == planned, "a run has the plan as well"
-    assert json.loads((first / "run.json").read_text())["starts"][0]["step"] == 0
+    before = (second / "run.json").read_bytes()
+    assert json.loads(before)["starts"][0]["step"] == 0
+    assert trainer.train(given, second, dry_run=True) == 0  # of a finished run as of any other
+    assert (second / "placement.md").read_text() == planned
+    assert (second / "run.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("size", ladder.SIZES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import resource
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +17,11 @@ import numpy as np
 import optax
 import pytest
 
-from blindvalm_jax import config, events, metrics, trainer, trees
+from blindvalm_jax import config, events, files, lifetime, loop, metrics, trainer, trees
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.goodput import Goodput
 from blindvalm_jax.layer_norms import layer_norms
+from blindvalm_jax.profiling import Profile
 from blindvalm_jax.sinks import MetricsFile
 from tests import small_models, small_text
 from tests.test_guard import small
@@ -100,11 +102,102 @@ def test_a_run_says_what_time_it_lost(reported: Path) -> None:
     assert 0 < metrics["perf/goodput"][8] < 1
 
 
+def test_time_lost_to_restarts_is_that_since_the_checkpoint(tmp_path: Path) -> None:
+    """A start at 0:00:00 saves step 5 between two lines and is killed; the next begins at 0:02."""
+    starts: list[dict[str, Any]] = [{"began": "2026-01-01T00:00:00.000+00:00"}]
+    files.write_json(tmp_path / "run.json", {"starts": starts})
+    assert lifetime.before(tmp_path, step=0) == lifetime.Before(0, 0, 0)
+    starts.append({"began": "2026-01-01T01:02:00.000+01:00"})
+    files.write_json(tmp_path / "run.json", {"starts": starts})
+    # killed before its first line: all is lost
+    assert lifetime.before(tmp_path, step=0) == lifetime.Before(120, 0, 120)
+    goodput = {"perf/run_goodput": 0.5, "perf/lost_restart_seconds": 10.0}
+    lines = [
+        {"step": 4, "perf/step_seconds": 3.0, "perf/run_seconds": 60.0, **goodput},
+        {"step": 4, "eval/loss": 1.0},
+        {"step": 8, "perf/step_seconds": 2.0, "perf/run_seconds": 70.0, **goodput},
+    ]
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    # 60 s until step 4, of which 30 are updates, and 2 s of step 5; then 58 s that are lost
+    assert lifetime.before(tmp_path, step=5) == lifetime.Before(120, 32, 68)
+    # stopped at step 5: there is no later line
+    (tmp_path / "metrics.jsonl").write_text("".join(text.splitlines(keepends=True)[:2]))
+    assert lifetime.before(tmp_path, step=5) == lifetime.Before(120, 33, 67)
+    # by a clock that is behind nothing is gained
+    starts[1] = {"began": "2026-01-01T00:00:30.000+00:00"}
+    files.write_json(tmp_path / "run.json", {"starts": starts})
+    assert lifetime.before(tmp_path, step=5) == lifetime.Before(60, 30, 10)
+    files.write_json(tmp_path / "run.json", {"starts": [{"time": "2026-01-01"}, starts[0]]})
+    assert lifetime.before(tmp_path, step=5) is None
+
+
+def test_a_run_that_was_started_again_says_what_that_lost(
+    reported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended before its first checkpoint, then behind its last: no start is forgotten."""
+    run, text = tmp_path / "run", reported.parent / "text.txt"
+    values = small(text, train__steps=4, checkpoint__every_steps=2, eval__every_steps=0)
+
+    def ends(*args: Any, **more: Any) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "run", ends)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(values, run)
+    assert trainer.train(values, run) == 0
+    first = read_metrics(run)
+    shutil.rmtree(run / "checkpoints" / "4")
+    assert trainer.train(values, run) == 0
+    again = read_metrics(run)
+    assert [start["step"] for start in files.read_object(run / "run.json")["starts"]] == [0, 0, 2]
+    for found in (first, again):
+        lost, seconds = found["perf/lost_restart_seconds"], found["perf/run_seconds"]
+        assert 0 < lost[4] < seconds[4]
+        assert found["perf/run_goodput"][4] < found["perf/goodput"][4]
+    lost = again["perf/lost_restart_seconds"]
+    assert lost[2] == first["perf/lost_restart_seconds"][2]
+    # steps 3 and 4 of the second start are done again
+    seconds = first["perf/run_seconds"]
+    assert lost[4] > first["perf/lost_restart_seconds"][4] + seconds[4] - seconds[2]
+    whole = read_metrics(reported)
+    assert whole["perf/lost_restart_seconds"][8] == 0
+    assert whole["perf/run_goodput"][8] == pytest.approx(whole["perf/goodput"][8], abs=1e-3)
+
+
 def test_traced_steps_are_left_out_of_the_timings(reported: Path) -> None:
     """Steps 3 and 4 are traced: the line of step 4 has no speed; all others have."""
     assert sorted(read_metrics(reported)["perf/step_seconds"]) == [2, 6, 8]
     assert sorted(read_metrics(reported)["train/loss"]) == [2, 4, 6, 8]
     assert list((reported / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_trace_that_cannot_be_written_ends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither written nor, while JAX still holds what could not be written, begun."""
+    place = tmp_path / "profile"
+    place.write_text("no directory")
+    profile = Profile(place, (3, 9))
+    for step in (3, 4):
+        profile.before(step)
+    jnp.ones(3).sum().block_until_ready()
+    try:
+        profile.close()
+        for later in (profile, Profile(place, (5, 9))):
+            later.before(5)
+            assert not later.ends_at(9)
+            later.close()
+    finally:
+        place.unlink()
+        jax.profiler.stop_trace()
+    said = capsys.readouterr()
+    line, begun = said.err.splitlines()
+    assert begun.endswith("no profile from step 5 on")
+    assert line.startswith(f"warning: {place} cannot be written (FAILED_PRECONDITION")
+    assert line.endswith("no profile of steps 3 to 4, and what stands there of it is not whole")
+    assert said.out == ""
 
 
 def test_a_run_has_norms_of_each_of_its_layers(reported: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from blindvalm_jax import files, runs, system
-from blindvalm_jax.config import Config, GroundingConfig
+from blindvalm_jax import files, runs, sinks, system
+from blindvalm_jax.config import Config, GroundingConfig, LogConfig
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import weights
 from blindvalm_jax.sinks import MetricsFile
@@ -18,7 +18,7 @@ from tests import small_models
 PLAIN = Config(grounding=GroundingConfig(source="none"))
 
 
-@pytest.mark.parametrize("name", ["config.json", "tower/model.safetensors", "data/mine.txt"])
+@pytest.mark.parametrize("name", ["config.json", "tower/x", "data/mine.txt", "logs/x", "wandb/x"])
 def test_a_directory_of_something_else_is_left_alone(tmp_path: Path, name: str) -> None:
     mine = tmp_path / name
     mine.parent.mkdir(exist_ok=True)
@@ -142,6 +142,14 @@ def test_a_half_written_tower_is_replaced(tmp_path: Path) -> None:
         system.store_tower(tower, tmp_path, tokenizer=None)
         assert weights.load(tmp_path / "tower").sha256 == tower.sha256
         assert not (tmp_path / "tower" / name).exists()
+
+
+def test_metrics_that_cannot_be_written_are_one_clear_line(tmp_path: Path) -> None:
+    sinks.check(LogConfig(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written: Is a directory; move"):
+        sinks.check(LogConfig(), tmp_path)
 
 
 def test_a_resumed_run_drops_later_and_torn_lines_of_its_metrics(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from blindvalm_jax import config, fitting, flops, partitioning, runs, system
+from blindvalm_jax import config, distributed, fitting, flops, partitioning, system
 from blindvalm_jax.console import say
 from blindvalm_jax.data import images, packing, pairs, pipeline, prepared
 from blindvalm_jax.data.images import ImageSource
@@ -125,7 +125,7 @@ class Contrastive:
             batch_size=self._settings.train.batch_size,
             seed=self._settings.seed,
             start_step=start_step,
-            **runs.processes(),
+            **distributed.processes(),
         )
 
     def to_device(self, rows: Mapping[str, Any]) -> Batch:
@@ -147,7 +147,7 @@ class Contrastive:
             self._read,
             batch_size=self._settings.train.batch_size,
             limit=self._settings.eval.windows,
-            **runs.processes(),
+            **distributed.processes(),
         )
         with partitioning.use(self._mesh):
             for host, count in rows:

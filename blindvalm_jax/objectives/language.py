@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from blindvalm_jax import config, fitting, flops, partitioning, runs, system
+from blindvalm_jax import config, distributed, fitting, flops, partitioning, runs, system
 from blindvalm_jax.console import is_first, say
 from blindvalm_jax.data import pipeline, prepared, tokenizers
 from blindvalm_jax.data.replacing import Replacing
@@ -242,7 +242,7 @@ class Language:
         """What every reading of windows shares."""
         options: dict[str, Any] = {"batch_size": batch_size, "tower": self.model.tower is not None}
         if processes:
-            options |= runs.processes()
+            options |= distributed.processes()
         return options
 
 

@@ -68,7 +68,7 @@ def axis_names(runs: Sequence[Run]) -> list[str]:
 
 
 def axes(run: Run) -> dict[str, list[float]]:
-    """What the lines of a run may be drawn over, by the name of the axis."""
+    """What the lines of a run may be drawn over, by the name of the axis, as far as it is known."""
     steps = [line["step"] for line in run.lines]
     units = int(run.settings["train.batch_size"]) * run.units_per_row
     seconds = dict.fromkeys(steps, 0.0)
@@ -78,10 +78,11 @@ def axes(run: Run) -> dict[str, list[float]]:
         before = line["step"]
         seconds[line["step"]] = total
     filled = itertools.accumulate((seconds[step] for step in steps), max)
+    flops = run.flops_per_unit
     return {
         "updates": [float(step) for step in steps],
         run.unit: [float(step * units) for step in steps],
-        "model FLOPs": [step * units * run.flops_per_unit for step in steps],
+        **({} if flops is None else {"model FLOPs": [step * units * flops for step in steps]}),
         "hours of updates": [spent / 3600 for spent in filled],
     }
 

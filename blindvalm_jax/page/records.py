@@ -12,6 +12,8 @@ from blindvalm_jax import config, events, files, metrics
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.trees import flatten
 
+_OF_A_RUN = {"starts", "parameters", "devices", "config_as_given"}  # a record may lack some
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -52,16 +54,17 @@ class Run:
         return 1 if self.unit == "pairs" else int(self.settings["data.sequence_length"])
 
     @property
-    def flops_per_unit(self) -> float:
-        """Model FLOPs of a token or pair, forward and backward."""
-        return float(self.record[f"flops_per_{self.unit[:-1]}"]["total"])
+    def flops_per_unit(self) -> float | None:
+        """Model FLOPs of a token or pair, forward and backward; None: the record lacks them."""
+        found = self.record.get(f"flops_per_{self.unit[:-1]}")
+        return None if found is None else float(found["total"])
 
 
 def read(directories: Sequence[Path]) -> list[Run]:
     """Reads runs; their names are what tells their paths apart.
 
     Raises:
-      UserError: a directory is no run's, or is named twice.
+      UserError: a directory is no run's or cannot be read, or is named twice.
     """
     paths = [directory.resolve() for directory in directories]
     twice = sorted({str(path) for path in paths if paths.count(path) > 1})
@@ -73,6 +76,8 @@ def read(directories: Sequence[Path]) -> list[Run]:
 def _read(path: Path, name: str) -> Run:
     hint = "name directories that train wrote"
     record = files.read_object(path / "run.json", hint=hint)
+    if not _OF_A_RUN & record.keys():
+        raise UserError(f"{path / 'run.json'} is no record of a run: {hint}")
     settings = config.completed(files.read_object(path / "config.json", hint=hint))
     try:
         lines = metrics.records(path / "metrics.jsonl")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from blindvalm_jax.metrics import duration
@@ -25,17 +25,18 @@ def overview(runs: Sequence[Run]) -> list[str]:
     """How far each run is, as lines of HTML."""
     of: list[tuple[str, Callable[[Run], str]]] = [
         ("model", _model),
-        ("parameters", lambda run: f"{sum(_sizes(run).values()):,}"),
+        ("parameters", _parameters),
         ("updates", lambda run: f"{run.step:,} of {run.settings['train.steps']:,}"),
         ("train loss", lambda run: _number(run.last("train/loss"), ".4f")),
         ("held-out loss", lambda run: _number(run.last("eval/loss"), ".4f")),
         ("a second", lambda run: _speed(run)),
         ("MFU", lambda run: _number(run.last("perf/mfu"), ".1%")),
         ("goodput", lambda run: _number(run.last("perf/goodput"), ".1%")),
+        ("of all starts", lambda run: _number(run.last("perf/run_goodput"), ".1%")),
         ("memory", lambda run: _number(run.last("perf/peak_memory_mib"), ",.0f", " MiB")),
-        ("starts", lambda run: f"{len(run.record['starts']):,}"),
+        ("starts", lambda run: _told(run, "starts", lambda starts: f"{len(starts):,}")),
         ("skipped", lambda run: _number(run.last("train/skipped_updates"), ",.0f")),
-        ("devices", lambda run: html.escape("{1} x {0}".format(*run.record["devices"]))),
+        ("devices", lambda run: _told(run, "devices", lambda both: "{1} x {0}".format(*both))),
         ("commit", lambda run: html.escape((run.record.get("commit") or _NOTHING)[:9])),
     ]
     rows = [[_named(run, runs), *(cell(run) for _, cell in of)] for run in runs]
@@ -52,8 +53,16 @@ def _model(run: Run) -> str:
     return html.escape(name + (f", {control}" if control != "none" and source != "none" else ""))
 
 
-def _sizes(run: Run) -> dict[str, int]:
-    return {k: v for k, v in run.record["parameters"].items() if k != "bytes_per_device"}
+def _parameters(run: Run) -> str:
+    def count(sizes: Mapping[str, int]) -> str:
+        return f"{sum(size for name, size in sizes.items() if name != 'bytes_per_device'):,}"
+
+    return _told(run, "parameters", count)
+
+
+def _told(run: Run, name: str, form: Callable[[Any], str]) -> str:
+    """What a record says of something, if it has it."""
+    return html.escape(form(run.record[name])) if name in run.record else _NOTHING
 
 
 def _speed(run: Run) -> str:
@@ -67,7 +76,8 @@ def _time(runs: Sequence[Run]) -> list[str]:
         return []
     rows = [[_named(run, runs), *(_seconds(run.last(name)) for name in lost)] for run in runs]
     head = ["run", *(name.removeprefix(_LOST).removesuffix("_seconds") for name in lost)]
-    about = "<p>Since the newest start; what is left went into updates.</p>"
+    about = "<p>Since the newest start; what is left went into updates. "
+    about += "Under restart: of the whole run, updates done again and time between starts.</p>"
     return ["<h2>Where time went besides updates</h2>", about, *_table(head, rows)]
 
 
