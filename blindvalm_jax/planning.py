@@ -93,9 +93,9 @@ def describe(
     frozen: Mapping[str, Any],
     batch: Any,
     trained: str,
-    said: Sequence[str] = (),
+    said: Sequence[str] | None,
 ) -> Plan:
-    """The plan of a compiled step; said: standard error of its compilation."""
+    """The plan of a compiled step; said: what `compiler_messages.heard` collected, if asked."""
     tensors = placement.tensors(state, frozen, batch, trained=trained)
     return Plan(
         mesh,
@@ -104,8 +104,8 @@ def describe(
         sum(x.bytes_per_device for x in tensors if x.group == trained),
         memory.plan(compiled),
         collectives.read(compiled.as_text(), mesh),
-        compiler_messages.rematerialized(list(said)),
-        compiler_messages.unheard(list(said)),
+        compiler_messages.rematerialized(list(said or ())),
+        None if said is None else compiler_messages.unheard(list(said)),
     )
 
 

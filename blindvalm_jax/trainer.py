@@ -112,7 +112,7 @@ def _train(
         frozen=planned.frozen,
         batch=planned.batch,
         trained=objective.trained,
-        said=said,
+        said=said if dry_run else None,
     )
     planning.report(plan, workdir, dry_run=dry_run)
     if dry_run:

@@ -394,6 +394,12 @@ def test_simulated_devices_that_make_no_sense_are_one_line(
     assert len(done.stderr.splitlines()) == 1
 
 
+def plan_of(workdir: Path) -> list[str]:
+    """The lines of placement.md, but that a program was in the cache already."""
+    lines = (workdir / "placement.md").read_text().splitlines()
+    return [line for line in lines if not line.startswith("warning: the step comes from JAX's")]
+
+
 def test_a_dry_run_changes_nothing_of_the_run_after_it(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     small_text.write_text(text, small_text.documents(60))
@@ -409,18 +415,18 @@ def test_a_dry_run_changes_nothing_of_the_run_after_it(tmp_path: Path) -> None:
     given = config.parse(values)
     first, second = tmp_path / "a", tmp_path / "b"
     assert trainer.train(given, first, dry_run=True) == 0
-    planned = (first / "placement.md").read_text()
-    assert "| optimizer |" in planned
+    planned = plan_of(first)
+    assert any(line.startswith("| optimizer |") for line in planned)
     for workdir in (first, second):
         assert trainer.train(given, workdir) == 0
     losses = [json.loads((d / "metrics.jsonl").read_text())["train/loss"] for d in (first, second)]
     assert losses[0] == losses[1]
     for workdir in (first, second):
-        assert (workdir / "placement.md").read_text() == planned, "a run has the plan as well"
+        assert plan_of(workdir) == planned, "a run has the plan as well"
     before = (second / "run.json").read_bytes()
     assert json.loads(before)["starts"][0]["step"] == 0
     assert trainer.train(given, second, dry_run=True) == 0  # of a finished run as of any other
-    assert (second / "placement.md").read_text() == planned
+    assert plan_of(second) == planned
     assert (second / "run.json").read_bytes() == before
 
 
