@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import fcntl
 import importlib.util
+import itertools
 import json
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -358,6 +361,31 @@ def test_the_directory_is_read_as_often_for_many_files_as_for_one(
         remote.Store(ADDRESS).bring()
         counts.append(len(reads))
     assert counts[0] == counts[1]
+
+
+def test_what_is_renamed_meanwhile_is_no_error(tmp_path: Path) -> None:
+    """Orbax renames directories of a step that it writes."""
+    (tmp_path / "kept").touch()
+    names = [tmp_path / "a", tmp_path / "b"]
+    for inner in range(50):
+        (names[0] / f"{inner}/deep").mkdir(parents=True)
+        (names[0] / f"{inner}/deep/file").touch()
+    ended = threading.Event()
+
+    def rename() -> None:
+        for turn in itertools.count():
+            if ended.is_set():
+                return
+            names[turn % 2].rename(names[1 - turn % 2])
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        renaming = pool.submit(rename)
+        try:
+            for _ in range(200):
+                assert "kept" in mirror._contents(tmp_path)
+        finally:
+            ended.set()
+        renaming.result()
 
 
 def test_a_second_process_of_the_machine_is_kept_out() -> None:

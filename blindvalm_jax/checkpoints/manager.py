@@ -31,6 +31,18 @@ from blindvalm_jax.survival import preemption
 _LONG_WAIT = 1.0  # seconds
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which leaves SIGTERM to the loop."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Asks JAX nothing: it would take a saved step for the one that training has come to.
+
+        It is asked when a save ends, updates later. Processes would then stop at different steps.
+        """
+        del step
+        return False
+
+
 class Checkpoints:
     """Saves in the background and restores; a step directory appears only when it is whole."""
 
@@ -47,7 +59,7 @@ class Checkpoints:
         self._error: str | None = None  # why that failed in this process
         self._clear()
         self._retention = Retention(workdir, config)
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self._directory,
             item_names=layout.ITEMS,
             options=ocp.CheckpointManagerOptions(

@@ -202,9 +202,11 @@ def _order(name: str) -> tuple[bool, bool, str]:
 def _contents(directory: Path) -> dict[str, tuple[int, int]]:
     """Time of change and size of what is to be kept, by its name in the directory."""
     found = {}
-    for path in directory.rglob("*"):
-        name = path.relative_to(directory).as_posix()
-        with contextlib.suppress(FileNotFoundError):  # gone since
-            if path.is_file() and not UNFINISHED.search(name):
-                found[name] = (path.stat().st_mtime_ns, path.stat().st_size)
+    for place, _, names in os.walk(directory):  # leaves out directories that are gone since
+        for path in (Path(place, name) for name in names):
+            name = path.relative_to(directory).as_posix()
+            if not UNFINISHED.search(name):
+                with contextlib.suppress(FileNotFoundError):  # gone since
+                    about = path.stat()
+                    found[name] = (about.st_mtime_ns, about.st_size)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 
 import ml_collections
@@ -27,9 +28,18 @@ SOON = 30.0  # seconds within which a process ends without the others
 
 
 def train(
-    runs: Runs, values: ml_collections.ConfigDict, workdir: Path, *, processes: int, until: int = 0
+    runs: Runs,
+    values: ml_collections.ConfigDict,
+    workdir: Path,
+    *,
+    processes: int,
+    until: int = 0,
+    behind: int = 0,
 ) -> None:
-    """Trains to the end; until: stops all by SIGTERM to the last process after that step."""
+    """Trains to the end; until: stops all by SIGTERM to the last process after that step.
+
+    behind: the step that is saved then.
+    """
     if not until:
         started = runs.several(processes, values, workdir)
         for process in started:
@@ -41,6 +51,9 @@ def train(
         processes, values, workdir, codes={processes - 1: pause}, TF_CPP_MIN_LOG_LEVEL="0"
     )
     started[-1].until("^waiting")
+    if behind:
+        small_run.wait_for(lambda: steps(workdir) == [behind])
+        time.sleep(0.5)  # for what Orbax does afterwards
     started[-1].send()
     for process in started:
         process.until("Preemption sync counter is set")  # JAX says so, to who listens
@@ -63,6 +76,20 @@ def test_processes_train_as_one_does_and_hand_over(text: Path, tmp_path: Path, r
     assert steps(tmp_path / "four") == [stopped, 12]
     for several in ("two", "four"):
         check_alike(tmp_path / "one", tmp_path / several, step=12)
+
+
+def test_sigterm_behind_a_save_stops_all_at_one_step(
+    text: Path, tmp_path: Path, runs: Runs
+) -> None:
+    """Row 4; a save that has just ended must not tell JAX of an older step than the loop did."""
+    values = small_run.settings(text, train__steps=6, checkpoint__every_steps=2)
+    train(runs, values, tmp_path / "stopped", processes=2, until=3, behind=2)
+    saved, stopped = steps(tmp_path / "stopped")
+    assert saved == 2
+    assert stopped in (3, 4)
+    train(runs, values, tmp_path / "stopped", processes=2)
+    runs.start(values, tmp_path / "one").ends()
+    check_equal(tmp_path / "one", tmp_path / "stopped")
 
 
 def test_any_number_of_processes_goes_on(text: Path, tmp_path: Path, runs: Runs) -> None:
