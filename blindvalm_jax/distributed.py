@@ -1,7 +1,8 @@
 """Several processes that train one run: how they find each other, take turns and leave.
 
 Each process has devices of its own, and reads its own rows of every batch. They share the
-directory of the run and the data on one file system. The first one writes and prints.
+directory of the run and the data on one file system, or each has copies of its own of a run that is
+kept in a store (`ownership`). The first one writes and prints.
 """
 
 from __future__ import annotations
@@ -252,6 +253,23 @@ def first_then_others(work: Callable[[], Found]) -> Found:
 def processes() -> dict[str, int]:
     """Which process this is, of how many: what a pipeline asks."""
     return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
+def all_or_none(work: Callable[[], Found]) -> Found:
+    """What `work` gives on each process, once all of them have done it.
+
+    Raises:
+      UserError: what `work` raises; elsewhere, that another one has failed.
+    """
+    failure = None
+    try:
+        found = work()
+    except UserError as error:
+        failure = error
+    multihost.get_barrier_sync_fn()(key=f"turn {next(_turns)}", timeout_ms=_TURN_MS)
+    if agreement.any_of(failure is not None):
+        raise failure or UserError("another process cannot begin: see what it says")
+    return found
 
 
 def check_rows(mesh: Mesh) -> None:

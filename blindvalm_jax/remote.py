@@ -3,7 +3,8 @@
     python -m blindvalm_jax.remote gs://BUCKET/RUN    # brings it, prints where it is then
 
 fsspec knows the stores. Orbax, locks, renames and appended lines need a file system, so the run is
-a directory of this machine that is brought first, and sent while it is trained and at its end.
+a directory of this machine that is brought first, and sent while it is trained and at its end. Of
+several processes each has such a directory (`stores.parts`).
 """
 
 from __future__ import annotations
@@ -16,11 +17,16 @@ from pathlib import Path
 
 import jax
 
-from blindvalm_jax.errors import UserError, run_main
+from blindvalm_jax import distributed, ownership
+from blindvalm_jax.console import is_first, say
+from blindvalm_jax.errors import Preempted, UserError, first_line, run_main
+from blindvalm_jax.stores import parts
 from blindvalm_jax.stores.mirror import Store
 from blindvalm_jax.survival import preemption
 
 _SECONDS = 60.0  # between two sendings
+_PATIENCE = 600.0  # seconds that the first process waits for what the others send last
+_SOON = 10.0  # and where an error ends it, which may be its own
 
 
 @contextlib.contextmanager
@@ -30,13 +36,12 @@ def kept(address: str, *, seconds: float = _SECONDS) -> Iterator[Path]:
     Nothing keeps a second machine from the same address.
 
     Raises:
-      UserError: the store cannot be reached, read or written, or this is one of several processes.
+      UserError: the store cannot be reached, read or written.
     """
     if jax.process_count() > 1:
-        raise UserError(
-            f"--workdir={address}: several processes write their checkpoints to one directory: "
-            "mount the bucket on all of their machines (gcsfuse, mount-s3) and give the path"
-        )
+        with _kept_by_several(address, seconds) as directory:
+            yield directory
+        return
     store = Store(address)
     with store.held():
         if store.bring():
@@ -49,16 +54,45 @@ def kept(address: str, *, seconds: float = _SECONDS) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def _kept_by_several(address: str, seconds: float) -> Iterator[Path]:
+    """As `kept`; each process brings all of the run, and sends its part of it."""
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> parts.First | parts.Other:
+            store = parts.of_this_process(address)
+            stack.enter_context(store.held())
+            store.begin()
+            return store
+
+        store = distributed.all_or_none(lambda: distributed.first_then_others(begin))
+        say(f"{address} is worked on in {store.directory}, and by each process in its own")
+        stack.enter_context(ownership.each_its_own())
+        patience = _SOON if is_first() else 0.0
+        try:
+            with _sending(store, seconds):
+                yield store.directory
+            patience = _PATIENCE
+        except Preempted:
+            patience = _PATIENCE
+            raise
+        finally:
+            with preemption.kept():
+                store.finish(patience)
+
+
+@contextlib.contextmanager
 def _sending(store: Store, seconds: float) -> Iterator[None]:
     """Sends every so often, and at the end, however that comes."""
     stop = threading.Event()
 
     def send_now_and_then() -> None:
-        while not stop.wait(seconds):
+        while not stop.wait(store.pause(seconds)):
             try:
                 store.send()
             except UserError as error:  # it may come back: what is here is sent then
                 print(f"warning: {error}; tried again in {seconds:g} s", flush=True)
+            except jax.errors.JaxRuntimeError as error:  # another process is gone, or will say more
+                print(f"warning: {first_line(error)}; tried again in {seconds:g} s", flush=True)
 
     sender = threading.Thread(target=send_now_and_then, daemon=True)
     sender.start()

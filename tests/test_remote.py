@@ -346,13 +346,13 @@ def test_the_directory_is_read_as_often_for_many_files_as_for_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     memory = fsspec.filesystem("memory")
-    contents, reads = mirror._contents, []
+    contents, reads = mirror.contents, []
 
     def noted(directory: Path) -> Any:
         reads.append(directory)
         return contents(directory)
 
-    monkeypatch.setattr(mirror, "_contents", noted)
+    monkeypatch.setattr(mirror, "contents", noted)
     counts = []
     for count in (1, 20):
         for number in range(count):

@@ -3,14 +3,16 @@
 `state` holds step, parameters and optimizer (Orbax), `guard` what watches over the updates, where
 there is such. The rest is JSON: `data` (the position, and the held-out loss where it was
 measured), `config` (the settings), `digests` of the arrays and of these two. Checkpoints of before
-the digests have none.
+the digests have none. Arrays are one OCDBT; of processes that wrote apart each is a directory of
+zarr with a file for each of its pieces.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ STATE, GUARD, DATA, CONFIG, DIGESTS = "state", "guard", "data", "config", "diges
 ITEMS = (STATE, GUARD, DATA, CONFIG, DIGESTS)
 UNFINISHED = "*.orbax-checkpoint-tmp*"
 _METADATA, _JSON = "_CHECKPOINT_METADATA", "metadata"  # names of Orbax
-_INDEX = ("_METADATA", "manifest.ocdbt")
+_INDEX, _OCDBT, _ZARR = "_METADATA", "manifest.ocdbt", ".zarray"
 _FORMAT = 1
 
 
@@ -68,11 +70,63 @@ def fault(checkpoint: Path) -> str | None:
             read_json(checkpoint, name)
     except UserError as error:
         return str(error)
-    for name in {STATE, GUARD} & items:
-        for part in _INDEX:
-            if not (checkpoint / name / part).is_file():
-                return f"its {name}/{part} is missing"
-    return None
+    missing = (
+        f"{name}/{part}" for name in {STATE, GUARD} & items for part in _missing(checkpoint / name)
+    )
+    first = next(missing, None)
+    return None if first is None else f"its {first} is missing"
+
+
+def is_apart(checkpoint: Path) -> bool:
+    """Whether its arrays were written by processes apart: one alone may have a part of them."""
+    return not (checkpoint / STATE / _OCDBT).exists() and _arrays(checkpoint / STATE) is not None
+
+
+def _missing(item: Path) -> Iterator[str]:
+    """The files that an item of arrays lacks, as far as they follow from the others."""
+    if not (item / _INDEX).is_file():
+        yield _INDEX
+    elif not (item / _OCDBT).is_file():
+        arrays = _arrays(item)
+        if arrays is None:
+            yield _OCDBT
+        else:
+            for name in arrays:
+                yield from (f"{name}/{part}" for part in _missing_of_array(item / name))
+
+
+def _arrays(item: Path) -> list[str] | None:
+    """The directories of an item's arrays; None: it is no item of such."""
+    try:
+        index = files.read_object(item / _INDEX)
+    except UserError:
+        return None
+    if index.get("use_ocdbt") is not False:
+        return None
+    try:
+        return [
+            ".".join(str(part["key"]) for part in entry["key_metadata"])
+            for entry in index["tree_metadata"].values()
+            if not entry["value_metadata"].get("skip_deserialize")
+        ]
+    except (KeyError, TypeError, AttributeError):
+        return None
+
+
+def _missing_of_array(array: Path) -> Iterator[str]:
+    try:
+        about = files.read_object(array / _ZARR)
+        counts = [
+            -(-size // part) for size, part in zip(about["shape"], about["chunks"], strict=True)
+        ]
+    except (UserError, KeyError, ValueError, TypeError, ZeroDivisionError):
+        yield _ZARR
+        return
+    there = {path.name for path in array.iterdir()}
+    for place in itertools.product(*map(range, counts)):
+        name = ".".join(map(str, place)) or "0"
+        if name not in there:
+            yield name
 
 
 def has(checkpoint: Path, name: str) -> bool:

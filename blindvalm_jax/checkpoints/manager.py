@@ -1,7 +1,8 @@
 """Checkpoints of a run that trains: saved in the background, restored as far as they are sound.
 
-With several processes every one calls every method; the first alone renames and deletes. A save
-counts as failed where it failed in any process, and all fall back to the same step.
+With several processes every one calls every method; where they share the directory the first alone
+renames and deletes. A save counts as failed where it failed in any process, and all fall back to
+the same step.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from blindvalm_jax import agreement, digests, events
-from blindvalm_jax.checkpoints import layout, quarantine
+from blindvalm_jax import agreement, digests, events, ownership
+from blindvalm_jax.checkpoints import layout, quarantine, writing
 from blindvalm_jax.checkpoints.orbax_log import quiet
 from blindvalm_jax.checkpoints.retention import Retention
 from blindvalm_jax.config import CheckpointConfig, Config
@@ -29,18 +30,6 @@ from blindvalm_jax.stores import places
 from blindvalm_jax.survival import preemption
 
 _LONG_WAIT = 1.0  # seconds
-
-
-class _Manager(ocp.CheckpointManager):
-    """Orbax's, which leaves SIGTERM to the loop."""
-
-    def reached_preemption(self, step: int) -> bool:
-        """Asks JAX nothing: it would take a saved step for the one that training has come to.
-
-        It is asked when a save ends, updates later. Processes would then stop at different steps.
-        """
-        del step
-        return False
 
 
 class Checkpoints:
@@ -59,13 +48,7 @@ class Checkpoints:
         self._error: str | None = None  # why that failed in this process
         self._clear()
         self._retention = Retention(workdir, config)
-        self._manager = _Manager(
-            self._directory,
-            item_names=layout.ITEMS,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._retention, enable_async_checkpointing=True
-            ),
-        )
+        self._manager = writing.manager(self._directory, self._retention)
 
     @property
     def latest_step(self) -> int | None:
@@ -130,6 +113,8 @@ class Checkpoints:
 
     def _failed(self, step: int, reason: str) -> None:
         self._retention.losses.pop(step, None)
+        if ownership.apart():  # this process may have written its part to the end
+            shutil.rmtree(self._directory / str(step), ignore_errors=True)
         self._clear()
         self._manager.reload()
         self._failures += 1
@@ -155,7 +140,7 @@ class Checkpoints:
 
     def _clear(self) -> None:
         """Removes what saves that never ended have left."""
-        if is_first():
+        if ownership.keeps():
             for path in layout.unfinished(self._run):
                 shutil.rmtree(path, ignore_errors=True)
                 if not path.exists():
@@ -210,7 +195,7 @@ class Checkpoints:
         for step, reason in bad.items():
             text = f"the checkpoint of step {step} is bad: {reason}"
             events.record(self._run, "quarantined", step=step, reason=reason)
-            if is_first():
+            if ownership.keeps():
                 try:
                     text += f"; it is now {quarantine.move(self._run, step, reason)}"
                 except UserError as error:
@@ -219,7 +204,7 @@ class Checkpoints:
         if not bad:
             return
         if agreement.any_of(failure is not None):  # here all wait for the first one
-            raise failure or UserError("the first process cannot move a bad checkpoint aside")
+            raise failure or UserError("another process cannot move a bad checkpoint aside")
         self._manager.reload()
 
     def finish(self) -> None:
@@ -283,13 +268,13 @@ def _items(state: TrainState, step: int, config: Config, loss: float | None) -> 
         },
     )
     items = {
-        layout.STATE: ocp.args.StandardSave(arrays),
+        layout.STATE: writing.arrays(arrays),
         layout.DATA: ocp.args.JsonSave(data),
         layout.CONFIG: ocp.args.JsonSave(settings),
         layout.DIGESTS: ocp.args.JsonSave(sums.as_json()),
     }
     if state.guard is not None:
-        items[layout.GUARD] = ocp.args.StandardSave(state.guard)
+        items[layout.GUARD] = writing.arrays(state.guard)
     return ocp.args.Composite(**items)
 
 

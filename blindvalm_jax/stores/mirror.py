@@ -15,25 +15,27 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from blindvalm_jax import files, runs
-from blindvalm_jax.checkpoints import quarantine
+from blindvalm_jax.checkpoints import layout, quarantine
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.stores import places
 from blindvalm_jax.stores.connection import Connection
-from blindvalm_jax.stores.steps import LAST, UNFINISHED, is_last, whole
+from blindvalm_jax.stores.steps import LAST, UNFINISHED, is_last, is_log, is_piece, whole
 
 _NOTES = ".sent.json"  # by name: what the store says of the file, its time of change and size here
+_NOT_HERE = (0, 0)  # in place of both, of a file that is there alone
+OF_OTHERS = (0, -1)  # and of one that another process of this run has sent
 
 
 class Store:
     """A directory of an object store, and what is there of the one here."""
 
-    def __init__(self, address: str) -> None:
-        """Connects.
+    def __init__(self, address: str, *, process: int = 0) -> None:
+        """Connects; process: which one of several that work apart this is.
 
         Raises:
           UserError: the library of the store or what it needs to log in is missing.
         """
-        self.directory = places.of_run(address)
+        self.directory = places.of_run(address, process=process)
         self._store = Connection(
             address,
             advice=f" What is here is in {self.directory}, and the same command sends it",
@@ -69,15 +71,18 @@ class Store:
           UserError: the store cannot be read.
         """
         with self._store.failing("read"):
-            there, here, sent = self._there(), _contents(self.directory), self._noted()
-            unsent = [name for name, kind in here.items() if _kind(sent, name) != kind]
+            there, sent = self._there(), self._noted()
+            self._drop_parts(sent)
+            here = contents(self.directory)
+            unsent = [name for name, kind in here.items() if kind_sent(sent, name) != kind]
             changed = any(
                 not there.get(name) or name not in sent or there[name] != sent[name][0]
                 for name in there.keys() | (sent.keys() & here.keys())
+                if not _is_of_others(name, there, sent)
             )
             if changed:
                 self._move_aside(unsent if there else here)
-                unsent, here = [], _contents(self.directory)
+                unsent, here = [], contents(self.directory)
                 for name in here.keys() - there.keys():
                     (self.directory / name).unlink()
             self._sent = {name: known for name, known in sent.items() if name in there}
@@ -87,11 +92,22 @@ class Store:
                 if whole(name, there):
                     self._fetch(name, mark)
                 else:
-                    self._note(name, (mark, 0, 0))
+                    self._note(name, (mark, *_NOT_HERE))
+        self._drop_unfinished()
+        return unsent
+
+    def _drop_unfinished(self) -> None:
         for step in (self.directory / "checkpoints").glob("*"):
             if step.is_dir() and not (step / LAST).exists():
                 shutil.rmtree(step)
-        return unsent
+
+    def _drop_parts(self, sent: Mapping[str, tuple[str, int, int]]) -> None:
+        """Removes steps of which this process has a part, where they were not sent to the end."""
+        for step in layout.steps(self.directory):
+            checkpoint = layout.directory(self.directory) / str(step)
+            unsent = f"checkpoints/{step}/{LAST}" not in sent
+            if unsent and layout.is_apart(checkpoint) and layout.fault(checkpoint) is not None:
+                shutil.rmtree(checkpoint)
 
     def _fetch(self, name: str, mark: str) -> None:
         """Brings a file; what was brought is noted, so that another try goes on from there."""
@@ -145,6 +161,9 @@ class Store:
         self._sent.pop(name, None)
         if known is not None:
             self._sent[name] = known
+        self._write_notes()
+
+    def _write_notes(self) -> None:
         files.write_json(self.directory / _NOTES, self._sent, compact=True)
 
     def send(self) -> None:
@@ -154,15 +173,23 @@ class Store:
           UserError: it cannot be written.
         """
         with self._store.failing("written"):
-            here = _contents(self.directory)
+            here = contents(self.directory)
             here = {name: kind for name, kind in here.items() if whole(name, here)}
             self._put(here)
+            gone = {
+                name
+                for name, known in self._sent.items()
+                if name not in here and not (known[1:] == OF_OTHERS and whole(name, here))
+            }
             # first what makes a step whole
-            gone = self._sent.keys() - here.keys()
             for name in sorted(gone, key=lambda name: (not is_last(name), name)):
                 with contextlib.suppress(FileNotFoundError):
                     self._files.rm_file(f"{self._root}/{name}")
                 self._note(name, None)
+
+    def pause(self, seconds: float) -> float:
+        """How long to wait before the next sending, which is due in so many seconds."""
+        return seconds
 
     def add(self, names: Collection[str]) -> None:
         """Sends these files as far as they are new or changed, and removes nothing there.
@@ -171,11 +198,11 @@ class Store:
           UserError: they cannot be written.
         """
         with self._store.failing("written"):
-            here = _contents(self.directory)
+            here = contents(self.directory)
             self._put({n: kind for n, kind in here.items() if n in names and whole(n, here)})
 
     def _put(self, here: Mapping[str, tuple[int, int]]) -> None:
-        new = [name for name, kind in here.items() if _kind(self._sent, name) != kind]
+        new = [name for name, kind in here.items() if kind_sent(self._sent, name) != kind]
         for name in sorted(new, key=_order):
             if name == quarantine.RECORD and not any(map(is_last, (*here, *self._sent))):
                 continue  # the step that it tells of was finished since: both are sent next time
@@ -189,9 +216,21 @@ class Store:
                 self._note(name, (mark, *here[name]))
 
 
-def _kind(known: Mapping[str, tuple[str, int, int]], name: str) -> tuple[int, int] | None:
+def kind_sent(known: Mapping[str, tuple[str, int, int]], name: str) -> tuple[int, int] | None:
     """Time of change and size here, when a file was sent or brought."""
     return known[name][1:] if name in known else None
+
+
+def _is_of_others(
+    name: str, there: Mapping[str, str], sent: Mapping[str, tuple[str, int, int]]
+) -> bool:
+    """Whether a file is what another process of this run has sent: not another machine's work."""
+    if name not in there:
+        return False
+    if is_log(name):
+        return True
+    known = sent.get(name)
+    return is_piece(name) and (not whole(name, there) if known is None else known[1:] == OF_OTHERS)
 
 
 def _order(name: str) -> tuple[bool, bool, str]:
@@ -199,7 +238,7 @@ def _order(name: str) -> tuple[bool, bool, str]:
     return name == quarantine.RECORD, is_last(name), name
 
 
-def _contents(directory: Path) -> dict[str, tuple[int, int]]:
+def contents(directory: Path) -> dict[str, tuple[int, int]]:
     """Time of change and size of what is to be kept, by its name in the directory."""
     found = {}
     for place, _, names in os.walk(directory):  # leaves out directories that are gone since

@@ -27,8 +27,8 @@ def root() -> Path:
     return found.resolve()
 
 
-def of_run(address: str) -> Path:
-    """Where the run of an address is worked on.
+def of_run(address: str, *, process: int = 0) -> Path:
+    """Where the run of an address is worked on by a process: apart also from others of its machine.
 
     Raises:
       UserError: it is no directory of a store that is known.
@@ -38,7 +38,8 @@ def of_run(address: str) -> Path:
             f"--workdir={address}: expected gs://BUCKET/DIRECTORY, s3://BUCKET/DIRECTORY or a path"
         )
     scheme, _, place = address.partition("://")
-    return root() / scheme / place.strip("/")
+    found = root() / scheme / place.strip("/")
+    return found.with_name(f"{found.name}.process-{process}") if process else found
 
 
 def of_input(address: str) -> tuple[Path, str]:
