@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -32,6 +34,15 @@ def of_first(values: list[int]) -> list[int]:
     if is_first():
         sent[:] = values
     return [int(x) for x in multihost_utils.broadcast_one_to_all(sent)]
+
+
+def same(text: str) -> bool:
+    """Whether all processes have the same text; all of them must ask."""
+    if jax.process_count() == 1:
+        return True
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8).astype(np.int32)
+    found = multihost_utils.process_allgather(digest)
+    return bool(np.all(found == digest))
 
 
 def barrier(name: str) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+from blindvalm_jax import agreement
 from blindvalm_jax.console import is_first
+from blindvalm_jax.errors import UserError
 
 _apart = False
 
@@ -29,3 +33,19 @@ def each_its_own() -> Iterator[None]:
         yield
     finally:
         _apart = False
+
+
+def check_alike(about: Mapping[str, Any]) -> None:
+    """Refuses to train on what processes that work apart have prepared differently.
+
+    about: as `runs.write_record` gets it.
+
+    Raises:
+      UserError: data or tokenizer differ.
+    """
+    prepared = [about["data"]["key"], about["tokenizer"]]
+    if _apart and not agreement.same(json.dumps(prepared)):
+        raise UserError(
+            "the processes have prepared different data, or another tokenizer: give all of them "
+            "the same files and the same versions of the libraries"
+        )

@@ -26,6 +26,7 @@ from blindvalm_jax import (
     loop,
     memory,
     optim,
+    ownership,
     partitioning,
     placement,
     planning,
@@ -90,6 +91,7 @@ def _train(
     objective = _read(settings, workdir, mesh, resuming=resuming, dry_run=dry_run)
     planned = _plan(settings, objective, mesh)
     about = describe_run(objective, mesh=mesh, planned=planned)
+    ownership.check_alike(about)
     if saved is not None:
         runs.check_data(workdir, about)
         lacking = saved < settings.train.steps or loop.lacks_evaluation(settings, workdir, saved)

@@ -1,0 +1,256 @@
+"""Checkpoints that processes write apart, and in which order their parts come to a store."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import jax
+import numpy as np
+import pytest
+from jax._src import distributed
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxlib import _jax
+
+from blindvalm_jax import addresses, config, ownership, partitioning, remote
+from blindvalm_jax.checkpoints import layout, quarantine, verifying
+from blindvalm_jax.checkpoints.manager import Checkpoints
+from blindvalm_jax.step import TrainState
+from blindvalm_jax.stores import parts, places
+
+ADDRESS = "memory://bucket/runs/first"
+LAST = "_CHECKPOINT_METADATA"
+KEEP = config.CheckpointConfig(keep=3)
+
+
+def state(step: int, *, fsdp: int) -> TrainState:
+    """Other values at each step, cut into so many pieces."""
+    mesh = partitioning.make_mesh(config.MeshConfig(data=8 // fsdp, fsdp=fsdp))
+    values = np.random.default_rng(step).standard_normal((16, 3)).astype(np.float32)
+    params = {
+        "kernel": jax.device_put(values, NamedSharding(mesh, PartitionSpec("fsdp"))),
+        "zeros": jax.device_put(np.zeros(3, np.float32), partitioning.replicated(mesh)),
+    }
+    count = jax.device_put(np.asarray(step, np.int32), partitioning.replicated(mesh))
+    return TrainState(count, params, {})
+
+
+def save(run: Path, *steps: int, fsdp: int = 4) -> None:
+    with Checkpoints(run, KEEP) as checkpoints:
+        for step in steps:
+            checkpoints.save(state(step, fsdp=fsdp), step=step, config=config.Config())
+        checkpoints.finish()
+
+
+def restored(run: Path, *, fsdp: int) -> int:
+    """The step that is restored, with the values that were saved."""
+    with Checkpoints(run, KEEP) as checkpoints:
+        found = checkpoints.restore(state(0, fsdp=fsdp), seed=0)
+    expected = state(int(found.step), fsdp=fsdp)
+    np.testing.assert_array_equal(found.params["kernel"], expected.params["kernel"])
+    return int(found.step)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("saved")
+    with ownership.each_its_own():
+        save(run, 1, 2)
+    return run
+
+
+def test_what_was_written_apart_is_gone_on_with_together_and_the_other_way_round(
+    saved: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(saved, tmp_path / "run")
+    assert [verifying.verify(layout.directory(run) / x).bad for x in ("1", "2")] == [[], []]
+    assert sorted(p.name for p in run.glob("checkpoints/2/state/params.kernel/[0-9]*")) == [
+        f"{piece}.0" for piece in range(4)
+    ]
+    assert layout.is_apart(run / "checkpoints/2")
+    assert restored(run, fsdp=2) == 2
+    save(run, 3, fsdp=2)
+    assert not layout.is_apart(run / "checkpoints/3")
+    with ownership.each_its_own():
+        assert restored(run, fsdp=8) == 3
+        save(run, 4)
+    assert layout.steps(run) == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [
+        *("_METADATA", "params.kernel", "params.kernel/.zarray", "params.kernel/3.0"),
+        *("params.zeros/0", "step/0"),
+    ],
+)
+def test_a_file_that_lacks_of_what_was_written_apart_is_seen(
+    gone: str, saved: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(saved, tmp_path / "run")
+    checkpoint = run / "checkpoints/2"
+    assert layout.fault(checkpoint) is None
+    path = checkpoint / "state" / gone
+    if path.is_dir():
+        shutil.rmtree(path)
+        gone += "/.zarray"
+    else:
+        path.unlink()
+    assert layout.fault(checkpoint) == f"its state/{gone} is missing"
+    assert restored(run, fsdp=2) == 1
+    assert "is missing" in quarantine.moved(run)["2"]
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A coordination service, and this process in the place of the first of two."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    service = _jax.get_distributed_runtime_service(place, 1)
+    client = _jax.get_distributed_runtime_client(place, 0)
+    client.connect()
+    with monkeypatch.context() as patched:
+        patched.setattr(distributed.global_state, "client", client)
+        patched.setattr(jax, "process_count", lambda: 2)
+        yield
+    client.shutdown()
+    service.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(addresses, "STORES", ["gs", "s3", "memory"])
+    monkeypatch.setenv(places.VARIABLE, str(tmp_path / "scratch"))
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    yield
+    memory.store.clear()
+
+
+def there() -> set[str]:
+    """What the store holds of the run."""
+    root = "/bucket/runs/first/"
+    return {name.removeprefix(root) for name in fsspec.filesystem("memory").find(root)}
+
+
+def steps_there() -> list[str]:
+    return sorted(n.split("/")[1] for n in there() if n.endswith(LAST))
+
+
+def part(saved: Path, directory: Path, step: int, *, process: int) -> None:
+    """What a process writes of a step: two of four pieces, the others' are not there."""
+    place = directory / "checkpoints" / str(step)
+    shutil.copytree(saved / "checkpoints" / str(2), place)
+    for piece in (2, 3) if process == 0 else (0, 1):
+        (place / f"state/params.kernel/{piece}.0").unlink()
+    if process:
+        (place / "state/step/0").unlink()
+
+
+@contextlib.contextmanager
+def two() -> Iterator[tuple[parts.First, parts.Other]]:
+    """The processes, which have begun."""
+    first, other = parts.First(ADDRESS), parts.Other(ADDRESS, process=1)
+    with first.held(), other.held():
+        first.begin()
+        other.begin()
+        yield first, other
+
+
+def test_a_step_is_whole_there_once_all_have_sent_their_part(saved: Path, service: None) -> None:
+    with two() as (first, other):
+        assert first.directory != other.directory
+        (first.directory / "run.json").write_text("{}")
+        (first.directory / "saved.json").write_text("{}")
+        (other.directory / "logs").mkdir()
+        (other.directory / "logs/process-1.txt").write_text("one\n")
+        (other.directory / "metrics.jsonl").write_text("is the first's to send")
+        part(saved, first.directory, 4, process=0)
+        first.send()
+        assert "checkpoints/4/state/params.kernel/0.0" in there()
+        assert "run.json" in there()
+        assert {"saved.json", f"checkpoints/4/{LAST}"} & there() == set()
+        assert first.pause(60) < 60
+        part(saved, other.directory, 4, process=1)
+        other.send()
+        assert steps_there() == []
+        first.send()
+        assert steps_there() == ["4"]
+        assert "saved.json" in there()
+        assert {"logs/process-1.txt"} < there()
+        assert "metrics.jsonl" not in there()
+        first.send()
+        kernel = {f"checkpoints/4/state/params.kernel/{piece}.0" for piece in range(4)}
+        assert kernel < there()  # what is not here is not gone: another has sent it
+        with (other.directory / "logs/process-1.txt").open("a") as log:
+            log.write("two\n")
+        other.send()
+    again = parts.First(ADDRESS)
+    assert again.bring() == []
+    assert layout.fault(again.directory / "checkpoints/4") is None
+    other = parts.Other(ADDRESS, process=1)
+    other.begin()
+    assert layout.fault(other.directory / "checkpoints/4") is None
+    assert not (other.directory / "metrics.jsonl").exists()
+    assert not list(again.directory.parent.glob("*.unsent-*"))
+
+
+def test_a_step_that_is_kept_no_longer_is_removed_with_all_parts(
+    saved: Path, service: None
+) -> None:
+    with two() as (first, other):
+        for step in (2, 4, 6):  # of step 2 the other one's part alone comes
+            part(saved, other.directory, step, process=1)
+            other.send()
+        part(saved, first.directory, 4, process=0)
+        part(saved, first.directory, 6, process=0)
+        first.send()
+        assert steps_there() == ["4", "6"]
+        shutil.rmtree(first.directory / "checkpoints/4")
+        first.send()
+    assert {n.split("/")[1] for n in there() if n.startswith("checkpoints/")} == {"6"}
+
+
+def test_a_step_of_which_a_part_never_came_is_dropped_and_nothing_else(
+    saved: Path, service: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with two() as (first, other):
+        for step in (2, 4):
+            part(saved, first.directory, step, process=0)
+        part(saved, other.directory, 2, process=1)
+        other.send()
+        first.send()
+        part(saved, other.directory, 4, process=1)
+        other._put({"checkpoints/4/state/params.kernel/2.0": (1, 1)})  # and was killed
+        (first.directory / "metrics.jsonl").write_text("1\n")
+    with two() as (first, other):
+        assert (first.directory / "metrics.jsonl").read_text() == "1\n"
+        assert layout.steps(first.directory) == layout.steps(other.directory) == [2]
+        assert layout.fault(other.directory / "checkpoints/2") is None
+    assert {n.split("/")[1] for n in there() if n.startswith("checkpoints/")} == {"2"}
+    assert "written by another machine" not in capsys.readouterr().err
+
+
+def test_the_first_says_at_the_end_what_did_not_come(
+    saved: Path, service: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with two() as (first, other):
+        part(saved, first.directory, 4, process=0)
+        first.send()
+        other.finish(0.0)  # has nothing
+        first.finish(600.0)  # and says so: nobody waits
+    assert "warning: step 4 is not whole in" in capsys.readouterr().err
+    assert steps_there() == []
+
+
+def test_one_process_sends_a_step_that_it_has_all_of(saved: Path) -> None:
+    with remote.kept(ADDRESS) as directory:
+        shutil.copytree(saved / "checkpoints/2", directory / "checkpoints/2")
+    shutil.rmtree(directory)
+    with remote.kept(ADDRESS) as directory:
+        assert layout.fault(directory / "checkpoints/2") is None
