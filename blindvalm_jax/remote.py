@@ -18,15 +18,13 @@ from pathlib import Path
 import jax
 
 from blindvalm_jax import distributed, ownership
-from blindvalm_jax.console import is_first, say
-from blindvalm_jax.errors import Preempted, UserError, first_line, run_main
+from blindvalm_jax.console import say
+from blindvalm_jax.errors import UserError, first_line, run_main
 from blindvalm_jax.stores import parts
 from blindvalm_jax.stores.mirror import Store
 from blindvalm_jax.survival import preemption
 
 _SECONDS = 60.0  # between two sendings
-_PATIENCE = 600.0  # seconds that the first process waits for what the others send last
-_SOON = 10.0  # and where an error ends it, which may be its own
 
 
 @contextlib.contextmanager
@@ -67,17 +65,15 @@ def _kept_by_several(address: str, seconds: float) -> Iterator[Path]:
         store = distributed.all_or_none(lambda: distributed.first_then_others(begin))
         say(f"{address} is worked on in {store.directory}, and by each process in its own")
         stack.enter_context(ownership.each_its_own())
-        patience = _SOON if is_first() else 0.0
+        together = False
         try:
             with _sending(store, seconds):
                 yield store.directory
-            patience = _PATIENCE
-        except Preempted:
-            patience = _PATIENCE
-            raise
+            together = True
         finally:
+            # Else the others may not be ending, and wait for this one to be gone.
             with preemption.kept():
-                store.finish(patience)
+                store.finish(together=together or preemption.stopping())
 
 
 @contextlib.contextmanager

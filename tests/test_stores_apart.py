@@ -242,8 +242,8 @@ def test_the_first_says_at_the_end_what_did_not_come(
     with two() as (first, other):
         part(saved, first.directory, 4, process=0)
         first.send()
-        other.finish(0.0)  # has nothing
-        first.finish(600.0)  # and says so: nobody waits
+        other.finish(together=False)  # has nothing
+        first.finish(together=True)  # and says so: nobody waits
     assert "warning: step 4 is not whole in" in capsys.readouterr().err
     assert steps_there() == []
 

@@ -23,6 +23,8 @@ from blindvalm_jax.survival import preemption
 
 _KEY = "blindvalm_jax/sent"  # of the coordination service, and behind it the process
 _POLL = 0.2  # seconds between two looks at what the others say
+_PATIENCE = 600.0  # seconds that the first process waits at the end for what the others send
+_SOON = 10.0  # and where it may be ending alone
 
 
 class First(Store):
@@ -87,14 +89,14 @@ class First(Store):
         """How long to wait before the next sending: not long where only another part lacks."""
         return min(seconds, 1.0) if self._lacking else seconds
 
-    def finish(self, patience: float) -> None:
-        """Waits at most so many seconds for what the others send last, and says what lacks.
+    def finish(self, *, together: bool) -> None:
+        """Waits for what the others send last, and says what lacks; together: all are ending.
 
         Raises:
           UserError: the store cannot be written.
         """
         try:
-            _wait(_all_others_are_done, seconds=patience)
+            _wait(_all_others_are_done, seconds=_PATIENCE if together else _SOON)
             if self._lacking:
                 self.send()
             if self._lacking:
@@ -166,10 +168,10 @@ class Other(Store):
         }
         return sorted(steps - lacking, key=int)
 
-    def finish(self, patience: float) -> None:
-        """Says that no more comes; with patience it waits for the first, which serves all."""
+    def finish(self, *, together: bool) -> None:
+        """Says that no more comes; where all end, it waits for the first, which serves all."""
         _say(self._process, steps=self._steps(contents(self.directory)), done=True)
-        if patience:
+        if together:
             _wait(lambda: 0 in _said(), seconds=None)
 
 

@@ -168,6 +168,11 @@ def noticed() -> Iterator[Notice]:
             _notice = None
 
 
+def stopping() -> bool:
+    """Whether the run stops for SIGTERM: of several processes all do, after the same update."""
+    return _notice is not None and _notice.stopping
+
+
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
     """While this lasts SIGTERM interrupts nothing, if it is noticed at all."""

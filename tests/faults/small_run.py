@@ -187,7 +187,7 @@ class Runs:
     def start(
         self,
         values: ml_collections.ConfigDict,
-        workdir: Path,
+        workdir: Path | str,
         *flags: str,
         code: str = "",
         devices: int = 1,
@@ -213,7 +213,7 @@ class Runs:
         self,
         count: int,
         values: ml_collections.ConfigDict,
-        workdir: Path,
+        workdir: Path | str,
         *flags: str,
         devices: int = 1,
         heartbeat: int = 10,

@@ -79,18 +79,19 @@ class Machines:
     ) -> list[Process]:
         """Starts processes of two devices in all."""
         own = {x: self.code + (codes or {}).get(x, "") for x in range(processes)}
-        scratch = {"BLINDVALM_SCRATCH": str(self._directory / name), "TF_CPP_MIN_LOG_LEVEL": "0"}
+        place = str(self._directory / name)
         if processes == 1:
             return [
-                self._runs.start(values, ADDRESS, code=own[0], devices=2, **scratch)  # type: ignore[arg-type]
+                self._runs.start(values, ADDRESS, code=own[0], devices=2, BLINDVALM_SCRATCH=place)
             ]
         return self._runs.several(
             processes,
             values,
-            ADDRESS,  # type: ignore[arg-type]
+            ADDRESS,
             codes=own,
             devices=2 // processes,
-            **scratch,
+            BLINDVALM_SCRATCH=place,
+            TF_CPP_MIN_LOG_LEVEL="0",
         )
 
     def run(self, name: str, *arguments: str) -> str:
