@@ -51,7 +51,7 @@ from absl import app
 {code}
 from blindvalm_jax import train
 from blindvalm_jax.errors import run_main
-run_main(train.main)
+run_main(train.main, takes_addresses=["workdir"])
 """
 
 
