@@ -215,4 +215,5 @@ def test_a_step_of_which_a_part_was_not_sent_is_none(
     assert machines.newest() == 8
     runs.start(values, tmp_path / "plain", devices=2).ends()
     check_equal(tmp_path / "plain", machines.directory(machine))
-    assert steps(machines.store) == machines.whole()
+    left = {int(p.parts[-3]) for p in machines.store.glob("checkpoints/*/*/*") if p.is_file()}
+    assert left == set(machines.whole())  # directories of the store stay, files do not
