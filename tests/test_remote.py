@@ -382,7 +382,7 @@ def test_what_is_renamed_meanwhile_is_no_error(tmp_path: Path) -> None:
         renaming = pool.submit(rename)
         try:
             for _ in range(200):
-                assert "kept" in mirror._contents(tmp_path)
+                assert "kept" in mirror.contents(tmp_path)
         finally:
             ended.set()
         renaming.result()
