@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from blindvalm_jax import agreement, digests, events, ownership
+from blindvalm_jax import agreement, digests, events, ownership, process_log
 from blindvalm_jax.checkpoints import layout, quarantine, writing
 from blindvalm_jax.checkpoints.orbax_log import quiet
 from blindvalm_jax.checkpoints.retention import Retention
@@ -48,7 +48,9 @@ class Checkpoints:
         self._error: str | None = None  # why that failed in this process
         self._clear()
         self._retention = Retention(workdir, config)
-        self._manager = writing.manager(self._directory, self._retention)
+        self._manager = writing.manager(
+            self._directory, self._retention, seconds=config.timeout_seconds
+        )
 
     @property
     def latest_step(self) -> int | None:
@@ -82,7 +84,7 @@ class Checkpoints:
         try:
             self._manager.save(step, args=items, force=True)
         except Exception as error:  # the storage below Orbax raises nothing more special
-            self._error = first_line(error)
+            self._error = _reason(error)
         if jax.process_count() == 1 and self._error is not None:
             self.settle()
 
@@ -103,7 +105,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # the storage below Orbax raises nothing more special
-            self._error = self._error or first_line(error)
+            self._error = self._error or _reason(error)
         step, reason, self._writing, self._error = self._writing, self._error, None, None
         if agreement.any_of(reason is not None):
             self._failed(step, reason or "another process could not write its part")
@@ -250,6 +252,19 @@ class Checkpoints:
             self.close()
         else:
             self._leave()
+
+
+def _reason(error: BaseException) -> str:
+    """Why a save failed, as this process knows it."""
+    late = isinstance(error, TimeoutError) or "DEADLINE_EXCEEDED" in str(error)
+    if not late or jax.process_count() == 1:
+        return first_line(error)
+    if before := error.__cause__ or error.__context__:  # what failed here, and kept others waiting
+        return _reason(before)
+    return (
+        "another process did not write its part in time (checkpoint.timeout_seconds): see its log "
+        f"in {process_log.DIRECTORY}/"
+    )
 
 
 def _items(state: TrainState, step: int, config: Config, loss: float | None) -> Any:

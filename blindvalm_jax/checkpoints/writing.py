@@ -30,14 +30,21 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
-def manager(directory: Path, policy: Any) -> ocp.CheckpointManager:
-    """What saves in `directory` in the background; policy: of what is kept."""
+def manager(directory: Path, policy: Any, *, seconds: int) -> ocp.CheckpointManager:
+    """What saves in `directory` in the background.
+
+    Args:
+      directory: of the checkpoints.
+      policy: of what is kept.
+      seconds: that a save may take.
+    """
+    limit = ocp.AsyncOptions(timeout_secs=seconds)
     if not ownership.apart():
         return _Manager(
             directory,
             item_names=layout.ITEMS,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, enable_async_checkpointing=True
+                preservation_policy=policy, enable_async_checkpointing=True, async_options=limit
             ),
         )
     each = ocp.options.MultiprocessingOptions(primary_host=None)
@@ -61,6 +68,7 @@ def manager(directory: Path, policy: Any) -> ocp.CheckpointManager:
         options=ocp.CheckpointManagerOptions(
             preservation_policy=policy,
             enable_async_checkpointing=True,
+            async_options=limit,
             multiprocessing_options=each,
             enable_per_process_directory_creation=True,
         ),

@@ -15,7 +15,7 @@ import pytest
 
 from blindvalm_jax.checkpoints import layout
 from tests.faults import small_run
-from tests.faults.small_run import LEFT, PREEMPTED, Process, Runs, check_equal, steps
+from tests.faults.small_run import FAILED, LEFT, PREEMPTED, Process, Runs, check_equal
 
 pytestmark = pytest.mark.faults
 ADDRESS = "gs://bucket/run"
@@ -44,6 +44,31 @@ name = sys.argv[1]
 sys.argv = sys.argv[1:]
 module = importlib.import_module("blindvalm_jax." + name)
 run_main(module.main, takes_addresses=["argument"])
+"""
+# Cannot write its part of this step.
+_DISK_IS_FULL = """
+from orbax.checkpoint._src.serialization import serialization
+write = serialization.async_serialize_from_host
+async def full(values, spec, *rest, **others):
+    if "/{step}.orbax" in spec["kvstore"]["path"]:
+        raise OSError(28, "No space left on device")
+    return await write(values, spec, *rest, **others)
+serialization.async_serialize_from_host = full
+"""
+# The store takes nothing while a file is there.
+_STORE_IS_FULL = """
+put = Disk.put_file
+def refusing(self, *arguments, **others):
+    import os
+    if os.path.exists({flag!r}):
+        raise OSError("quota exceeded")
+    return put(self, *arguments, **others)
+Disk.put_file = refusing
+"""
+_STORE_IS_SHUT = """
+def shut(self, *arguments, **others):
+    raise PermissionError("403 Forbidden")
+Disk.find = shut
 """
 # Sends nothing of its part of steps behind this one.
 _WITHHOLDS = """
@@ -113,7 +138,7 @@ class Machines:
 
     def whole(self) -> list[int]:
         """Steps that are whole in the store."""
-        return [step for step in steps(self.store) if (self._step(step) / LAST).exists()]
+        return sorted(int(p.parent.name) for p in self.store.glob(f"checkpoints/*/{LAST}"))
 
     def newest(self) -> int:
         """The newest of them; nothing lacks in any."""
@@ -157,6 +182,10 @@ def test_another_machine_with_one_process_goes_on_and_two_after_it(
     assert (machines.store / "logs/process-1.txt").exists()
     place = machines.run("reader", "remote", ADDRESS).splitlines()[-1]
     assert "step 4: sound" in machines.run("reader", "checkpoint", "verify", place)
+    same = machines.run("reader", "checkpoint", "diff", f"{place}@4", f"{place}@4")
+    assert "0 settings and 0 arrays differ" in same
+    mean = ("average", f"{place}@2", f"{place}@4", f"--out={tmp_path / 'mean'}")
+    machines.run("reader", "checkpoint", *mean)
     [one] = machines.train("second", settings(text, until=6), processes=1)
     assert "resumed at step 4" in one.ends()
     both = machines.train("third", settings(text, until=9), processes=2)
@@ -217,3 +246,81 @@ def test_a_step_of_which_a_part_was_not_sent_is_none(
     check_equal(tmp_path / "plain", machines.directory(machine))
     left = {int(p.parts[-3]) for p in machines.store.glob("checkpoints/*/*/*") if p.is_file()}
     assert left == set(machines.whole())  # directories of the store stay, files do not
+
+
+def test_what_one_process_cannot_begin_none_begins(
+    text: Path, tmp_path: Path, machines: Machines
+) -> None:
+    """One cannot read the store; of one the files hold another text."""
+    values = settings(text, until=4)
+    both = machines.train("first", values, processes=2, codes={1: _STORE_IS_SHUT})
+    assert "error: another process cannot begin: see what it says" in both[0].ends(FAILED)
+    assert "gs://bucket/run cannot be read: PermissionError: 403" in both[1].ends(FAILED)
+    assert not machines.store.exists()
+    (tmp_path / "other").mkdir()
+    other = small_run.write_text(tmp_path / "other")
+    other.write_text(other.read_text() * 2)
+    reads_other = f"sys.argv.append('--config.data.files={other}')"
+    both = machines.train("first", values, processes=2, codes={1: reads_other})
+    for process in both:
+        assert "the processes have prepared different data" in process.ends(FAILED)
+
+
+def test_a_step_that_one_cannot_write_is_none_and_training_goes_on(
+    text: Path, tmp_path: Path, runs: Runs, machines: Machines
+) -> None:
+    values = settings(text, until=8)
+    values.checkpoint.timeout_seconds = 5
+    both = machines.train("first", values, processes=2, codes={1: _DISK_IS_FULL.format(step=4)})
+    said = both[0].ends()
+    both[1].ends()
+    assert "the checkpoint of step 4 cannot be written" in said
+    assert "another process did not write its part in time" in said
+    log = (machines.store / "logs/process-1.txt").read_text()
+    assert "step 4 cannot be written" in log
+    assert "No space left on device" in log
+    assert machines.newest() == 8
+    assert 4 not in machines.whole()
+    runs.start(values, tmp_path / "plain", devices=2).ends()
+    check_equal(tmp_path / "plain", machines.directory("first"))
+
+
+def test_what_a_store_does_not_take_in_the_end_is_sent_by_the_next_command(
+    text: Path, tmp_path: Path, machines: Machines
+) -> None:
+    full = tmp_path / "full"
+    pause = small_run.PAUSES.format(batch=4, flag=str(tmp_path / "go"))
+    codes = {x: _STORE_IS_FULL.format(flag=str(full)) for x in range(2)}
+    both = machines.train(
+        "first", settings(text, until=4), processes=2, codes={**codes, 0: codes[0] + pause}
+    )
+    both[0].until("^waiting")
+    small_run.wait_for(lambda: machines.whole() == [2])
+    full.touch()
+    (tmp_path / "go").touch()
+    for process in both:
+        assert "cannot be written: OSError: quota exceeded" in process.ends(FAILED)
+    assert machines.whole() == [2]
+    full.unlink()
+    for process in machines.train("first", settings(text, until=4), processes=2, codes=codes):
+        process.ends()
+    assert machines.newest() == 4
+
+
+def test_the_first_process_is_killed(
+    text: Path, tmp_path: Path, runs: Runs, machines: Machines
+) -> None:
+    values = settings(text, until=8)
+    pause = small_run.PAUSES.format(batch=6, flag=str(tmp_path / "never"))
+    both = machines.train("first", values, processes=2, codes={0: pause})
+    both[0].until("^waiting")
+    small_run.wait_for(lambda: 4 in machines.whole())
+    both[0].send(signal.SIGKILL)
+    both[0].ends(-signal.SIGKILL)
+    both[1].ends(*LEFT, within=30.0)
+    both = machines.train("first", values, processes=2)
+    assert "resumed at step 4" in both[0].ends()
+    both[1].ends()
+    assert machines.newest() == 8
+    runs.start(values, tmp_path / "plain", devices=2).ends()
+    check_equal(tmp_path / "plain", machines.directory("first"))
