@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from blindvalm_jax.checkpoints import layout
 from tests import small_text
+from tests.faults import small_run
 
 ROOT = Path(__file__).resolve().parents[1]
 _EMULATORS = {
@@ -215,6 +217,40 @@ def test_a_run_is_trained_from_a_store_and_kept_there(scheme: str, tmp_path: Pat
         assert "resumed at step 2" in second.stdout
         assert "data.files" not in second.stdout  # it is no other setting on another machine
     assert {path.name for path in (tmp_path / "two/blindvalm").iterdir()} == {scheme, "inputs"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", _EMULATORS)
+def test_two_processes_train_from_a_store_and_keep_their_run_there(
+    scheme: str, tmp_path: Path
+) -> None:
+    """Each on a machine of its own; other machines go on, and one that has all of it."""
+    text = small_run.write_text(tmp_path)
+    with emulated(scheme) as environment, small_run.runs(tmp_path) as runs:
+        assert ended(["-c", _FILL, scheme, str(text)], environment).returncode == 0
+
+        def trained(*machines: str, steps: int) -> str:
+            values = small_run.settings(text, train__steps=steps, checkpoint__every_steps=2)
+            values.optimizer.schedule = "inverse_sqrt"
+            values.mesh.fsdp, values.mesh.data = 2, -1
+            values.data.files = f"{scheme}://bucket/texts/*.txt"
+            several = len(machines) > 1
+            places = {
+                x: f"import os; os.environ['BLINDVALM_SCRATCH'] = {str(tmp_path / name)!r}"
+                for x, name in enumerate(machines)
+            }
+            workdir = f"{scheme}://bucket/runs/first"
+            processes = (
+                runs.several(2, values, workdir, codes=places, **environment)
+                if several
+                else [runs.start(values, workdir, code=places[0], devices=2, **environment)]
+            )
+            return [process.ends() for process in processes][0]
+
+        trained("one", "two", steps=4)
+        assert "resumed at step 4" in trained("three", "four", steps=6)
+        assert "resumed at step 6" in trained("two", steps=8)
+    assert layout.steps(tmp_path / "two" / scheme / "bucket/runs/first") == [4, 6, 8]
 
 
 def test_a_machine_that_is_not_logged_in_says_so_in_one_line(tmp_path: Path) -> None:
