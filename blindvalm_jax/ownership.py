@@ -41,11 +41,19 @@ def check_alike(about: Mapping[str, Any]) -> None:
     about: as `runs.write_record` gets it.
 
     Raises:
-      UserError: data or tokenizer differ.
+      UserError: data, tokenizer, tower or image index differ.
     """
-    prepared = [about["data"]["key"], about["tokenizer"]]
-    if _apart and not agreement.same(json.dumps(prepared)):
-        raise UserError(
-            "the processes have prepared different data, or another tokenizer: give all of them "
-            "the same files and the same versions of the libraries"
-        )
+    if not _apart:
+        return
+    parts = {
+        "data": about["data"]["key"],
+        "tokenizers": about["tokenizer"],
+        "towers": (about.get("tower") or {}).get("sha256"),
+        "image indexes": (about.get("images") or {}).get("key"),
+    }
+    for name, part in parts.items():
+        if not agreement.same(json.dumps(part)):
+            raise UserError(
+                f"the processes have different {name}: give all of them the same files and the "
+                "same versions of the libraries"
+            )

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 
 from blindvalm_jax import distributed, ownership
-from blindvalm_jax.console import say
+from blindvalm_jax.console import say, say_here
 from blindvalm_jax.errors import UserError, first_line, run_main
 from blindvalm_jax.stores import parts
 from blindvalm_jax.stores.mirror import Store
@@ -65,15 +65,26 @@ def _kept_by_several(address: str, seconds: float) -> Iterator[Path]:
         store = distributed.all_or_none(lambda: distributed.first_then_others(begin))
         say(f"{address} is worked on in {store.directory}, and by each process in its own")
         stack.enter_context(ownership.each_its_own())
-        together = False
+        ended = False
         try:
             with _sending(store, seconds):
                 yield store.directory
-            together = True
+            ended = True
         finally:
-            # Else the others may not be ending, and wait for this one to be gone.
-            with preemption.kept():
-                store.finish(together=together or preemption.stopping())
+            # Where this process ends alone the others may wait for it to be gone.
+            with preemption.kept(), _outdone(ended):
+                store.finish(ended=ended, together=ended or preemption.stopping())
+
+
+@contextlib.contextmanager
+def _outdone(ended: bool) -> Iterator[None]:
+    """What fails behind another error does not take its place."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if ended:
+            raise
+        say_here(f"warning: {first_line(error)}")
 
 
 @contextlib.contextmanager
@@ -82,13 +93,16 @@ def _sending(store: Store, seconds: float) -> Iterator[None]:
     stop = threading.Event()
 
     def send_now_and_then() -> None:
-        while not stop.wait(store.pause(seconds)):
+        failed = False
+        while not stop.wait(seconds if failed else store.pause(seconds)):
+            failed = True
             try:
                 store.send()
+                failed = False
             except UserError as error:  # it may come back: what is here is sent then
-                print(f"warning: {error}; tried again in {seconds:g} s", flush=True)
+                say_here(f"warning: {error}; tried again in {seconds:g} s")
             except jax.errors.JaxRuntimeError as error:  # another process is gone, or will say more
-                print(f"warning: {first_line(error)}; tried again in {seconds:g} s", flush=True)
+                say_here(f"warning: {first_line(error)}; tried again in {seconds:g} s")
 
     sender = threading.Thread(target=send_now_and_then, daemon=True)
     sender.start()

@@ -196,7 +196,8 @@ def _read(
     if dry_run and without_data(settings):
         read = Shapes
     given = fitting.provisional(settings)
-    return distributed.first_then_others(lambda: read(given, workdir, mesh, resuming=resuming))
+    prepare = distributed.all_or_none if ownership.apart() else distributed.first_then_others
+    return prepare(lambda: read(given, workdir, mesh, resuming=resuming))
 
 
 def _plan(settings: config.Config, objective: Objective, mesh: Mesh) -> _Planned:

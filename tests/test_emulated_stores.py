@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -114,7 +115,7 @@ print("kept")
 
 
 @contextlib.contextmanager
-def emulated(scheme: str) -> Iterator[dict[str, str]]:
+def emulated(scheme: str) -> Iterator[dict[str, Any]]:
     """An emulation of a store; gives the environment of processes that use it."""
     library, emulator, words = _EMULATORS[scheme]
     pytest.importorskip(library, reason=f"{library} is not installed: make extras")

@@ -114,11 +114,39 @@ def test_what_makes_a_step_whole_is_sent_last_and_removed_first(
     for file in ("state/a", LAST, "zz"):
         write(f"checkpoints/2/{file}", "x")
     store.send()
+    assert [name for _, name in order][-1] == LAST
     shutil.rmtree(places.of_run(ADDRESS) / "checkpoints/2")
     store.send()
-    assert [name for _, name in order[:3]][-1] == LAST
-    assert order[3] == ("rm_file", LAST)
-    assert there() == {}
+    assert len(order) == len(there()) == 3  # it is the only one there
+    write(f"checkpoints/4/{LAST}", "x")
+    store.send()
+    assert order[3:5] == [("put_file", LAST), ("rm_file", LAST)]
+    assert there().keys() == {f"checkpoints/4/{LAST}"}
+
+
+def test_a_bad_step_is_removed_and_one_that_is_saved_anew_is_none_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, memory = remote.Store(ADDRESS), fsspec.filesystem("memory")
+    write("checkpoints/2/state/a", "old")
+    write(f"checkpoints/2/{LAST}", "old")
+    store.send()
+    put, seen = memory.put_file, []
+
+    def noted(*paths: str) -> None:
+        seen.append((Path(paths[1]).name, f"checkpoints/2/{LAST}" in there()))
+        put(*paths)
+
+    monkeypatch.setattr(memory, "put_file", noted)
+    write("checkpoints/2/state/a", "newer")
+    write(f"checkpoints/2/{LAST}", "newer")
+    store.send()
+    assert seen == [("a", False), (LAST, False)]
+    directory = places.of_run(ADDRESS)
+    (directory / "quarantine").mkdir()
+    (directory / "checkpoints/2").rename(directory / "quarantine/2")
+    store.send()
+    assert {name.split("/")[0] for name in there()} == {"quarantine"}
 
 
 def test_another_machine_gets_what_was_sent_and_no_half_a_step() -> None:
@@ -339,7 +367,7 @@ def test_what_tells_that_there_is_a_checkpoint_is_sent_behind_it(
     write(f"checkpoints/2/{LAST}", "x")
     write("tokens", "x")
     store.send()
-    assert order == ["a", "tokens", LAST, "saved.json"]
+    assert order == ["tokens", "a", LAST, "saved.json"]
 
 
 def test_the_directory_is_read_as_often_for_many_files_as_for_one(

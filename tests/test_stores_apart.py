@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import socket
 from collections.abc import Iterator
@@ -19,8 +20,10 @@ from jaxlib import _jax
 from blindvalm_jax import addresses, config, ownership, partitioning, remote
 from blindvalm_jax.checkpoints import layout, quarantine, verifying
 from blindvalm_jax.checkpoints.manager import Checkpoints
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.step import TrainState
 from blindvalm_jax.stores import parts, places
+from blindvalm_jax.stores.steps import is_last
 
 ADDRESS = "memory://bucket/runs/first"
 LAST = "_CHECKPOINT_METADATA"
@@ -139,7 +142,7 @@ def there() -> set[str]:
 
 
 def steps_there() -> list[str]:
-    return sorted(n.split("/")[1] for n in there() if n.endswith(LAST))
+    return sorted(n.split("/")[1] for n in there() if is_last(n))
 
 
 def part(saved: Path, directory: Path, step: int, *, process: int) -> None:
@@ -239,13 +242,77 @@ def test_a_step_of_which_a_part_never_came_is_dropped_and_nothing_else(
 def test_the_first_says_at_the_end_what_did_not_come(
     saved: Path, service: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    said = "step 4 is not whole in memory://bucket/runs/first: process 1 has not sent its part"
     with two() as (first, other):
         part(saved, first.directory, 4, process=0)
         first.send()
-        other.finish(together=False)  # has nothing
-        first.finish(together=True)  # and says so: nobody waits
-    assert "warning: step 4 is not whole in" in capsys.readouterr().err
+        other.finish(ended=False, together=False)  # has nothing
+        first.finish(ended=False, together=True)  # and says so: nobody waits
+        assert f"warning: {said}" in capsys.readouterr().err
+        with pytest.raises(UserError, match=said):  # what is trained to its end is not there
+            first.finish(ended=True, together=True)
     assert steps_there() == []
+
+
+def test_the_store_keeps_a_whole_step_and_machines_their_parts_where_one_sends_nothing(
+    saved: Path, service: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with two() as (first, other):
+        for store, process in ((other, 1), (first, 0)):
+            part(saved, store.directory, 2, process=process)
+            store.send()
+        assert steps_there() == ["2"]
+        for step in (4, 6, 8):
+            for store, process in ((other, 1), (first, 0)):
+                shutil.rmtree(store.directory / f"checkpoints/{step - 2}")
+                part(saved, store.directory, step, process=process)
+            first.send()  # the other one's storage does not take it
+        assert steps_there() == ["2"]
+    with two() as (first, other):
+        for store in (first, other):
+            assert layout.steps(store.directory) == [2]
+            assert layout.fault(store.directory / "checkpoints/2") is None
+            aside = store.directory.with_name("first.unsent-part")
+            assert [path.name for path in aside.iterdir()] == ["8"]
+            shutil.copytree(aside, first.directory / "both", dirs_exist_ok=True)
+        assert layout.fault(first.directory / "both/8") is None
+    assert capsys.readouterr().out.count("what this process has of it was moved to") == 2
+    assert steps_there() == ["2"]
+
+
+def test_a_step_that_is_done_again_is_whole_once_its_own_parts_are_there(
+    saved: Path, service: None
+) -> None:
+    """What another process said of it before does not count, nor what the first one removed."""
+    with two() as (first, other):
+        for store, process in ((other, 1), (first, 0)):
+            part(saved, store.directory, 2, process=process)
+            store.send()
+        for store in (first, other):
+            quarantine.move(store.directory, 2, "bad")
+        first.send()
+        assert steps_there() == []
+        part(saved, first.directory, 2, process=0)
+        first.send()
+        assert steps_there() == []
+        part(saved, other.directory, 2, process=1)
+        for path in (other.directory / "checkpoints/2").rglob("*.0"):
+            os.utime(path)
+        other.send()
+        first.send()
+        assert steps_there() == ["2"]
+        assert len([name for name in there() if "checkpoints/2/state/params.kernel/" in name]) == 5
+
+
+def test_a_word_about_another_save_of_a_step_does_not_count(saved: Path, service: None) -> None:
+    with two() as (first, other):
+        part(saved, other.directory, 2, process=1)
+        digests = other.directory / "checkpoints/2/digests/metadata"
+        digests.write_text(digests.read_text().replace("1", "2"))
+        other.send()
+        part(saved, first.directory, 2, process=0)
+        first.send()
+        assert steps_there() == []
 
 
 def test_one_process_sends_a_step_that_it_has_all_of(saved: Path) -> None:

@@ -114,19 +114,39 @@ def _arrays(item: Path) -> list[str] | None:
 
 
 def _missing_of_array(array: Path) -> Iterator[str]:
+    pieces = _pieces(array)
+    if pieces is None:
+        yield _ZARR
+    else:
+        there = {path.name for path in array.iterdir()}
+        yield from (name for name in pieces if name not in there)
+
+
+def _pieces(array: Path) -> list[str] | None:
+    """The files that hold an array; None: it does not say."""
     try:
         about = files.read_object(array / _ZARR)
         counts = [
             -(-size // part) for size, part in zip(about["shape"], about["chunks"], strict=True)
         ]
     except (UserError, KeyError, ValueError, TypeError, ZeroDivisionError):
-        yield _ZARR
-        return
-    there = {path.name for path in array.iterdir()}
-    for place in itertools.product(*map(range, counts)):
-        name = ".".join(map(str, place)) or "0"
-        if name not in there:
-            yield name
+        return None
+    return [".".join(map(str, x)) or "0" for x in itertools.product(*map(range, counts))]
+
+
+def pieces(checkpoint: Path) -> set[str] | None:
+    """The files of all arrays that processes wrote apart, by their names in the checkpoint.
+
+    None: it does not say, as when it is being removed.
+    """
+    found = set()
+    for item in {STATE, GUARD} & {path.name for path in checkpoint.glob("*")}:
+        for name in _arrays(checkpoint / item) or ():
+            parts = _pieces(checkpoint / item / name)
+            if parts is None:
+                return None
+            found |= {f"{item}/{name}/{part}" for part in parts}
+    return found or None
 
 
 def has(checkpoint: Path, name: str) -> bool:

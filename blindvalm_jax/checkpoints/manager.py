@@ -115,7 +115,8 @@ class Checkpoints:
 
     def _failed(self, step: int, reason: str) -> None:
         self._retention.losses.pop(step, None)
-        if ownership.apart():  # this process may have written its part to the end
+        if ownership.apart() and agreement.any_of(step not in layout.steps(self._run)):
+            # This process may have written its part to the end.
             shutil.rmtree(self._directory / str(step), ignore_errors=True)
         self._clear()
         self._manager.reload()
@@ -197,7 +198,8 @@ class Checkpoints:
         for step, reason in bad.items():
             text = f"the checkpoint of step {step} is bad: {reason}"
             events.record(self._run, "quarantined", step=step, reason=reason)
-            if ownership.keeps():
+            missing = ownership.apart() and step not in layout.steps(self._run)
+            if ownership.keeps() and not missing:
                 try:
                     text += f"; it is now {quarantine.move(self._run, step, reason)}"
                 except UserError as error:

@@ -6,23 +6,44 @@ machine has not sent yet, and what another one has sent since, are known, and ne
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import contextlib
+import itertools
 import os
+import re
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 from blindvalm_jax import files, runs
 from blindvalm_jax.checkpoints import layout, quarantine
+from blindvalm_jax.console import say_here
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.stores import places
 from blindvalm_jax.stores.connection import Connection
-from blindvalm_jax.stores.steps import LAST, UNFINISHED, is_last, is_log, is_piece, whole
+from blindvalm_jax.stores.steps import (
+    LAST,
+    UNFINISHED,
+    in_order,
+    is_last,
+    is_log,
+    is_piece,
+    last_of,
+    number,
+    step_of,
+    whole,
+)
 
+Kind = TypeVar("Kind")
 _NOTES = ".sent.json"  # by name: what the store says of the file, its time of change and size here
 _NOT_HERE = (0, 0)  # in place of both, of a file that is there alone
+_AT_ONCE = 16  # files that travel
+_NOTED = 2.0  # seconds between two writings of the notes
 OF_OTHERS = (0, -1)  # and of one that another process of this run has sent
 
 
@@ -38,10 +59,13 @@ class Store:
         self.directory = places.of_run(address, process=process)
         self._store = Connection(
             address,
-            advice=f" What is here is in {self.directory}, and the same command sends it",
+            advice=f" What is here is in {self.directory}, and the same command "
+            f"{'goes on from what is there' if process else 'sends it'}",
         )
         self._files, self._root = self._store.files, self._store.root
         self._sent: dict[str, tuple[str, int, int]] = {}
+        self._notes = threading.Lock()
+        self._written = 0.0  # when the notes were
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -78,7 +102,7 @@ class Store:
             changed = any(
                 not there.get(name) or name not in sent or there[name] != sent[name][0]
                 for name in there.keys() | (sent.keys() & here.keys())
-                if not _is_of_others(name, there, sent)
+                if not _is_of_this_run(name, there, sent)
             )
             if changed:
                 self._move_aside(unsent if there else here)
@@ -86,13 +110,15 @@ class Store:
                 for name in here.keys() - there.keys():
                     (self.directory / name).unlink()
             self._sent = {name: known for name, known in sent.items() if name in there}
-            for name, mark in there.items():
-                if name in here and name in sent and sent[name][0] == mark:
-                    continue
-                if whole(name, there):
-                    self._fetch(name, mark)
-                else:
-                    self._note(name, (mark, *_NOT_HERE))
+            differs = [
+                name
+                for name, mark in there.items()
+                if not (name in here and name in sent and sent[name][0] == mark)
+            ]
+            for name in differs:
+                if not whole(name, there):
+                    self._sent[name] = (there[name], *_NOT_HERE)
+            self._fetch({name: there[name] for name in differs if whole(name, there)})
         self._drop_unfinished()
         return unsent
 
@@ -101,21 +127,59 @@ class Store:
             if step.is_dir() and not (step / LAST).exists():
                 shutil.rmtree(step)
 
-    def _drop_parts(self, sent: Mapping[str, tuple[str, int, int]]) -> None:
-        """Removes steps of which this process has a part, where they were not sent to the end."""
-        for step in layout.steps(self.directory):
-            checkpoint = layout.directory(self.directory) / str(step)
-            unsent = f"checkpoints/{step}/{LAST}" not in sent
-            if unsent and layout.is_apart(checkpoint) and layout.fault(checkpoint) is not None:
-                shutil.rmtree(checkpoint)
+    def _drop_parts(self, sent: Mapping[str, Any]) -> None:
+        """Puts aside steps of which this process has a part, and which were not sent to the end."""
+        self._put_parts_aside(
+            [
+                step
+                for step in layout.steps(self.directory)
+                if last_of(str(step)) not in sent
+                and layout.is_apart(checkpoint := layout.directory(self.directory) / str(step))
+                and layout.fault(checkpoint) is not None
+            ]
+        )
 
-    def _fetch(self, name: str, mark: str) -> None:
-        """Brings a file; what was brought is noted, so that another try goes on from there."""
-        path = self.directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with files.replacing(path) as partial:
-            self._files.get_file(f"{self._root}/{name}", str(partial))
-        self._note(name, (mark, path.stat().st_mtime_ns, path.stat().st_size))
+    def _put_parts_aside(self, steps: Collection[int]) -> None:
+        """Keeps of the newest of these steps what this process has, beside the directory.
+
+        Nobody can go on from it alone; where the store has nothing, all parts together are a step.
+        """
+        place = self.directory.with_name(f"{self.directory.name}.unsent-part")
+        for step in sorted(steps):
+            checkpoint = layout.directory(self.directory) / str(step)
+            if step != max(steps):
+                shutil.rmtree(checkpoint)
+                continue
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            os.rename(checkpoint, place / str(step))
+            say_here(
+                f"warning: step {step} is not whole in {self._store.address}: what this process "
+                f"has of it was moved to {place}"
+            )
+
+    def _fetch(self, marks: Mapping[str, str]) -> None:
+        """Brings files; what was brought is noted, so that another try goes on from there."""
+
+        def fetch(name: str) -> None:
+            path = self.directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with files.replacing(path) as partial:
+                self._files.get_file(f"{self._root}/{name}", str(partial))
+            self._note(name, (marks[name], path.stat().st_mtime_ns, path.stat().st_size))
+
+        self._each(fetch, marks)
+
+    def _each(self, work: Callable[[str], None], names: Iterable[str]) -> None:
+        """Does what there is to do with each file, with several at once; then notes are written.
+
+        Raises the first error, once what is under way has ended.
+        """
+        try:
+            with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+                collections.deque(pool.map(work, names), maxlen=0)
+        finally:
+            self._write_notes()
 
     def _move_aside(self, names: Iterable[str]) -> None:
         """Moves files, and all of the steps they are of, to a directory beside this one."""
@@ -157,35 +221,56 @@ class Store:
         return {name: tuple(known) for name, known in files.read_object(path).items()}
 
     def _note(self, name: str, known: tuple[str, int, int] | None) -> None:
-        """Notes that a file is the same here and there, or on neither side."""
-        self._sent.pop(name, None)
-        if known is not None:
-            self._sent[name] = known
-        self._write_notes()
+        """Notes that a file is the same here and there, or on neither side.
+
+        Notes of steps are written now and then: if some are lost, their files travel once more.
+        """
+        with self._notes:
+            self._sent.pop(name, None)
+            if known is not None:
+                self._sent[name] = known
+        if step_of(name) is None or time.monotonic() - self._written > _NOTED:
+            self._write_notes()
 
     def _write_notes(self) -> None:
-        files.write_json(self.directory / _NOTES, self._sent, compact=True)
+        with self._notes:
+            files.write_json(self.directory / _NOTES, self._sent, compact=True)
+            self._written = time.monotonic()
 
     def send(self) -> None:
         """Sends what is new or changed, and removes there what is gone here.
+
+        What is there always holds a whole step, once it did.
 
         Raises:
           UserError: it cannot be written.
         """
         with self._store.failing("written"):
-            here = contents(self.directory)
-            here = {name: kind for name, kind in here.items() if whole(name, here)}
-            self._put(here)
-            gone = {
-                name
-                for name, known in self._sent.items()
-                if name not in here and not (known[1:] == OF_OTHERS and whole(name, here))
-            }
-            # first what makes a step whole
-            for name in sorted(gone, key=lambda name: (not is_last(name), name)):
-                with contextlib.suppress(FileNotFoundError):
-                    self._files.rm_file(f"{self._root}/{name}")
-                self._note(name, None)
+            self._put(_of_whole_steps(contents(self.directory)))
+            self._remove(self._gone(_of_whole_steps(contents(self.directory))))
+
+    def _gone(self, here: Collection[str]) -> list[str]:
+        """What is there and no longer here; the newest whole step stays, unless it is bad."""
+        newest = str(max((number(name) for name in self._sent if is_last(name)), default=""))
+        bad = any(re.match(rf"{quarantine.DIRECTORY}/{newest}[./]", name) for name in here)
+        kept = newest if last_of(newest) not in here and not bad else None
+        return [
+            name
+            for name, known in self._sent.items()
+            if name not in here
+            and not (known[1:] == OF_OTHERS and whole(name, here))
+            and (kept is None or step_of(name) != kept)
+        ]
+
+    def _remove(self, names: Collection[str]) -> None:
+        def remove(name: str) -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self._files.rm_file(f"{self._root}/{name}")
+            self._note(name, None)
+
+        for group in (filter(is_last, names), itertools.filterfalse(is_last, names)):
+            if some := list(group):  # first what makes steps whole
+                self._each(remove, some)
 
     def pause(self, seconds: float) -> float:
         """How long to wait before the next sending, which is due in so many seconds."""
@@ -202,10 +287,11 @@ class Store:
             self._put({n: kind for n, kind in here.items() if n in names and whole(n, here)})
 
     def _put(self, here: Mapping[str, tuple[int, int]]) -> None:
-        new = [name for name, kind in here.items() if kind_sent(self._sent, name) != kind]
-        for name in sorted(new, key=_order):
-            if name == quarantine.RECORD and not any(map(is_last, (*here, *self._sent))):
-                continue  # the step that it tells of was finished since: both are sent next time
+        new = self._new(here)
+        # What is there of a step that was saved anew is no step meanwhile.
+        self._remove([name for name in new if is_last(name) and name in self._sent])
+
+        def put(name: str) -> None:
             try:
                 self._files.put_file(str(self.directory / name), f"{self._root}/{name}")
             except FileNotFoundError:  # a checkpoint that is kept no longer
@@ -215,27 +301,37 @@ class Store:
                 mark = self._store.mark(f"{self._root}/{name}")
                 self._note(name, (mark, *here[name]))
 
+        for group in in_order(new):
+            if group == [quarantine.RECORD] and not any(map(is_last, (*here, *self._sent))):
+                continue  # the step that it tells of was finished since: both are sent next time
+            self._each(put, group)
+
+    def _new(self, here: Mapping[str, tuple[int, int]]) -> list[str]:
+        """What was not sent as it is here."""
+        return [name for name, kind in here.items() if kind_sent(self._sent, name) != kind]
+
 
 def kind_sent(known: Mapping[str, tuple[str, int, int]], name: str) -> tuple[int, int] | None:
     """Time of change and size here, when a file was sent or brought."""
     return known[name][1:] if name in known else None
 
 
-def _is_of_others(
+def _is_of_this_run(
     name: str, there: Mapping[str, str], sent: Mapping[str, tuple[str, int, int]]
 ) -> bool:
-    """Whether a file is what another process of this run has sent: not another machine's work."""
+    """Whether a file there is no other machine's work though this process has not sent it.
+
+    So is what another process of the run has sent, and of a step that is not whole all.
+    """
     if name not in there:
         return False
-    if is_log(name):
-        return True
     known = sent.get(name)
-    return is_piece(name) and (not whole(name, there) if known is None else known[1:] == OF_OTHERS)
+    of_others = known is not None and known[1:] == OF_OTHERS
+    return is_log(name) or not whole(name, there) or (is_piece(name) and of_others)
 
 
-def _order(name: str) -> tuple[bool, bool, str]:
-    """In which files are sent: what makes a step whole late, what tells that there is one last."""
-    return name == quarantine.RECORD, is_last(name), name
+def _of_whole_steps(here: Mapping[str, Kind]) -> dict[str, Kind]:
+    return {name: kind for name, kind in here.items() if whole(name, here)}
 
 
 def contents(directory: Path) -> dict[str, tuple[int, int]]:

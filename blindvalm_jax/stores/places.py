@@ -38,8 +38,8 @@ def of_run(address: str, *, process: int = 0) -> Path:
             f"--workdir={address}: expected gs://BUCKET/DIRECTORY, s3://BUCKET/DIRECTORY or a path"
         )
     scheme, _, place = address.partition("://")
-    found = root() / scheme / place.strip("/")
-    return found.with_name(f"{found.name}.process-{process}") if process else found
+    top = root() / f"process-{process}" if process else root()
+    return top / scheme / place.strip("/")
 
 
 def of_input(address: str) -> tuple[Path, str]:

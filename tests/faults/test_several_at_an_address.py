@@ -263,7 +263,7 @@ def test_what_one_process_cannot_begin_none_begins(
     reads_other = f"sys.argv.append('--config.data.files={other}')"
     both = machines.train("first", values, processes=2, codes={1: reads_other})
     for process in both:
-        assert "the processes have prepared different data" in process.ends(FAILED)
+        assert "the processes have different data" in process.ends(FAILED)
 
 
 def test_a_step_that_one_cannot_write_is_none_and_training_goes_on(
