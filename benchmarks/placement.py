@@ -66,11 +66,9 @@ def _row(data: int, fsdp: int, tensor: int) -> dict[str, Any]:
     values.train.batch_size = _ROWS.value * data * fsdp
     values.train.remat = _REMAT.value
     if values.grounding.source == "images":
-        values.grounding.index = "planned"
+        values.grounding.index = f"vectors:{_VECTORS.value}"
     begin = time.perf_counter()
-    plan = planning.of_settings(
-        parse(values), devices=jax.devices()[: data * fsdp * tensor], vectors=_VECTORS.value
-    )
+    plan = planning.of_settings(parse(values), devices=jax.devices()[: data * fsdp * tensor])
     seconds = time.perf_counter() - begin
     held = {one.group: one.bytes_per_device for one in placement.sums(plan.tensors)}
     totals = collectives.totals(plan.collectives)

@@ -159,7 +159,10 @@ class GroundingConfig:
     )
     dtype: str = field("bfloat16", "computation of the tower", choices=("bfloat16", "float32"))
     neighbours: int = field(1, "grounding vectors a token (K); 1 for text", low=1)
-    index: str = field("", "images: index directory (python -m blindvalm_jax.index build)")
+    index: str = field(
+        "",
+        "images: index directory (python -m blindvalm_jax.index build); dry run: or vectors:NUMBER",
+    )
     search: str = field(
         "exact",
         "images: on the devices; FAISS on the host; or looked up where `prepared` says",

@@ -102,7 +102,7 @@ def _check_grounding(config: Config) -> None:
     if grounding.source == "images" and not grounding.index:
         raise UserError(
             "grounding.source=images needs grounding.index, a directory that python -m "
-            "blindvalm_jax.index build has written"
+            "blindvalm_jax.index build has written; for --dry_run without data vectors:NUMBER"
         )
     if grounding.source == "images" and (
         grounding.tower == "random" or grounding.control == "random_tower"

@@ -32,11 +32,17 @@ from blindvalm_jax import (
 from blindvalm_jax.config import Config
 from blindvalm_jax.console import say
 from blindvalm_jax.errors import UserError, first_line
+from blindvalm_jax.objectives.contrastive_shapes import ContrastiveShapes
 from blindvalm_jax.objectives.shapes import Shapes
 from blindvalm_jax.placement import mib
 
 FILE_NAME = "placement.md"
 _LONGEST_MESSAGE = 400
+# By train.objective: what knows the shapes of a run when there is no data.
+WITHOUT_DATA: dict[str, type[Shapes | ContrastiveShapes]] = {
+    "language": Shapes,
+    "contrastive": ContrastiveShapes,
+}
 
 
 def simulate(devices: int, *, dry_run: bool) -> None:
@@ -113,17 +119,16 @@ def of_settings(
     settings: Config,
     *,
     devices: Sequence[jax.Device] | None = None,
-    vectors: int | None = None,
 ) -> Plan:
     """Compiles the step that settings describe from shapes alone; no data, no parameter is made.
 
-    devices: of the mesh, None: all; vectors: of a VALM's image index.
+    devices: of the mesh, None: all.
 
     Raises:
       UserError: sizes and mesh do not fit together, or too much would be whole on every device.
     """
     mesh = partitioning.make_mesh(settings.mesh, None if devices is None else list(devices))
-    objective = Shapes(settings, None, mesh, vectors=vectors)
+    objective = WITHOUT_DATA[settings.train.objective](settings, None, mesh)
     optimizer = optim.make(settings.optimizer, steps=settings.train.steps)
     guarded = guard.make(settings.train) is not None
     state = compilation.abstract_state(objective.model, optimizer, mesh, guarded=guarded)

@@ -41,11 +41,11 @@ from blindvalm_jax.goodput import Goodput
 from blindvalm_jax.objectives.contrastive import Contrastive
 from blindvalm_jax.objectives.language import Language
 from blindvalm_jax.objectives.objective import Objective, Start
-from blindvalm_jax.objectives.shapes import Shapes, without_data
+from blindvalm_jax.objectives.shapes import check_index, without_data
 from blindvalm_jax.survival import preemption
 from blindvalm_jax.tasks.training import TrainingTasks, unanswered
 
-_OBJECTIVES: dict[str, type[Language | Contrastive | Shapes]] = {
+_OBJECTIVES: dict[str, type[Language | Contrastive]] = {
     "language": Language,
     "contrastive": Contrastive,
 }
@@ -192,9 +192,11 @@ def _read(
     settings: config.Config, workdir: Path, mesh: Mesh, *, resuming: bool, dry_run: bool
 ) -> Objective:
     """The objective with its inputs, or their shapes where a dry run has none."""
-    read = _OBJECTIVES[settings.train.objective]
-    if dry_run and without_data(settings):
-        read = Shapes
+    shapes_alone = dry_run and without_data(settings)
+    if not shapes_alone:
+        check_index(settings)
+    by_objective = planning.WITHOUT_DATA if shapes_alone else _OBJECTIVES
+    read = by_objective[settings.train.objective]
     given = fitting.provisional(settings)
     prepare = distributed.all_or_none if ownership.apart() else distributed.first_then_others
     return prepare(lambda: read(given, workdir, mesh, resuming=resuming))

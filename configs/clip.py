@@ -5,6 +5,7 @@
 
 SIZE: tiny (default), vit_b32, vit_b16, vit_l14. `photos` holds captions.jsonl (docs/training.md);
 a TFDS dataset is read with --config.data.tfds=NAME, --config.data.image_field and .caption_field.
+--dry_run plans without images as well.
 
 tiny: images of 64 pixels, a convolutional tower, a BPE learned from the captions; for a laptop.
 The others are OpenAI's (Radford et al. 2021, arXiv 2103.00020) and take CLIP's own vocabulary:

@@ -91,7 +91,7 @@ def test_a_valm_without_index_is_one_line_on_the_command_line() -> None:
     said = done.stderr.strip().splitlines()
     assert said == [
         "error: grounding.source=images needs grounding.index, a directory that python -m "
-        "blindvalm_jax.index build has written"
+        "blindvalm_jax.index build has written; for --dry_run without data vectors:NUMBER"
     ]
 
 

@@ -510,8 +510,10 @@ def test_misfits_are_refused_before_compilation(
     message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    given = config.parse(settings(world, **changes))
     with pytest.raises(UserError) as caught:
-        trainer.train(config.parse(settings(world, **changes)), tmp_path, dry_run=True)
+        # a dry run without images plans from shapes
+        trainer.train(given, tmp_path, dry_run=bool(given.data.images))
     assert "compiled" not in capsys.readouterr().out
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -320,24 +320,99 @@ def job(fakes: Fakes, *words: str, **variables: str) -> subprocess.CompletedProc
     return fakes.run(copy, *(words or TRAIN), SLURM_JOB_ID="17", **variables)
 
 
-@pytest.mark.parametrize("code", [0, 1, 42, 43, 137])
-def test_a_job_queues_again_where_training_was_preempted_and_else_ends_as_it_did(
+def requeued(fakes: Fakes) -> list[list[str]]:
+    """The calls that put a job into the queue."""
+    calls = [c.words for c in fakes.calls() if c.name == "scontrol"]
+    return [words for words in calls if words[0] != "show"]
+
+
+@pytest.mark.parametrize("code", [0, 1, 42, 43, 134, 137, 139, 143])
+def test_a_job_queues_again_where_training_was_preempted_or_killed_and_else_ends_as_it_did(
     fakes: Fakes, code: int
 ) -> None:
     fakes.add("srun", {"": [Answer(code=code)]})
     fakes.add("scontrol")
     assert job(fakes).returncode == code
-    requeued = [c.words for c in fakes.calls() if c.name == "scontrol"]
-    assert requeued == ([["requeue", "17"]] if code == 42 else [])
+    assert requeued(fakes) == ([["requeue", "17"]] if code in (42, 134, 137, 139, 143) else [])
 
 
-def test_a_job_queues_again_so_often_and_no_more(fakes: Fakes) -> None:
+@pytest.mark.parametrize(
+    ("said", "code", "ended"),
+    [
+        ("a: task 0: Exited with exit code 1\nb: tasks 1-3: Exited with exit code 134", 134, 1),
+        ("a: task 0: Exited with exit code 43\nb: task 1: Aborted", 134, 43),
+        ("a: task 0: Exited with exit code 137\nb: task 1: Exited with exit code 1", 137, 137),
+        ("a: tasks 0-1: Exited with exit code 134", 134, 134),
+    ],
+    ids=["failed", "diverged", "killed", "left"],
+)
+def test_the_code_of_a_job_is_that_of_the_process_that_others_ended_for(
+    fakes: Fakes, said: str, code: int, ended: int
+) -> None:
+    """By what srun says of each, as it ends with the highest."""
+    lines = "".join(f"srun: error: {line}\n" for line in said.splitlines())
+    fakes.add("srun", {"": [Answer(code=code, err=lines)]})
+    fakes.add("scontrol")
+    done = job(fakes)
+    assert (done.returncode, done.stderr) == (ended, lines)
+    assert bool(requeued(fakes)) == (ended >= 128)
+
+
+@pytest.mark.parametrize("code", [42, 137])
+@pytest.mark.parametrize(
+    ("state", "again"),
+    [
+        ("JobState=COMPLETING Reason=None PreemptTime=None", False),
+        ("JobState=COMPLETING Reason=TimeLimit PreemptTime=None", True),
+        ("JobState=COMPLETING Reason=None PreemptTime=2026-11-23T01:38:29", True),
+        ("JobState=RUNNING Reason=None PreemptTime=None", True),
+    ],
+    ids=["cancelled", "time limit", "preempted", "running"],
+)
+def test_what_a_user_cancelled_is_not_queued_again(
+    fakes: Fakes, state: str, again: bool, code: int
+) -> None:
+    fakes.add("srun", {"": [Answer(code=code)]})
+    fakes.add("scontrol", {"show job 17": [Answer(f"JobId=17\n   {state}\n")]})
+    done = job(fakes)
+    assert (done.returncode, done.stderr) == (code, "")
+    assert requeued(fakes) == ([["requeue", "17"]] if again else [])
+    assert ("cancelled: not queued again" in done.stdout) != again
+
+
+def test_a_job_that_may_not_queue_again_ends_as_training_did(fakes: Fakes) -> None:
     fakes.add("srun", {"": [Answer(code=42)]})
+    fakes.add("scontrol", {"requeue": [Answer(err="presently disabled for job 17\n", code=1)]})
+    done = job(fakes)
+    assert done.returncode == 42
+    assert done.stderr == "presently disabled for job 17\nerror: not queued again: see above\n"
+
+
+def test_what_is_said_behind_the_signal_is_kept(fakes: Fakes) -> None:
+    """scancel sends it to all that the batch shell has started, what copies the errors among it."""
+    # the one between the script and this shell is the fake itself
+    stop = """
+shell=$(ps -o ppid= -p $PPID | tr -d ' ')
+tee() { ps -o pid=,comm= --ppid "$shell" | sed -n 's/ tee$//p'; }
+for _ in {1..500}; do [ -z "$(tee)" ] || break; sleep 0.01; done
+kill -TERM "$shell" $(tee)
+for _ in {1..20}; do echo "saving" >&2; sleep 0.01; done
+exit 42
+"""
+    fakes.add("srun", {"": [Answer(script=stop)]})
+    fakes.add("scontrol")
+    done = job(fakes)
+    assert (done.returncode, done.stderr) == (42, "saving\n" * 20)
+
+
+@pytest.mark.parametrize("code", [42, 134])
+def test_a_job_queues_again_so_often_and_no_more(fakes: Fakes, code: int) -> None:
+    fakes.add("srun", {"": [Answer(code=code)]})
     fakes.add("scontrol")
     done = job(fakes, SLURM_RESTART_COUNT="3", REQUEUES="3")
-    assert done.returncode == 42
+    assert done.returncode == code
     assert "queued again 3 times; given up" in done.stderr
-    assert [c.name for c in fakes.calls()] == ["srun"]
+    assert requeued(fakes) == []
 
 
 def test_the_batch_shell_outlives_the_signal_and_queues_the_job_again(fakes: Fakes) -> None:
@@ -376,10 +451,11 @@ def test_sbatch_reads_signal_and_requeue_and_no_place() -> None:
 
 
 @pytest.mark.parametrize("name", ["sky_tpu", "sky_gpu"])
-def test_a_sky_job_recovers_from_42_alone_and_needs_its_variables(name: str) -> None:
+def test_a_sky_job_recovers_where_docs_advise_it_and_needs_its_variables(name: str) -> None:
     task = yaml.safe_load((LAUNCH / f"{name}.yaml").read_text())
     recovery = task["resources"]["job_recovery"]
-    assert recovery == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [42]}
+    # not from 137: SkyPilot gives it to the machines that it stops because one has failed
+    assert recovery == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [42, 134]}
     needed = {variable for variable, value in task["envs"].items() if value is None}
     assert needed == {"BUCKET", "CONFIG", "RUN"}
     assert task["file_mounts"]["/runs"]["source"] == "${BUCKET}"

@@ -32,7 +32,7 @@ from blindvalm_jax import (
 )
 from blindvalm_jax.config import MeshConfig
 from blindvalm_jax.errors import UserError
-from tests import small_models, small_text
+from tests import small_images, small_models, small_text, test_contrastive_training
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE, DATA, FSDP, ALL = (1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)
@@ -63,7 +63,7 @@ def settings(sizes: tuple[int, int, int], variant: str = "blind", **changes: Any
     values.train.loss_chunk = 8
     values.grounding.dtype = "float32"
     if variant.startswith("valm"):
-        values.grounding.index = "planned"
+        values.grounding.index = "vectors:1000"
     values.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     return config.parse(values)
 
@@ -71,9 +71,7 @@ def settings(sizes: tuple[int, int, int], variant: str = "blind", **changes: Any
 @functools.cache
 def plan(sizes: tuple[int, int, int], variant: str = "blind") -> planning.Plan:
     count = int(np.prod(sizes))
-    return planning.of_settings(
-        settings(sizes, variant), devices=jax.devices()[:count], vectors=1000
-    )
+    return planning.of_settings(settings(sizes, variant), devices=jax.devices()[:count])
 
 
 def held(sizes: tuple[int, int, int], group: str) -> int:
@@ -253,6 +251,34 @@ def test_an_index_is_split_over_all_devices() -> None:
     assert index.shape == (1000, 64)
     assert index.bytes_per_device == index.bytes / 8
     assert not other_warnings(found)
+
+
+@pytest.mark.parametrize(
+    ("index", "neighbours", "dry_run", "message"),
+    [
+        ("nowhere", 1, True, "nowhere holds no finished .*, or plan without one: grounding.index="),
+        ("vectors:7", 8, True, "grounding.neighbours is 8, the index has 7 vectors"),
+        ("vectors:7", 1, False, "grounding.index=vectors:7 is for --dry_run without data: build"),
+    ],
+    ids=["no index", "too few", "no dry run"],
+)
+def test_an_index_that_is_not_there_is_one_line(
+    tmp_path: Path, index: str, neighbours: int, dry_run: bool, message: str
+) -> None:
+    changes = {"grounding__index": index, "grounding__neighbours": neighbours}
+    with pytest.raises(UserError, match=message):
+        trainer.train(settings(DATA, "valm", **changes), tmp_path, dry_run=dry_run)
+
+
+def test_the_plan_of_clip_without_images_is_that_of_a_run_on_images(tmp_path: Path) -> None:
+    images = small_images.write_toyworld(tmp_path / "images", count=40)
+    values = test_contrastive_training.settings(images)
+    for data, workdir in ((images, tmp_path / "with"), ("", tmp_path / "without")):
+        values.data.images = str(data)
+        assert trainer.train(config.parse(values), workdir, dry_run=True) == 0
+    found = plan_of(tmp_path / "without")
+    assert any(line.startswith("| batch     | `images_BHWC`") for line in found)
+    assert found == plan_of(tmp_path / "with")
 
 
 def test_messages_of_the_compiler_are_heard_and_shown(capfd: pytest.CaptureFixture[str]) -> None:

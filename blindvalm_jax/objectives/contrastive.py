@@ -5,7 +5,6 @@ What it leaves is a CLIP: `grounding.tower` and the image index take the run's d
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,33 +13,29 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from blindvalm_jax import config, distributed, fitting, flops, partitioning, system
+from blindvalm_jax import config, distributed, partitioning
 from blindvalm_jax.console import say
 from blindvalm_jax.data import images, packing, pairs, pipeline, prepared
 from blindvalm_jax.data.images import ImageSource
 from blindvalm_jax.data.replacing import Replacing, Source
 from blindvalm_jax.data.tokenizers import Tokenizer
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.models.clip import TowerConfig
-from blindvalm_jax.models.contrastive import Clip, ClipConfig, contrastive_loss
-from blindvalm_jax.models.vision import VisionConfig
-from blindvalm_jax.objectives.contrastive_model import Batch, Model
+from blindvalm_jax.models.contrastive import contrastive_loss
+from blindvalm_jax.objectives.contrastive_model import Batch
+from blindvalm_jax.objectives.contrastive_shapes import Towers
 from blindvalm_jax.objectives.objective import Scalars
 
 _RANKS = (1, 5)
 _BLOCK = 256  # rows of cosines held at once: 100 MB of 50,000 pairs in float64
 
 
-class Contrastive:
+class Contrastive(Towers):
     """CLIP on images with captions (see `objective.Objective`)."""
-
-    unit, units_per_row, trained = "pair", 1, "clip"
 
     def __init__(
         self, settings: config.Config, workdir: Path, mesh: Mesh, *, resuming: bool
     ) -> None:
         """Opens images and tokenizer and checks them against the settings."""
-        self._settings, self._mesh = settings, mesh
         cache = Path(settings.data.cache or workdir / "data")
         self._source, self._held_out = images.open_sources(
             settings.data, digests=cache / "file_hashes.json"
@@ -53,21 +48,13 @@ class Contrastive:
         if settings.data.tfds:  # a folder's captions are checked when it is opened
             for source in filter(None, (self._source, self._held_out)):
                 images.check_captions(source, known=cache / "read_captions.json")
-        tokenizer = self._tokenizer(cache)
-        self._record = packing.record(tokenizer)
-        text = system.tower_shape(settings.clip.text, self._record, setting="clip.text")
-        self.model = Model(
-            Clip(_shape(settings, text), dtype=system.DTYPES[settings.train.dtype]),
-            microbatches=settings.train.microbatches,
-        )
-        partitioning.check_clip_divisible(settings, mesh, self.model.clip.config)
+        tokenizer = _tokenizer(settings.tokenizer, self._source, cache)
+        super().__init__(settings, mesh, packing.record(tokenizer))
+        context = settings.clip.text.context
         self._read = pairs.Reader(
-            tokenizer, settings.clip.image.size, text.context, self._record.tower_end_id
+            tokenizer, settings.clip.image.size, context, self._record.tower_end_id
         )
-        key = packing.hash_of(
-            [images.fingerprint(self._source), self._record.fingerprint, text.context]
-        )
-        self.damaged: list[str] = []
+        key = packing.hash_of([images.fingerprint(self._source), self._record.fingerprint, context])
         self._rows = self._kept(self._source)
         self._held_out_rows = None if self._held_out is None else self._kept(self._held_out)
         self._directory = cache / f"pairs-{key[:16]}"
@@ -92,30 +79,9 @@ class Contrastive:
         skips = self._settings.data.on_corrupt == "skip"
         return Replacing(kept, self.damaged) if skips else kept
 
-    def abstract_frozen(self) -> dict[str, Any]:
-        """Nothing is frozen."""
-        return {}
-
     def place_frozen(self, like: Mapping[str, Any], *, resuming: bool) -> dict[str, Any]:
         """Nothing is frozen."""
         return {}
-
-    def read_start(self, shapes: Any) -> None:
-        """Both towers start fresh."""
-
-    def abstract_batch(self) -> Batch:
-        """Shapes and shardings of a batch."""
-        rows, size = self._settings.train.batch_size, self._read.size
-        sharding = partitioning.batch_sharding(self._mesh)
-
-        def shape(dtype: Any, *sizes: int) -> Any:
-            return jax.ShapeDtypeStruct((rows, *sizes), dtype, sharding=sharding)
-
-        return Batch(
-            shape(np.uint8, size, size, 3),
-            shape(np.int32, self._read.context - 1),
-            shape(np.int32),
-        )
 
     def batches(self, start_step: int) -> pipeline.Batches:
         """Shuffled images from a step on, each with one of its captions."""
@@ -167,39 +133,12 @@ class Contrastive:
 
     def describe(self, batch: Batch) -> dict[str, Any]:
         """Tokenizer, data, towers and cost."""
-        shape = self.model.clip.config
-        return {
-            "kernels": {"attention": "xla"},
-            "flops_per_pair": {"total": flops.per_pair(shape)},
-            "tokenizer": dataclasses.asdict(self._record),
-            "data": {
-                "key": self._key,
-                "directory": str(self._directory.resolve()),
-                "train_images": len(self._source),
-            },
-            "clip": dataclasses.asdict(shape),
+        data = {
+            "key": self._key,
+            "directory": str(self._directory.resolve()),
+            "train_images": len(self._source),
         }
-
-    def settle(self, settings: config.Config) -> None:
-        """Takes over the microbatches that were chosen."""
-        self._settings = settings
-        self.model = fitting.settled(self.model, settings.train)
-
-    def resolved(self) -> config.Config:
-        """The settings with the mesh filled in."""
-        sizes = dataclasses.replace(self._settings.mesh, **dict(self._mesh.shape))
-        return dataclasses.replace(self._settings, mesh=sizes)
-
-    def _tokenizer(self, cache: Path) -> Tokenizer:
-        source, named = self._source, self._settings.tokenizer
-        return prepared.load_or_learn(
-            named.kind,
-            named.path,
-            vocab_size=named.train_vocab_size,
-            contents=source.describe(),
-            texts=lambda: _captions(source),
-            cache=cache,
-        )
+        return {**super().describe(batch), "data": data}
 
 
 class Recall(NamedTuple):
@@ -249,28 +188,17 @@ def _rivals(
     return np.sum(~right_QN & ~(scores_QN < best_Q1), axis=1)  # NaN finds nothing either
 
 
+def _tokenizer(named: config.TokenizerConfig, source: ImageSource, cache: Path) -> Tokenizer:
+    return prepared.load_or_learn(
+        named.kind,
+        named.path,
+        vocab_size=named.train_vocab_size,
+        contents=source.describe(),
+        texts=lambda: _captions(source),
+        cache=cache,
+    )
+
+
 def _captions(source: ImageSource) -> Generator[str, None, None]:
     for index in range(len(source)):
         yield from source.captions(index)
-
-
-def _shape(settings: config.Config, text: TowerConfig) -> ClipConfig:
-    image, clip = settings.clip.image, settings.clip
-    vit = {
-        "patch": image.patch,
-        "layers": image.layers,
-        "heads": image.heads,
-        "mlp_width": 4 * image.width,
-    }
-    return ClipConfig(
-        text=text,
-        vision=VisionConfig(
-            kind=image.kind,
-            image_size=image.size,
-            width=image.width,
-            projection=text.projection,
-            **(vit if image.kind == "vit" else {"channels": image.channels}),
-        ),
-        temperature_start=clip.temperature_start,
-        temperature_cap=clip.temperature_cap,
-    )

@@ -1,8 +1,9 @@
-"""A language model known by its settings alone: what a plan needs, before there is any data."""
+"""A model known by its settings alone: what a plan needs, before there is any data."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,17 +28,47 @@ from blindvalm_jax.objectives.objective import Scalars
 _VOCABULARIES = {"clip": 49_412, "gpt2": 50_257}
 _CLIP_SPECIALS = 4
 _ALIGNED = 1.25  # tower tokens for one of the language model's, at most, where they differ
+# In the place of an index: how many vectors one would hold.
+_TOLD = re.compile(r"vectors:(\d+)")
 
 
 def without_data(settings: config.Config) -> bool:
     """Whether settings name no data, so that shapes are all there is."""
     data = settings.data
-    named = data.files or data.tfds or data.windows or data.images
-    return settings.train.objective == "language" and not named
+    return not (data.files or data.tfds or data.windows or data.images)
 
 
-class Shapes:
-    """The shapes of a run without data (see `objective.Objective`); it can be compiled, not run."""
+def check_index(settings: config.Config) -> None:
+    """Refuses a number of vectors in the place of an index that is to be searched."""
+    if _TOLD.fullmatch(settings.grounding.index):
+        raise UserError(
+            f"grounding.index={settings.grounding.index} is for --dry_run without data: build an "
+            "index with python -m blindvalm_jax.index build, and name its directory"
+        )
+
+
+class ShapesAlone:
+    """What is refused of an objective without data: it can be compiled, not run."""
+
+    def place_frozen(self, like: Mapping[str, Any], *, resuming: bool) -> dict[str, Any]:
+        """Refused: there is nothing to place."""
+        raise ValueError("shapes alone cannot be run")
+
+    def batches(self, start_step: int) -> pipeline.Batches:
+        """Refused: there are no rows."""
+        raise ValueError("shapes alone cannot be run")
+
+    def to_device(self, rows: Mapping[str, Any]) -> Any:
+        """Refused: there are no rows."""
+        raise ValueError("shapes alone cannot be run")
+
+    def evaluate(self, params: Any, frozen: Mapping[str, Any]) -> Scalars:
+        """Refused: there are no rows."""
+        raise ValueError("shapes alone cannot be run")
+
+
+class Shapes(ShapesAlone):
+    """The shapes of a language model without data (see `objective.Objective`)."""
 
     unit, trained = "token", "decoder"
 
@@ -48,11 +79,11 @@ class Shapes:
         mesh: Mesh,
         *,
         resuming: bool = False,
-        vectors: int | None = None,
     ) -> None:
-        """Fills in what data would say; vectors: of the image index, None: read its manifest.
+        """Fills in what data would say.
 
-        A named tower is read for its shape, as a run does; a random one is never made.
+        A named tower and the manifest of an index are read for their shapes, as a run does; a
+        random tower is never made, and `grounding.index` may be `vectors:NUMBER` of none yet.
 
         Raises:
           UserError: the mesh does not divide the sizes, or the tower or index cannot be read.
@@ -61,10 +92,10 @@ class Shapes:
             raise UserError("a run is resumed on its data: set data.files, data.tfds or .windows")
         self._settings, self.mesh = settings, mesh
         self.damaged: list[str] = []
-        self._vocabulary = _vocabulary(settings)
+        self._vocabulary = vocabulary(settings.tokenizer, entries=settings.decoder.vocab_size)
         self._tower, self._aligned = _tower(settings, self._vocabulary)
         partitioning.check_divisible(settings, mesh, self._tower)
-        self.vectors = _vectors(settings, vectors)
+        self.vectors = _vectors(settings.grounding)
         grounding, search = settings.grounding, None
         if grounding.source == "images" and grounding.search == "exact":
             search = images.on_devices(mesh, count=self.vectors, neighbours=grounding.neighbours)
@@ -166,29 +197,13 @@ class Shapes:
             return None
         return system.read_start(shapes, self.model.decoder, named, self._vocabulary)
 
-    def place_frozen(self, like: Mapping[str, Any], *, resuming: bool) -> dict[str, Any]:
-        """Refused: there is nothing to place."""
-        raise ValueError("shapes alone cannot be run")
 
-    def batches(self, start_step: int) -> pipeline.Batches:
-        """Refused: there are no rows."""
-        raise ValueError("shapes alone cannot be run")
-
-    def to_device(self, rows: Mapping[str, Any]) -> Batch:
-        """Refused: there are no rows."""
-        raise ValueError("shapes alone cannot be run")
-
-    def evaluate(self, params: Any, frozen: Mapping[str, Any]) -> Scalars:
-        """Refused: there are no rows."""
-        raise ValueError("shapes alone cannot be run")
-
-
-def _vocabulary(settings: config.Config) -> TokenizerRecord:
-    kind = settings.tokenizer.kind
-    named = settings.decoder.vocab_size or _VOCABULARIES.get(kind)
+def vocabulary(named: config.TokenizerConfig, *, entries: int = 0) -> TokenizerRecord:
+    """A vocabulary of this kind; entries: of it, 0: as many as the kind has, or is to learn."""
+    kind = named.kind
     return TokenizerRecord(
         kind=kind,
-        vocab_size=named or settings.tokenizer.train_vocab_size,
+        vocab_size=entries or _VOCABULARIES.get(kind) or named.train_vocab_size,
         lm_offset=_CLIP_SPECIALS if kind == "clip" else 0,
         eos_id=0,
         pad_id=0,
@@ -211,9 +226,21 @@ def _tower(settings: config.Config, vocabulary: TokenizerRecord) -> tuple[TowerC
     return tower.config, not shared
 
 
-def _vectors(settings: config.Config, given: int | None) -> int:
-    if settings.grounding.source != "images":
+def _vectors(grounding: config.GroundingConfig) -> int:
+    """Vectors of the image index, which may be told instead of read."""
+    if grounding.source != "images":
         return 0
-    if given is not None:
-        return given
-    return load_manifest(Path(settings.grounding.index).expanduser()).count
+    if told := _TOLD.fullmatch(grounding.index):
+        count = int(told[1])
+    else:
+        try:
+            count = load_manifest(Path(grounding.index).expanduser()).count
+        except UserError as error:
+            raise UserError(
+                f"{error}, or plan without one: grounding.index=vectors:NUMBER"
+            ) from error
+    if grounding.neighbours > count:
+        raise UserError(
+            f"grounding.neighbours is {grounding.neighbours}, the index has {count} vectors"
+        )
+    return count

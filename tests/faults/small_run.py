@@ -44,8 +44,8 @@ pipeline.Batches.__next__ = slow
 ENDED = 0  # exit codes
 FAILED, PREEMPTED, DIVERGED = 1, 42, 43
 LEFT = (134, -signal.SIGABRT)  # without the others: found out by the program, or by JAX
-# What happens inside of `train` before it begins, given as code.
-_TRAIN = """
+# {code}: what happens inside of `train` before it begins; it may take arguments from sys.argv.
+TRAIN = """
 import sys
 from absl import app
 {code}
@@ -203,7 +203,7 @@ class Runs:
             "def get_config():\n"
             f"    return ml_collections.ConfigDict(json.load(open({str(stored)!r})))\n"
         )
-        main = ["-c", _TRAIN.format(code=code)]
+        main = ["-c", TRAIN.format(code=code)]
         arguments = [*main, f"--config={file}", f"--workdir={workdir}", *flags]
         environment = {**quickly(self._directory, devices=devices), **environment}
         self._processes.append(Process([sys.executable, *arguments], **environment))

@@ -12,6 +12,7 @@ import pytest
 
 from blindvalm_jax.checkpoints import layout
 from tests import dying, small_text, test_checkpoints, test_train
+from tests.faults import small_run
 
 # argv: the moment, as the end of what is made or renamed to; the rename of the whole is the commit.
 DYING = """
@@ -28,12 +29,6 @@ for owner in (os, Path):
     for name in ("mkdir", "rename", "replace"):
         setattr(owner, name, dying(getattr(owner, name)))
 """
-TRAIN = """
-from absl import app
-from blindvalm_jax import train
-from blindvalm_jax.errors import run_main
-run_main(train.main)
-"""
 SAVE = """
 from tests import test_checkpoints
 test_checkpoints.save(Path(sys.argv[1]), 2, 4)
@@ -45,7 +40,9 @@ def test_a_run_killed_before_the_commit_ends_bit_identical(tmp_path: Path) -> No
     text = tmp_path / "text.txt"
     small_text.write_text(text, small_text.documents(120))
     flags = test_train.command(test_train.settings(text), tmp_path)[3:]
-    died = _train(["-c", DYING + TRAIN, "checkpoints/4"], flags, tmp_path / "run")
+    died = _train(
+        ["-c", small_run.TRAIN.format(code=DYING), "checkpoints/4"], flags, tmp_path / "run"
+    )
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert [path.name for path in layout.unfinished(tmp_path / "run")] == ["4.orbax-checkpoint-tmp"]
     assert layout.steps(tmp_path / "run") == [2]

@@ -10,7 +10,7 @@ import ml_collections
 import pytest
 
 from blindvalm_jax import events
-from blindvalm_jax.checkpoints import layout
+from blindvalm_jax.checkpoints import layout, verifying
 from tests.faults import small_run
 from tests.faults.small_run import FAILED, Runs, steps
 
@@ -43,6 +43,12 @@ def fill():
         except OSError:
             pass
 pipeline.Batches.__next__ = fills
+"""
+# Processes wait for the part of one that failed: 20 minutes, were it not for this.
+_SOONER = """
+import functools
+from orbax.checkpoint import checkpoint_manager as owner
+owner.AsyncOptions = functools.partial(owner.AsyncOptions, timeout_secs=15)
 """
 _LIMIT = "resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, resource.RLIM_INFINITY))"
 
@@ -119,3 +125,26 @@ def test_a_run_whose_disk_stays_full_ends_and_is_gone_on_with(
     (disk[0] / "ballast").unlink(missing_ok=True)
     assert "resumed at step 4" in runs.start(values, run).ends()
     check_same_state(whole, run)
+
+
+def test_processes_go_on_while_one_of_them_cannot_write_its_part(
+    values: ml_collections.ConfigDict, whole: Path, tmp_path: Path, runs: Runs
+) -> None:
+    """All of them count the save as failed, and those before and behind it are whole."""
+    values = values.copy_and_resolve_references()
+    values.mesh.data, values.mesh.fsdp = 1, 2  # so that the second has a part
+    run = tmp_path / "run"
+    no_room = (tmp_path, _LIMIT.format(4_000), _LIMIT.format("resource.RLIM_INFINITY"))
+    codes = {0: _SOONER, 1: _SOONER + code(no_room, full=6, free=10)}
+    first, second = runs.several(2, values, run, codes=codes)
+    warning = "warning: the checkpoint of step 6 cannot be written to"
+    assert warning in first.ends()
+    second.ends()
+    assert warning in (run / "logs" / "process-1.txt").read_text()
+    failed = [event["step"] for event in events.read(run) if event["event"] == "save_failed"]
+    assert failed in ([6], [6, 8])
+    assert steps(run)[-1] == 12
+    assert not {*failed} & {*steps(run)}
+    for step in steps(run):
+        assert verifying.verify(layout.directory(run) / str(step)).bad == []
+    small_run.check_equal(whole, run)

@@ -159,6 +159,20 @@ pipeline.Batches.__next__ = failing
     one.ends(*LEFT, within=SOON)
 
 
+def test_a_process_that_hangs_ends_all_and_says_where(
+    text: Path, tmp_path: Path, runs: Runs
+) -> None:
+    """Row 19: the data source of the first one sleeps, and the other waits for its rows."""
+    values = small_run.settings(text, train__watchdog_seconds=10.0, checkpoint__every_steps=2)
+    code = small_run.PAUSES.format(batch=8, flag=str(tmp_path / "never"))
+    first, other = runs.several(2, values, tmp_path / "run", codes={0: code}, heartbeat=60)
+    said = first.ends(FAILED)
+    assert "no update has ended for 10 seconds (train.watchdog_seconds)" in said
+    assert " in slow\n" in said  # the stack of the thread that hangs
+    other.ends(FAILED, *LEFT, within=SOON)
+    assert steps(tmp_path / "run")[-1] == 6
+
+
 def test_what_the_first_process_refuses_ends_all(text: Path, tmp_path: Path, runs: Runs) -> None:
     """Each with one line: a directory in use, text that is not there, a mesh across processes."""
     values = small_run.settings(text, train__steps=100_000)
