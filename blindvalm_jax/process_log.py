@@ -21,10 +21,15 @@ _path: Path | None = None
 _complained = False
 
 
+def name(process: int) -> str:
+    """The file of a process, in the directory of the run."""
+    return f"{DIRECTORY}/process-{process}.txt"
+
+
 def begin(workdir: Path, *, process: int, processes: int) -> None:
     """Keeps lines from now on, behind those of starts before."""
     global _path, _complained
-    _path, _complained = workdir / DIRECTORY / f"process-{process}.txt", False
+    _path, _complained = workdir / name(process), False
     write(f"process {process} of {processes} begins: {os.getpid()} on {socket.gethostname()}")
 
 

@@ -198,7 +198,8 @@ def _read(
     by_objective = planning.WITHOUT_DATA if shapes_alone else _OBJECTIVES
     read = by_objective[settings.train.objective]
     given = fitting.provisional(settings)
-    prepare = distributed.all_or_none if ownership.apart() else distributed.first_then_others
+    at_once = ownership.apart() and not settings.data.cache
+    prepare = distributed.all_or_none if at_once else distributed.first_then_others
     return prepare(lambda: read(given, workdir, mesh, resuming=resuming))
 
 

@@ -331,6 +331,53 @@ def test_only_what_differs_is_brought_and_a_bringing_cut_off_goes_on(
     assert aside() == {}
 
 
+@pytest.mark.parametrize("killed_at", ["get_file", "put_file"])
+def test_what_travelled_and_was_not_noted_when_killed_is_no_other_machines_work(
+    killed_at: str, tmp_path: Path
+) -> None:
+    memory, write_notes = fsspec.filesystem("memory"), mirror.Store._write_notes
+    with on_another_machine(tmp_path / "other"):
+        worked({"run.json": "{}", "metrics.jsonl": "1"}, (2, "two"))
+    if killed_at == "put_file":
+        enter(remote.kept(ADDRESS))
+        for name in ("metrics.jsonl", "run.json", "tokens"):
+            write(name, "12")
+        save(4, "four")
+    travel, travelled = getattr(memory, killed_at), []
+
+    def killed(*paths: str) -> None:
+        travel(*paths)
+        travelled.append(paths)
+        if len(travelled) > 1:
+            raise OSError("killed")
+
+    def before(store: mirror.Store) -> None:
+        if not travelled:
+            write_notes(store)
+
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(memory, killed_at, killed)
+        broken.setattr(mirror.Store, "_write_notes", before)
+        with pytest.raises(UserError, match="killed"):
+            enter(remote.kept(ADDRESS))
+    enter(remote.kept(ADDRESS))
+    assert here() == {name: content.decode() for name, content in there().items()}
+    assert aside() == {}
+    assert here()["metrics.jsonl"] == ("1" if killed_at == "get_file" else "12")
+
+
+def test_a_bad_step_of_before_does_not_let_the_newest_go(tmp_path: Path) -> None:
+    store, directory = remote.Store(ADDRESS), places.of_run(ADDRESS)
+    save(2, "bad")
+    (directory / "quarantine").mkdir()
+    (directory / "checkpoints/2").rename(directory / "quarantine/2")
+    save(2, "good")
+    store.send()
+    shutil.rmtree(directory / "checkpoints/2")
+    store.send()
+    assert f"checkpoints/2/{LAST}" in there()
+
+
 def test_an_emptied_store_takes_nothing_from_here() -> None:
     worked({}, (2, "two"))
     fsspec.filesystem("memory").store.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -280,6 +281,55 @@ def test_the_store_keeps_a_whole_step_and_machines_their_parts_where_one_sends_n
     assert steps_there() == ["2"]
 
 
+def test_a_run_whose_first_step_lacked_a_part_begins_anew(saved: Path, service: None) -> None:
+    """What tells that it has saved goes with the part: it would refuse to begin."""
+    with two() as (first, _):
+        (first.directory / "run.json").write_text("{}")
+        part(saved, first.directory, 2, process=0)
+        quarantine.record(first.directory, 2)
+        first.send()
+    with two() as (first, other):
+        assert layout.steps(first.directory) == []
+        quarantine.check_not_lost(first.directory)
+        for step in (2, 4):
+            for store, process in ((other, 1), (first, 0)):
+                part(saved, store.directory, step, process=process)
+                quarantine.record(first.directory, step)
+                store.send()
+        part(saved, first.directory, 6, process=0)
+    assert steps_there() == ["2", "4"]
+    with two() as (first, _):
+        assert (first.directory / "saved.json").exists()
+        aside = first.directory.with_name("first.unsent-part")
+        assert sorted(path.name for path in aside.iterdir()) == ["2", "6"]
+
+
+def test_settings_that_may_differ_between_machines_do(saved: Path, service: None) -> None:
+    with two() as (first, other):
+        part(saved, other.directory, 2, process=1)
+        digests = other.directory / "checkpoints/2/digests/metadata"
+        found = json.loads(digests.read_text())
+        digests.write_text(json.dumps({**found, "config": "0"}))
+        other.send()
+        part(saved, first.directory, 2, process=0)
+        first.send()
+        assert steps_there() == ["2"]
+
+
+def test_what_a_process_said_last_is_sent_by_its_next_start(saved: Path, service: None) -> None:
+    with two() as (_, other):
+        log = other.directory / "logs/process-1.txt"
+        log.parent.mkdir()
+        log.write_text("one\n")
+        other.send()
+        with log.open("a") as file:
+            file.write("why it ended\n")
+    with two() as (_, other):
+        other.send()
+    found = fsspec.filesystem("memory").cat_file("/bucket/runs/first/logs/process-1.txt")
+    assert found == b"one\nwhy it ended\n"
+
+
 def test_a_step_that_is_done_again_is_whole_once_its_own_parts_are_there(
     saved: Path, service: None
 ) -> None:
@@ -308,7 +358,7 @@ def test_a_word_about_another_save_of_a_step_does_not_count(saved: Path, service
     with two() as (first, other):
         part(saved, other.directory, 2, process=1)
         digests = other.directory / "checkpoints/2/digests/metadata"
-        digests.write_text(digests.read_text().replace("1", "2"))
+        digests.write_text(digests.read_text().replace("[] ", "[] f"))
         other.send()
         part(saved, first.directory, 2, process=0)
         first.send()

@@ -256,12 +256,13 @@ class Checkpoints:
             self._leave()
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: Exception) -> str:
     """Why a save failed, as this process knows it."""
     late = isinstance(error, TimeoutError) or "DEADLINE_EXCEEDED" in str(error)
     if not late or jax.process_count() == 1:
         return first_line(error)
-    if before := error.__cause__ or error.__context__:  # what failed here, and kept others waiting
+    before = error.__cause__ or error.__context__
+    if isinstance(before, Exception):  # what failed here, and kept others waiting
         return _reason(before)
     return (
         "another process did not write its part in time (checkpoint.timeout_seconds): see its log "

@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
+import jax
 
 from blindvalm_jax.errors import UserError, first_line
 
@@ -89,7 +90,7 @@ class Connection:
         """Turns what the store says into one line."""
         try:
             yield
-        except UserError:
+        except (UserError, jax.errors.JaxRuntimeError):  # or of another process that is gone
             raise
         except Exception as error:  # each library has its own, down to those of the network
             raise UserError(

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from blindvalm_jax import files, runs
 from blindvalm_jax.checkpoints import layout, quarantine
@@ -42,7 +42,10 @@ from blindvalm_jax.stores.steps import (
 Kind = TypeVar("Kind")
 _NOTES = ".sent.json"  # by name: what the store says of the file, its time of change and size here
 _NOT_HERE = (0, 0)  # in place of both, of a file that is there alone
-_AT_ONCE = 16  # files that travel
+_COMES, _GOES = (0, -2), (0, -3)  # and of one that is being brought, or sent
+_AT_ONCE, _LARGE_AT_ONCE = 16, 4  # files that travel; of large ones libraries hold much in memory
+_LARGE = 2**26  # bytes
+_PARTS = 2  # steps of which parts are kept that were not sent
 _NOTED = 2.0  # seconds between two writings of the notes
 OF_OTHERS = (0, -1)  # and of one that another process of this run has sent
 
@@ -96,9 +99,13 @@ class Store:
         """
         with self._store.failing("read"):
             there, sent = self._there(), self._noted()
-            self._drop_parts(sent)
+            self._drop_parts(there)
             here = contents(self.directory)
-            unsent = [name for name, kind in here.items() if kind_sent(sent, name) != kind]
+            unsent = [
+                name
+                for name, kind in here.items()
+                if kind_sent(sent, name) not in (kind, _COMES if name in there else kind)
+            ]
             changed = any(
                 not there.get(name) or name not in sent or there[name] != sent[name][0]
                 for name in there.keys() | (sent.keys() & here.keys())
@@ -113,7 +120,9 @@ class Store:
             differs = [
                 name
                 for name, mark in there.items()
-                if not (name in here and name in sent and sent[name][0] == mark)
+                if name not in here
+                or name not in unsent
+                and (kind_sent(sent, name) == _COMES or sent[name][0] != mark)
             ]
             for name in differs:
                 if not whole(name, there):
@@ -127,36 +136,36 @@ class Store:
             if step.is_dir() and not (step / LAST).exists():
                 shutil.rmtree(step)
 
-    def _drop_parts(self, sent: Mapping[str, Any]) -> None:
-        """Puts aside steps of which this process has a part, and which were not sent to the end."""
-        self._put_parts_aside(
-            [
-                step
-                for step in layout.steps(self.directory)
-                if last_of(str(step)) not in sent
-                and layout.is_apart(checkpoint := layout.directory(self.directory) / str(step))
-                and layout.fault(checkpoint) is not None
-            ]
-        )
+    def _drop_parts(self, there: Collection[str]) -> None:
+        """Puts aside steps of which this process has a part, and which are not whole there."""
+        parts = [
+            step
+            for step in layout.steps(self.directory)
+            if last_of(str(step)) not in there
+            and layout.is_apart(checkpoint := layout.directory(self.directory) / str(step))
+            and layout.fault(checkpoint) is not None
+        ]
+        self._put_parts_aside(parts)
+        if parts and not any(map(is_last, there)) and quarantine.RECORD not in there:
+            # It tells of these steps: the run begins anew.
+            (self.directory / quarantine.RECORD).unlink(missing_ok=True)
 
-    def _put_parts_aside(self, steps: Collection[int]) -> None:
-        """Keeps of the newest of these steps what this process has, beside the directory.
+    def _put_parts_aside(self, steps: Iterable[int]) -> None:
+        """Keeps what this process has of these steps beside the directory, of the newest two.
 
         Nobody can go on from it alone; where the store has nothing, all parts together are a step.
         """
         place = self.directory.with_name(f"{self.directory.name}.unsent-part")
         for step in sorted(steps):
-            checkpoint = layout.directory(self.directory) / str(step)
-            if step != max(steps):
-                shutil.rmtree(checkpoint)
-                continue
-            shutil.rmtree(place, ignore_errors=True)
-            place.mkdir()
-            os.rename(checkpoint, place / str(step))
+            place.mkdir(exist_ok=True)
+            shutil.rmtree(place / str(step), ignore_errors=True)
+            os.rename(layout.directory(self.directory) / str(step), place / str(step))
             say_here(
                 f"warning: step {step} is not whole in {self._store.address}: what this process "
                 f"has of it was moved to {place}"
             )
+            for old in sorted(place.iterdir(), key=lambda path: int(path.name))[:-_PARTS]:
+                shutil.rmtree(old)
 
     def _fetch(self, marks: Mapping[str, str]) -> None:
         """Brings files; what was brought is noted, so that another try goes on from there."""
@@ -168,15 +177,20 @@ class Store:
                 self._files.get_file(f"{self._root}/{name}", str(partial))
             self._note(name, (marks[name], path.stat().st_mtime_ns, path.stat().st_size))
 
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._sent.update({name: (mark, *_COMES) for name, mark in marks.items()})
+        self._write_notes()
         self._each(fetch, marks)
 
-    def _each(self, work: Callable[[str], None], names: Iterable[str]) -> None:
+    def _each(
+        self, work: Callable[[str], None], names: Iterable[str], *, at_once: int = _AT_ONCE
+    ) -> None:
         """Does what there is to do with each file, with several at once; then notes are written.
 
         Raises the first error, once what is under way has ended.
         """
         try:
-            with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+            with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
                 collections.deque(pool.map(work, names), maxlen=0)
         finally:
             self._write_notes()
@@ -223,13 +237,13 @@ class Store:
     def _note(self, name: str, known: tuple[str, int, int] | None) -> None:
         """Notes that a file is the same here and there, or on neither side.
 
-        Notes of steps are written now and then: if some are lost, their files travel once more.
+        Written now and then: if some are lost, their files travel once more.
         """
         with self._notes:
             self._sent.pop(name, None)
             if known is not None:
                 self._sent[name] = known
-        if step_of(name) is None or time.monotonic() - self._written > _NOTED:
+        if time.monotonic() - self._written > _NOTED:
             self._write_notes()
 
     def _write_notes(self) -> None:
@@ -249,11 +263,11 @@ class Store:
             self._put(_of_whole_steps(contents(self.directory)))
             self._remove(self._gone(_of_whole_steps(contents(self.directory))))
 
-    def _gone(self, here: Collection[str]) -> list[str]:
+    def _gone(self, here: Mapping[str, tuple[int, int]]) -> list[str]:
         """What is there and no longer here; the newest whole step stays, unless it is bad."""
-        newest = str(max((number(name) for name in self._sent if is_last(name)), default=""))
-        bad = any(re.match(rf"{quarantine.DIRECTORY}/{newest}[./]", name) for name in here)
-        kept = newest if last_of(newest) not in here and not bad else None
+        sent = (name for name, known in self._sent.items() if known[1:] != _GOES and is_last(name))
+        newest = str(max(map(number, sent), default=""))
+        kept = None if last_of(newest) in here or self._is_bad(newest, here) else newest
         return [
             name
             for name, known in self._sent.items()
@@ -261,6 +275,13 @@ class Store:
             and not (known[1:] == OF_OTHERS and whole(name, here))
             and (kept is None or step_of(name) != kept)
         ]
+
+    def _is_bad(self, step: str, here: Mapping[str, tuple[int, int]]) -> bool:
+        """Whether what is there of a step, not an earlier one of its number, is in quarantine."""
+        place = re.compile(rf"({quarantine.DIRECTORY}/{step}(\.\d+)?)/")
+        places = {found[1] for name in here if (found := place.match(name))}
+        sent = kind_sent(self._sent, last_of(step))
+        return any(here.get(f"{place}/{LAST}", sent) == sent for place in places)
 
     def _remove(self, names: Collection[str]) -> None:
         def remove(name: str) -> None:
@@ -304,7 +325,12 @@ class Store:
         for group in in_order(new):
             if group == [quarantine.RECORD] and not any(map(is_last, (*here, *self._sent))):
                 continue  # the step that it tells of was finished since: both are sent next time
-            self._each(put, group)
+            # Noted first: whoever finds them there sees that they are no other machine's work.
+            self._sent.update(dict.fromkeys(group, ("", *_GOES)))
+            self._write_notes()
+            large = [name for name in group if here[name][1] >= _LARGE]
+            self._each(put, large, at_once=_LARGE_AT_ONCE)
+            self._each(put, [name for name in group if here[name][1] < _LARGE])
 
     def _new(self, here: Mapping[str, tuple[int, int]]) -> list[str]:
         """What was not sent as it is here."""
@@ -323,11 +349,10 @@ def _is_of_this_run(
 
     So is what another process of the run has sent, and of a step that is not whole all.
     """
-    if name not in there:
-        return False
-    known = sent.get(name)
-    of_others = known is not None and known[1:] == OF_OTHERS
-    return is_log(name) or not whole(name, there) or (is_piece(name) and of_others)
+    kind = kind_sent(sent, name)
+    if kind == _GOES or name not in there:
+        return kind == _GOES
+    return is_log(name) or not whole(name, there) or (is_piece(name) and kind == OF_OTHERS)
 
 
 def _of_whole_steps(here: Mapping[str, Kind]) -> dict[str, Kind]:

@@ -28,7 +28,7 @@ from blindvalm_jax.survival import preemption
 
 _KEY = "blindvalm_jax/sent"  # of the coordination service, and behind it the process
 _POLL = 0.2  # seconds between two looks at what the others say
-_PATIENCE = 600.0  # seconds that the first process waits at the end while nothing comes
+_PATIENCE = 1800.0  # seconds that the first process waits at the end while nothing comes
 _SOON = 10.0  # and where it may be ending alone
 _LONG = 300.0  # seconds after which a part that lacks is told of
 
@@ -187,6 +187,9 @@ class Other(Store):
                 and kind_sent(sent, name) == kind
                 and sent[name][0] == there[name]
             }
+            log = process_log.name(self._process)
+            if log in here and there.get(log) in (None, sent.get(log, ("",))[0]):
+                same.add(log)  # what it said last is here alone
             for name in here.keys() - same:
                 (self.directory / name).unlink()
             self._sent = {name: known for name, known in sent.items() if name in same}
@@ -245,12 +248,12 @@ def of_this_process(address: str) -> First | Other:
 
 
 def _identity(run: Path, step: str) -> str:
-    """What tells a step from another save of the same number: a hash of the digests in it."""
+    """What tells a step from another save of its number: a hash of the digests of its arrays."""
     try:
         found = layout.read_json(layout.directory(run) / step, layout.DIGESTS)
     except UserError:  # kept no longer
         return ""
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(found.get("leaves"), sort_keys=True).encode()).hexdigest()
 
 
 def _drop_empty(directory: Path) -> None:
