@@ -10,7 +10,6 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
-import jax
 
 from blindvalm_jax.errors import UserError, first_line
 
@@ -90,7 +89,7 @@ class Connection:
         """Turns what the store says into one line."""
         try:
             yield
-        except (UserError, jax.errors.JaxRuntimeError):  # or of another process that is gone
+        except UserError:
             raise
         except Exception as error:  # each library has its own, down to those of the network
             raise UserError(

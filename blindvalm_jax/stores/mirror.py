@@ -29,7 +29,6 @@ from blindvalm_jax.stores.connection import Connection
 from blindvalm_jax.stores.steps import (
     LAST,
     UNFINISHED,
-    in_order,
     is_last,
     is_log,
     is_piece,
@@ -322,7 +321,7 @@ class Store:
                 mark = self._store.mark(f"{self._root}/{name}")
                 self._note(name, (mark, *here[name]))
 
-        for group in in_order(new):
+        for group in _in_order(new):
             if group == [quarantine.RECORD] and not any(map(is_last, (*here, *self._sent))):
                 continue  # the step that it tells of was finished since: both are sent next time
             # Noted first: whoever finds them there sees that they are no other machine's work.
@@ -357,6 +356,20 @@ def _is_of_this_run(
 
 def _of_whole_steps(here: Mapping[str, Kind]) -> dict[str, Kind]:
     return {name: kind for name, kind in here.items() if whole(name, here)}
+
+
+def _in_order(names: Iterable[str]) -> list[list[str]]:
+    """Files in groups that are sent one after the other.
+
+    Of checkpoints the newest comes first, what makes it whole behind all else of it. Last what
+    tells that there is a checkpoint.
+    """
+    groups = collections.defaultdict(list)
+    for name in names:
+        step = step_of(name)
+        rank = (2, 0) if name == quarantine.RECORD else (0, 0) if step is None else (1, -int(step))
+        groups[*rank, is_last(name)].append(name)
+    return [groups[key] for key in sorted(groups)]
 
 
 def contents(directory: Path) -> dict[str, tuple[int, int]]:

@@ -7,6 +7,7 @@ all that the others send; what they have besides is a copy of what the store hol
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -220,8 +221,9 @@ class Other(Store):
 
     def _tell_progress(self) -> None:
         """So that the first one waits as long as something comes."""
-        said = _said().get(self._process, {"steps": {}})
-        _say(self._process, steps=said["steps"], done=False, files=len(self._sent))
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the first is gone: told elsewhere
+            said = _said().get(self._process, {"steps": {}})
+            _say(self._process, steps=said["steps"], done=False, files=len(self._sent))
 
     def _steps(self, here: Mapping[str, tuple[int, int]]) -> dict[str, str]:
         """The steps of which all that is here was sent, and what tells them from others."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import collections
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
 from typing import TypeVar
-
-from blindvalm_jax.checkpoints import quarantine
 
 Entry = TypeVar("Entry")
 LAST = "_CHECKPOINT_METADATA"  # Orbax's, in each step: sent when all else of the step is there
@@ -51,20 +48,6 @@ def last_of(step: str) -> str:
 def number(name: str) -> int:
     """The step whose checkpoint a file is of, which has one."""
     return int(step_of(name) or 0)
-
-
-def in_order(names: Iterable[str]) -> list[list[str]]:
-    """Files in groups that are sent one after the other.
-
-    Of checkpoints the newest comes first, what makes it whole behind all else of it. Last what
-    tells that there is a checkpoint.
-    """
-    groups = collections.defaultdict(list)
-    for name in names:
-        step = step_of(name)
-        rank = (2, 0) if name == quarantine.RECORD else (0, 0) if step is None else (1, -int(step))
-        groups[*rank, is_last(name)].append(name)
-    return [groups[key] for key in sorted(groups)]
 
 
 def to_read(found: Mapping[str, Entry]) -> dict[str, Entry]:
