@@ -69,7 +69,7 @@ class Turn(NamedTuple):
     """What a turn took: a counted step of each system; all of it; what of that one save stops."""
 
     steps: dict[str, Spent]
-    total: float
+    total: Spent
     blocked: float
 
 
@@ -94,17 +94,7 @@ def run() -> dict[str, Any]:
             f"{row['processor_ratio']:10.3f} {_span(row['processor_interval']):>13} "
             f"{1e3 * row['thread_seconds']:11.1f}"
         )
-    extra = [a.total - b.total for a, b in zip(saving, plain, strict=True)]
-    save = statistics.median(extra)
-    spread = save / _EVERY.value / rows["bare"]["seconds"]
-    total = rows["loop"]["ratio"] - 1 + spread
-    blocked = [turn.blocked for turn in saving]
-    print(
-        f"a checkpoint of {saved / 2**20:,.0f} MiB: {save:.2f} s beyond the loop "
-        f"({min(extra):.2f} to {max(extra):.2f}), {spread:.2%} of a step when saved every "
-        f"{_EVERY.value} steps; loop and checkpoints: {total:.2%}. The loop stands still for "
-        f"{statistics.median(blocked):.2f} s of it ({min(blocked):.2f} to {max(blocked):.2f})"
-    )
+    checkpoint = {"bytes": saved, **_of_a_save(plain, saving, rows["loop"], bytes_saved=saved)}
     about = systems.about()
     machine = turns.machine(
         about,
@@ -119,16 +109,39 @@ def run() -> dict[str, Any]:
     return {
         "systems": rows,
         "memory_mib": about["memory_mib"],
-        "checkpoint": {
-            "bytes": saved,
-            "seconds": save,
-            "low": min(extra),
-            "high": max(extra),
-            "blocked": statistics.median(blocked),
-        },
-        "overhead": total,
+        "checkpoint": checkpoint,
         **machine,
     }
+
+
+def _of_a_save(
+    plain: list[Turn], saving: list[Turn], loop: Mapping[str, Any], *, bytes_saved: int
+) -> dict[str, Any]:
+    """Prints and returns what a save costs; loop: the row of the loop without one."""
+    blocked = [turn.blocked for turn in saving]
+    print(
+        f"a checkpoint of {bytes_saved / 2**20:,.0f} MiB stops the loop for "
+        f"{statistics.median(blocked):.2f} s ({min(blocked):.2f} to {max(blocked):.2f})"
+    )
+    found: dict[str, Any] = {"blocked": statistics.median(blocked)}
+    for part, of, ratio in (
+        ("clock", "on the clock", loop["ratio"]),
+        ("processor", "of the processor's time", loop["processor_ratio"]),
+    ):
+        extra = [
+            getattr(a.total, part) - getattr(b.total, part)
+            for a, b in zip(saving, plain, strict=True)
+        ]
+        seconds, (low, high) = statistics.median(extra), _interval(extra)
+        step = _EVERY.value * statistics.median(getattr(x.steps["bare"], part) for x in plain)
+        total = ratio - 1 + seconds / step
+        found[part] = {"seconds": seconds, "interval": (low, high), "overhead": total}
+        print(
+            f"it costs {seconds:.2f} s {of} (95 % {low:.2f} to {high:.2f}), {seconds / step:.2%} "
+            f"({low / step:.2%} to {high / step:.2%}) of a step when saved every {_EVERY.value} "
+            f"steps; loop and checkpoints: {total:.2%}"
+        )
+    return found
 
 
 class _Systems:
@@ -211,7 +224,7 @@ class _Systems:
             self._objective.batches(0) as batches,
         ):
             checkpoints = _Saving(written, last=steps)
-            begin = time.perf_counter()
+            begin = Spent.now()
             loop.run(
                 settings,
                 Path(directory),
@@ -226,7 +239,7 @@ class _Systems:
                 flops_per_unit=1.0,
                 goodput=Goodput(),
             )
-            total = time.perf_counter() - begin
+            total = Spent.now().since(begin)
         return Turn(compiled.spent(), total, checkpoints.blocked)
 
     def _state(self, *, guarded: bool) -> Any:
@@ -346,19 +359,21 @@ def _row(name: str, rounds: list[dict[str, Spent]]) -> dict[str, Any]:
     def of(system: str, part: str) -> list[float]:
         return [getattr(spent[system], part) for spent in rounds]
 
+    def ratios(part: str) -> list[float]:
+        return [a / b for a, b in zip(of(name, part), of("bare", part), strict=True)]
+
     return {
         **turns.over(of(name, "clock"), of("bare", "clock")),
-        "interval": _interval(of(name, "clock"), of("bare", "clock")),
+        "interval": _interval(ratios("clock")),
         "processor_ratio": turns.over(of(name, "processor"), of("bare", "processor"))["ratio"],
-        "processor_interval": _interval(of(name, "processor"), of("bare", "processor")),
+        "processor_interval": _interval(ratios("processor")),
         "thread_seconds": statistics.median(of(name, "thread")),
     }
 
 
-def _interval(seconds: list[float], others: list[float]) -> tuple[float, float]:
-    """95 % interval of the median of the rounds' ratios: bootstrap over rounds."""
-    ratios = np.array(seconds) / np.array(others)
-    drawn = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
+def _interval(rounds: list[float]) -> tuple[float, float]:
+    """95 % interval of the median of the rounds: bootstrap over rounds."""
+    drawn = np.random.default_rng(0).choice(rounds, (2000, len(rounds)))
     low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
     return float(low), float(high)
 

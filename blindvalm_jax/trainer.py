@@ -126,6 +126,8 @@ def _train(
             state = _begin(settings, objective, planned, start, mesh)
         first = int(state.step)
         frozen = objective.place_frozen(planned.frozen, resuming=resuming)
+        with goodput.lost_to("compile"):
+            checkpoints.prepare(state)
         if is_first():
             runs.write_record(
                 workdir,

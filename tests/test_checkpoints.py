@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import resource
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -377,6 +379,43 @@ def test_a_full_disk_is_warned_of_and_ends_the_run_after_some(
             with pytest.raises(UserError, match=r"step 7 cannot.*2 in a row failed"):
                 checkpoints.settle(wait=True)
     assert_equal(restore(run), state(5))
+
+
+def test_training_goes_on_while_a_save_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk takes nothing before the next update is done, in place of the state saved."""
+    updated = threading.Event()
+    real = os.mkdir
+
+    def late(path: Any, *args: Any, **more: Any) -> None:
+        if "orbax-checkpoint-tmp" in str(path) and not updated.wait(60):
+            raise OSError("nobody went on")
+        real(path, *args, **more)
+
+    monkeypatch.setattr(os, "mkdir", late)
+    expected = jax.device_get(state(1))
+    with Checkpoints(tmp_path, KEEP) as checkpoints:
+        given = state(1)
+        checkpoints.save(given, step=1, config=SETTINGS)
+        assert layout.steps(tmp_path) == []
+        jax.tree.map(lambda x: x.delete(), given)  # as an update does, which takes its memory
+        updated.set()
+        checkpoints.finish()
+    assert_equal(restore(tmp_path), expected)
+
+
+def test_what_a_save_computes_is_compiled_before_the_first(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    new = dataclasses.replace(state(1), params={"of a shape of its own": jnp.ones((7, 13))})
+    with Checkpoints(tmp_path, KEEP) as checkpoints, jax.log_compiles():
+        checkpoints.prepare(new)
+        assert "XLA compilation" in caplog.text
+        caplog.clear()
+        checkpoints.save(new, step=1, config=SETTINGS)
+        checkpoints.finish()
+    assert "XLA compilation" not in caplog.text
 
 
 def test_sigterm_does_not_cut_off_the_save_that_an_error_waits_for(

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from blindvalm_jax import config, events, files, lifetime, loop, metrics, trainer, trees
+from blindvalm_jax import config, events, files, lifetime, loop, metrics, reporter, trainer, trees
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.goodput import Goodput
 from blindvalm_jax.layer_norms import layer_norms
@@ -40,7 +40,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("reported")
     small_text.write_text(directory / "text.txt", small_text.documents(60))
     asked: dict[str, Any] = {"log__layer_norms": True, "log__profile_steps": (3, 4)}
-    asked |= {"eval__every_steps": 3, "log__every_steps": 2}
+    asked |= {"eval__every_steps": 3, "log__every_steps": 2, "log__peak_tflops": 0.25}
     shape: dict[str, Any] = {"decoder__layers": 3, "train__steps": 8}
     values = small(directory / "text.txt", **shape, **asked)
     assert trainer.train(values, directory / "run") == 0
@@ -100,6 +100,32 @@ def test_a_run_says_what_time_it_lost(reported: Path) -> None:
     assert metrics["perf/lost_tasks_seconds"][8] == 0
     assert metrics["perf/lost_evaluation_seconds"][2] == 0  # the first is at step 3
     assert 0 < metrics["perf/goodput"][8] < 1
+
+
+def test_speeds_of_a_run_are_those_of_its_seconds(reported: Path) -> None:
+    found = read_metrics(reported)
+    settings = json.loads((reported / "config.json").read_text())
+    tokens = settings["train"]["batch_size"] * settings["data"]["sequence_length"]
+    cost = json.loads((reported / "run.json").read_text())["flops_per_token"]["total"]
+    timed = found["perf/step_seconds"]
+    assert sorted(timed) == [2, 6, 8]  # between 2 and 4 steps were traced
+    for step, seconds in timed.items():
+        rate = tokens / seconds
+        assert found["perf/tokens_per_second"][step] == pytest.approx(rate)
+        assert found["perf/tokens_per_second_per_device"][step] == pytest.approx(rate / 8)
+        assert found["perf/mfu"][step] == pytest.approx(rate / 8 * cost / 0.25e12)
+
+
+def test_memory_of_a_run_is_the_most_its_process_has_used(reported: Path) -> None:
+    found = read_metrics(reported)["perf/peak_memory_mib"]
+    peaks = [found[step] for step in sorted(found)]
+    assert peaks == sorted(peaks)
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("/proc/self/status is Linux's")
+    high = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
+    assert 64 < peaks[0] <= peaks[-1] <= reporter.peak_memory_mib()
+    assert reporter.peak_memory_mib() == pytest.approx(int(high.split()[1]) / 1024, rel=0.1)
 
 
 def test_time_lost_to_restarts_is_that_since_the_checkpoint(tmp_path: Path) -> None:

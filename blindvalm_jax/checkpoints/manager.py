@@ -57,6 +57,10 @@ class Checkpoints:
         """Updates done in the newest checkpoint."""
         return self._manager.latest_step()
 
+    def prepare(self, state: TrainState) -> None:
+        """Compiles what a save computes, so that the first one stops the loop no longer."""
+        digests.of_tree(_everything(state))
+
     def save(
         self, state: TrainState, *, step: int, config: Config, loss: float | None = None
     ) -> None:
