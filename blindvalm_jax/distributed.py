@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 import jax
-from jax.sharding import Mesh
 from orbax.checkpoint import multihost
 
 from blindvalm_jax import agreement, meeting, process_log
@@ -270,22 +269,3 @@ def all_or_none(work: Callable[[], Found]) -> Found:
     if agreement.any_of(failure is not None):
         raise failure or UserError("another process cannot begin: see what it says")
     return found
-
-
-def check_rows(mesh: Mesh) -> None:
-    """Refuses a mesh on which processes have no rows of their own, one block after the other.
-
-    Raises:
-      UserError: they would not.
-    """
-    rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
-    owners = [{device.process_index for device in row} for row in rows]
-    if any(len(owner) > 1 for owner in owners):
-        raise UserError(
-            f"mesh {dict(mesh.shape)} splits rows over fewer parts than there are processes "
-            f"({jax.process_count()}): mesh.tensor must stay within the "
-            f"{jax.local_device_count()} devices of one"
-        )
-    order = [owner.pop() for owner in owners]
-    if order != sorted(order):
-        raise UserError(f"the devices of mesh {dict(mesh.shape)} are not in the processes' order")

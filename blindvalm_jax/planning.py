@@ -27,6 +27,7 @@ from blindvalm_jax import (
     optim,
     partitioning,
     placement,
+    process_layout,
     step,
 )
 from blindvalm_jax.config import Config
@@ -38,6 +39,7 @@ from blindvalm_jax.placement import mib
 
 FILE_NAME = "placement.md"
 _LONGEST_MESSAGE = 400
+_ONE_MACHINE = 8  # devices that one usually has at most
 # By train.objective: what knows the shapes of a run when there is no data.
 WITHOUT_DATA: dict[str, type[Shapes | ContrastiveShapes]] = {
     "language": Shapes,
@@ -62,6 +64,13 @@ def simulate(devices: int, *, dry_run: bool) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
     except RuntimeError as error:
         raise UserError(f"--simulated_devices comes too late: {first_line(error)}") from error
+
+
+def described(mesh: Mesh) -> str:
+    """How many of which kind a mesh has, of how many processes, and its shape."""
+    processes = process_layout.count()
+    of = f" of {processes} processes" if processes > 1 else ""
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}{of}, mesh {dict(mesh.shape)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,14 +164,19 @@ def report(plan: Plan, workdir: Path, *, dry_run: bool) -> None:
     """
     lines = [*placement.table(plan.tensors), *memory_lines(plan), *collective_lines(plan)]
     warnings = [f"warning: {line}" for line in plan.warnings]
+    alone = process_layout.simulates() and process_layout.count() == 1
+    if alone and plan.mesh.size > _ONE_MACHINE:
+        warnings.append(
+            f"note: planned for one process: {plan.mesh.size} devices usually are of several, "
+            "which refuse more, and so does a plan with --simulated_processes=P"
+        )
     for line in (*(lines if dry_run else memory_lines(plan)), *warnings):
         say(line)
     if jax.process_index() == 0:
-        kind = jax.devices()[0].device_kind
         head = [
             "# What this run holds and sends",
             "",
-            f"On {plan.mesh.size} x {kind}, mesh {dict(plan.mesh.shape)}:",
+            f"On {described(plan.mesh)}:",
             f"`{shlex.join(sys.argv)}`",
         ]
         text = "\n".join((*head, *lines, *warnings)) + "\n"

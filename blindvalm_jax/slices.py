@@ -12,11 +12,21 @@ from typing import Any
 
 import numpy as np
 
+from blindvalm_jax import process_layout
 from blindvalm_jax.errors import UserError
 
 
 def count(wanted: int, devices: Sequence[Any]) -> int:
-    """Slices of a mesh: what `mesh.slices` says, for -1 what the devices report."""
+    """Slices of a mesh: what `mesh.slices` says, for -1 what the devices report.
+
+    Raises:
+      UserError: they are simulated, and report nothing.
+    """
+    if wanted == -1 and process_layout.simulates():
+        raise UserError(
+            "mesh.slices=-1 takes what devices report, which simulated ones do not: give the "
+            "number of slices that there will be, mesh.slices=1 for one"
+        )
     return wanted if wanted != -1 else reported(devices, "slice_index")
 
 
@@ -33,12 +43,18 @@ def arranged(sizes: Sequence[int], slices: int, devices: Sequence[Any]) -> np.nd
 
     Raises:
       UserError: the data axis is no multiple of the slices, or the devices lie in another number of
-        slices, or in unequal ones.
+        slices, or in unequal ones; or several slices would share a simulated process.
     """
     if sizes[0] % slices:
         raise UserError(
             f"mesh.data is {sizes[0]}, not a multiple of mesh.slices = {slices}: the data axis "
             "goes across the slices, fsdp and tensor stay within one"
+        )
+    processes = process_layout.count()
+    if process_layout.simulates() and processes > 1 and processes % slices:
+        raise UserError(
+            f"mesh.slices is {slices}, which does not divide the {processes} processes: a slice "
+            "has whole ones"
         )
     found = {name: reported(devices, name) for name in ("slice_index", "process_index")}
     if slices not in found.values():

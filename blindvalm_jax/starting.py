@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
-from blindvalm_jax import distributed, runs, sinks
+from blindvalm_jax import distributed, process_layout, runs, sinks
 from blindvalm_jax.checkpoints import layout
 from blindvalm_jax.config import Config
 from blindvalm_jax.errors import UserError
@@ -26,9 +24,10 @@ def start(
     Before, inputs that lie in a store are brought, and what is named `toyworld` is made.
 
     Raises:
-      UserError: as `trainer.train`; several processes cannot make what is named `toyworld`.
+      UserError: as `trainer.train`; several processes cannot do what settings ask for.
       Preempted: SIGTERM ended it, and what was done is saved.
     """
+    _check_processes(settings)
     with (
         preemption.noticed(),
         runs.held(workdir),  # before parts are made in its data/
@@ -37,15 +36,31 @@ def start(
         kept = _read_no_more(workdir, settings)
         settings = distributed.first_then_others(lambda: brought(settings, but=kept))
         if supply.wanted(settings):
-            if jax.process_count() > 1:
-                raise UserError(
-                    "what `toyworld` names is made by a run of one process: begin without "
-                    "--distributed, or give the paths of tokenizer, tower and index"
-                )
             if not dry_run:  # rather than after hours
                 sinks.check(settings.log, workdir)
             settings = supply.complete(settings, workdir, train=train, dry_run=dry_run)
         return train(settings, workdir, dry_run=dry_run, allow_changed=allow_changed)
+
+
+def _check_processes(settings: Config) -> None:
+    """Refuses what a run of one process alone does, before anything is brought or prepared."""
+    if process_layout.count() == 1:
+        return
+    if supply.wanted(settings):
+        raise UserError(
+            "what `toyworld` names is made by a run of one process: begin without "
+            "--distributed, or give the paths of tokenizer, tower and index"
+        )
+    if settings.eval.tasks:
+        raise UserError(
+            f"eval.tasks={settings.eval.tasks}: tasks are asked by runs of one process: leave them "
+            "out"
+        )
+    if settings.grounding.search == "faiss":
+        raise UserError(
+            "grounding.search=faiss searches on one host: with several processes take exact, or "
+            "prepared"
+        )
 
 
 def _read_no_more(workdir: Path, settings: Config) -> list[str]:

@@ -3,8 +3,9 @@
     python -m blindvalm_jax.train --config=configs/text.py --workdir=runs/a [--config.a.b=value]
 
 The same command again resumes. `--dry_run` stops after compiling and says where every tensor lies,
-what memory a step needs and what devices send each other; with `--simulated_devices=N` for a
-topology that is not here (docs/scaling_up.md). Exit codes (docs/reliability.md):
+what memory a step needs and what devices send each other; with `--simulated_devices=N` and
+`--simulated_processes=P` for a topology that is not here (docs/scaling_up.md). Exit codes
+(docs/reliability.md):
 
     0   done                                    42  stopped by SIGTERM, saved: run it again
     1   an error, said in one line on stderr    43  diverged
@@ -20,7 +21,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from blindvalm_jax import addresses, config, distributed, planning, remote
+from blindvalm_jax import addresses, config, distributed, planning, process_layout, remote
 from blindvalm_jax.errors import UserError, run_main
 from blindvalm_jax.starting import start
 from blindvalm_jax.survival import preemption
@@ -45,6 +46,12 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile, print what is needed wh
 _SIMULATED = flags.DEFINE_integer(
     "simulated_devices", None, "With --dry_run: so many devices, simulated on the CPU."
 )
+_SIMULATED_PROCESSES = flags.DEFINE_integer(
+    "simulated_processes",
+    1,
+    "Of how many processes the simulated devices would be: what those refuse is refused.",
+    lower_bound=1,
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -66,9 +73,8 @@ def main(argv: Sequence[str]) -> int:
             "give a path"
         )
     settings = config.parse(_CONFIG.value)
-    if _SIMULATED.value is not None:
-        planning.simulate(_SIMULATED.value, dry_run=_DRY_RUN.value)
     with (
+        _simulated(),
         distributed.joined(
             _DISTRIBUTED.value,
             processes=_PROCESSES.value,
@@ -81,6 +87,22 @@ def main(argv: Sequence[str]) -> int:
     ):
         dry_run, allowed = _DRY_RUN.value, _ALLOW_CHANGED.value
         return start(settings, workdir, dry_run=dry_run, allow_changed=allowed)
+
+
+def _simulated() -> contextlib.AbstractContextManager[None]:
+    """The devices and processes that a dry run plans for, where flags name some."""
+    devices, processes = _SIMULATED.value, _SIMULATED_PROCESSES.value
+    if devices is None:
+        if processes > 1:
+            raise UserError("--simulated_processes goes with --simulated_devices: say how many")
+        return contextlib.nullcontext()
+    if _DISTRIBUTED.value:
+        raise UserError(
+            "--simulated_devices plans for processes that are not here: leave --distributed out, "
+            "and say how many with --simulated_processes"
+        )
+    planning.simulate(devices, dry_run=_DRY_RUN.value)
+    return process_layout.simulated(processes, devices=devices)
 
 
 def _directory(place: str) -> contextlib.AbstractContextManager[Path]:

@@ -30,6 +30,7 @@ from blindvalm_jax import (
     partitioning,
     placement,
     planning,
+    process_layout,
     process_log,
     runs,
     sinks,
@@ -175,10 +176,8 @@ class _Planned:
 def _mesh(settings: config.Config) -> Mesh:
     """The mesh, which is printed."""
     mesh = partitioning.make_mesh(settings.mesh)
-    of = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    kind = jax.devices()[0].device_kind
-    say(f"devices: {jax.device_count()} x {kind}{of}, mesh {dict(mesh.shape)}")
-    distributed.check_rows(mesh)
+    say(f"devices: {planning.described(mesh)}")
+    process_layout.check_rows(mesh)
     return mesh
 
 

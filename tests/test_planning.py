@@ -389,6 +389,7 @@ def test_a_dry_run_plans_devices_that_are_not_here_without_data(tmp_path: Path) 
     )
     assert done.returncode == 0, done.stderr
     assert "devices: 12 x cpu, mesh {'data': 2, 'fsdp': 6, 'tensor': 1}" in done.stdout
+    assert "note: planned for one process: 12 devices usually are of several" in done.stdout
     assert "no data is named: shapes alone, a vocabulary of 500 (decoder.vocab_size)" in done.stdout
     page = (tmp_path / "run" / "placement.md").read_text()
     for text in ("`wte`", "`1/0/mu/wte`", "`tokens_BT`", "| tower ", "temporary in a step"):
@@ -408,8 +409,20 @@ def test_a_dry_run_plans_devices_that_are_not_here_without_data(tmp_path: Path) 
             ["--simulated_devices=6", "--dry_run", "--config.mesh.fsdp=4"],
             "mesh data=-1 fsdp=4 tensor=1 does not fit 6 devices",
         ),
+        (["--simulated_processes=2", "--dry_run"], "goes with --simulated_devices"),
+        (
+            ["--simulated_devices=2", "--dry_run", "--distributed=auto"],
+            "leave --distributed out, and say how many with --simulated_processes",
+        ),
+        (
+            [
+                *("--simulated_devices=256", "--simulated_processes=64", "--dry_run"),
+                *("--config.mesh.data=4", "--config.mesh.fsdp=8", "--config.mesh.tensor=8"),
+            ],
+            "parts than there are processes (64): mesh.tensor must stay within the 4 devices of",
+        ),
     ],
-    ids=["no dry run", "none", "misfit"],
+    ids=["no dry run", "none", "misfit", "processes alone", "both", "tensor"],
 )
 def test_simulated_devices_that_make_no_sense_are_one_line(
     tmp_path: Path, arguments: list[str], message: str

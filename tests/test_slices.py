@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from blindvalm_jax import collectives, config, distributed, partitioning, planning, slices
+from blindvalm_jax import collectives, config, partitioning, planning, process_layout, slices
 from blindvalm_jax.config import MeshConfig
 from blindvalm_jax.errors import UserError
 from tests import small_models
@@ -66,7 +66,7 @@ def test_processes_of_a_pod_have_rows_of_their_own_in_order(
     data, fsdp, tensor = sizes
     wanted = MeshConfig(data=data, fsdp=fsdp, tensor=tensor, slices=-1)
     mesh = partitioning.make_mesh(wanted, pod(count))
-    distributed.check_rows(mesh)
+    process_layout.check_rows(mesh)
     assert mesh.devices.shape == sizes
     assert len(set(mesh.devices.flat)) == 16 * count
     owners = [device.process_index for device in mesh.devices.flat]
@@ -78,13 +78,13 @@ def test_processes_of_a_pod_have_rows_of_their_own_in_order(
 def test_rows_that_processes_share_are_refused() -> None:
     mesh = partitioning.make_mesh(MeshConfig(data=2, tensor=8), pod())
     with pytest.raises(UserError, match=r"mesh\.tensor must stay within"):
-        distributed.check_rows(mesh)
+        process_layout.check_rows(mesh)
 
 
 def test_processes_stay_in_order_where_slices_are_numbered_otherwise() -> None:
     there = [Device(i, process_index=i // 4, slice_index=1 - i // 8) for i in range(16)]
     mesh = partitioning.make_mesh(MeshConfig(data=16), there)
-    distributed.check_rows(mesh)
+    process_layout.check_rows(mesh)
 
 
 @pytest.mark.parametrize("report", [True, False], ids=["slices", "processes"])

@@ -53,11 +53,6 @@ class Images:
         if grounding.search == "exact":
             self.search = on_devices(mesh, count=count, neighbours=neighbours)
         elif grounding.search == "faiss":
-            if jax.process_count() > 1:
-                raise UserError(
-                    "grounding.search=faiss searches on one host: with several processes take "
-                    "exact, or prepared"
-                )
             engine = FaissEngine(
                 self.index,
                 neighbours=neighbours,

@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from blindvalm_jax import metrics, trained
 from blindvalm_jax.config import Config, EvalConfig
 from blindvalm_jax.errors import UserError, print_error
@@ -38,8 +36,6 @@ class TrainingTasks:
         self._out = workdir / "eval"
         self._model = trained.in_training(objective)
         try:
-            if jax.process_count() > 1:
-                raise UserError("tasks are asked by runs of one process: leave them out")
             self._scorer = Scorer(self._model)
             data = Path(settings.tasks_data).expanduser() if settings.tasks_data else None
             self._asked = evaluation.read(_names(settings), self._protocol, data)

@@ -174,7 +174,10 @@ def test_a_process_that_hangs_ends_all_and_says_where(
 
 
 def test_what_the_first_process_refuses_ends_all(text: Path, tmp_path: Path, runs: Runs) -> None:
-    """Each with one line: a directory in use, text that is not there, a mesh across processes."""
+    """Each with one line: a directory in use, text that is not there, what one process alone may.
+
+    The last a dry run of one process refuses by the same line.
+    """
     values = small_run.settings(text, train__steps=100_000)
     holder = runs.start(values, tmp_path / "run")
     holder.until("^step 1/")
@@ -184,16 +187,21 @@ def test_what_the_first_process_refuses_ends_all(text: Path, tmp_path: Path, run
         FAILED
     )
     holder.close()
+    simulated = ("--dry_run", "--simulated_devices=2", "--simulated_processes=2")
     for values, message in (
         (small_run.settings(tmp_path / "nothing.txt"), "nothing.txt"),
         (
             small_run.settings(text, mesh__data=1, mesh__tensor=2),
-            "mesh.tensor must stay within the",
+            "mesh.tensor must stay within the 1 devices of one",
         ),
+        (small_run.settings(text, eval__tasks=f"text:{text}"), "tasks are asked by runs of one"),
     ):
+        planning = runs.start(values, tmp_path / "planned", *simulated)
         first, other = runs.several(2, values, tmp_path / "refused")
         assert message in first.ends(FAILED)
+        [line] = [line for line in first.lines if line.startswith("error: ")]
         assert "error: process 1: " in other.ends(FAILED)
+        assert line in planning.ends(FAILED)
 
 
 def test_a_contrastive_run_of_two_processes(tmp_path: Path, runs: Runs) -> None:
