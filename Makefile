@@ -28,6 +28,9 @@ COMPILED = $(abspath $(VENV))/compiled
 SHARING = JAX_COMPILATION_CACHE_DIR=$(COMPILED) \
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 
+# Without XLA's fusion emitters a small program compiles in 3/5 of the time; test-all has them.
+QUICK = XLA_FLAGS="--xla_cpu_use_fusion_emitters=false $$XLA_FLAGS"
+
 .DEFAULT_GOAL := test
 .PHONY: train toyworld test faults test-all checks install extras
 
@@ -37,14 +40,14 @@ train: $(VENV)/installed
 toyworld: $(VENV)/installed
 	$(BIN)/python -m blindvalm_jax.toyworld --workdir=runs/toyworld --first_seed=5 --stated_heldout=0.02,0.05,0.1,0.25,0.5
 
-# Without XLA's fusion emitters a small program compiles in 3/5 of the time; test-all has them.
 test: checks
 	rm -rf $(COMPILED)
-	XLA_FLAGS="--xla_cpu_use_fusion_emitters=false $$XLA_FLAGS" $(SHARING) $(PYTEST) -m "not slow and not faults"
+	$(QUICK) $(SHARING) $(PYTEST) -m "not slow and not faults"
 
+# Tests that share nothing: one by one, so that no process has the longest file to itself at the end.
 faults: install
 	rm -rf $(COMPILED)
-	$(SHARING) $(PYTEST) -m faults
+	$(QUICK) $(SHARING) $(PYTEST) --dist worksteal -m faults
 
 test-all: extras checks
 	OPTIMIZED_TESTS=1 $(PYTEST)
