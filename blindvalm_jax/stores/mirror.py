@@ -139,8 +139,9 @@ class Store:
         except BrokenPipeError:  # of standard output
             raise
         except OSError as error:
+            place = error.filename2 or error.filename or self.directory
             raise UserError(
-                f"{self._store.address} cannot be {what}: {error.filename or self.directory}: "
+                f"{self._store.address} cannot be {what}: {place}: "
                 f"{error.strerror or first_line(error)}{advice}"
             ) from error
 
