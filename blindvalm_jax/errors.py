@@ -67,7 +67,7 @@ def run_main(
             fail(f"unknown setting {given}; `python -m blindvalm_jax.config` lists all of them")
 
     def guarded(argv: Sequence[str]) -> None:
-        if not flags.FLAGS["verbosity"].present:
+        if not logs_are_wanted():
             logging.set_verbosity(logging.WARNING)  # libraries report every file they write
         free = (*_TEXT, *takes_addresses, *(inputs or ()))
         given: dict[str, object] = {
@@ -134,6 +134,11 @@ def exit_after(main: Callable[[], int | None], *, failure: int = 1, interrupted:
             "--model_args with dtype=bfloat16 or a smaller tokens_at_once",
             failure,
         )
+
+
+def logs_are_wanted() -> bool:
+    """Whether --verbosity was given: what libraries log is shown then."""
+    return "verbosity" in flags.FLAGS and bool(flags.FLAGS["verbosity"].present)
 
 
 def _given() -> list[flags.Flag]:

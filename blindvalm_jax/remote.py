@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -103,6 +104,8 @@ def _sending(store: Store, seconds: float) -> Iterator[None]:
                 say_here(f"warning: {error}; tried again in {seconds:g} s")
             except jax.errors.JaxRuntimeError as error:  # another process is gone, or will say more
                 say_here(f"warning: {first_line(error)}; tried again in {seconds:g} s")
+            except Exception:  # a fault of the program: said as it is, and raised by the last try
+                traceback.print_exc()
 
     sender = threading.Thread(target=send_now_and_then, daemon=True)
     sender.start()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -112,6 +115,32 @@ with remote.kept(address) as directory:
 assert sorted(n.rpartition("/")[2] for n in store.find("bucket")) == ["_CHECKPOINT_METADATA", "a"]
 print("kept")
 """
+_FULL = """
+import resource, sys
+import fsspec
+from blindvalm_jax import remote
+from blindvalm_jax.errors import UserError
+address = sys.argv[1]
+library = fsspec.filesystem(address[:2])
+library.mkdir("bucket")
+library.pipe_file("bucket/runs/first/tokens", b"x" * 4000)
+store = remote.Store(address)
+with store.held():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    try:
+        store.bring()
+    except UserError as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    store.bring()
+assert (store.directory / "tokens").read_bytes() == b"x" * 4000
+(store.directory / "tokens").unlink()
+(store.directory / "tokens").symlink_to(store.directory / "tokens")
+try:
+    store._store.put(store.directory / "tokens", store._root + "/tokens")
+except OSError as error:
+    print(error.filename)
+"""
 
 
 @contextlib.contextmanager
@@ -174,6 +203,19 @@ def test_inputs_are_brought_by_the_libraries_from_an_emulation(scheme: str, tmp_
     with emulated(scheme) as environment:
         done = ended(["-c", _INPUTS, scheme], {**environment, "BLINDVALM_SCRATCH": str(tmp_path)})
     assert done.stdout.endswith("brought\n"), done.stderr
+
+
+@pytest.mark.parametrize("scheme", _EMULATORS)
+def test_the_libraries_say_which_file_of_this_machine_fails(scheme: str, tmp_path: Path) -> None:
+    place = f"{tmp_path}/{scheme}/bucket/runs/first"
+    with emulated(scheme) as environment:
+        words = ["-c", _FULL, f"{scheme}://bucket/runs/first"]
+        done = ended(words, {**environment, "BLINDVALM_SCRATCH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    told = rf"{scheme}://bucket/runs/first cannot be brought: {place}/tokens\.\S+: File too large; "
+    assert re.match(told, first)
+    assert second == f"{place}/tokens"
 
 
 _FILL = """
@@ -254,13 +296,70 @@ def test_two_processes_train_from_a_store_and_keep_their_run_there(
     assert layout.steps(tmp_path / "two" / scheme / "bucket/runs/first") == [4, 6, 8]
 
 
-def test_a_machine_that_is_not_logged_in_says_so_in_one_line(tmp_path: Path) -> None:
-    with emulated("s3") as environment:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            environment.pop(name)
-        words = ["-m", "blindvalm_jax.prepare", "--files=s3://bucket/*.txt", f"--out={tmp_path}/w"]
-        done = ended(words, {**environment, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)})
+class _Refusing(http.server.BaseHTTPRequestHandler):
+    """Answers 401, as a store does to whoever is not logged in."""
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        said = b'{"error": {"code": 401, "message": "Anonymous caller has no access"}}'
+        self.send_response(401)
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said if self.command != "HEAD" else b"")
+
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[str]:
+    """A server that lets nobody in; gives its host and port."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Refusing) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+_TINY = f"{ROOT}/configs/text.py:tiny"
+_KEYS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "command", "login", "cause"),
+    [
+        ("gs", "prepare", {}, "HttpError: Anonymous caller has no access, 401"),
+        ("gs", "train", {}, "HttpError: Anonymous caller has no access, 401"),
+        ("s3", "prepare", {}, "NoCredentialsError"),
+        ("s3", "prepare", _KEYS, "OSError: .*Unauthorized"),
+    ],
+    ids=["gs", "gs-train", "s3", "s3-keys"],
+)
+def test_a_machine_that_is_not_logged_in_says_so_in_one_line(
+    scheme: str, command: str, login: dict[str, str], cause: str, tmp_path: Path
+) -> None:
+    pytest.importorskip(_EMULATORS[scheme][0])
+    name, words = {
+        "prepare": ("texts/*.txt", [f"--files={scheme}://bucket/texts/*.txt", "--out=w"]),
+        "train": ("run", [f"--config={_TINY}", f"--workdir={scheme}://bucket/run"]),
+    }[command]
+    logins = ("AWS_", "GOOGLE_", "CLOUDSDK_", "GCSFS_", "FSSPEC_")
+    with refusing() as server:
+        environment = {
+            **{name: x for name, x in os.environ.items() if not name.startswith(logins)},
+            **{"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "TMPDIR": str(tmp_path)},
+            **{"STORAGE_EMULATOR_HOST": f"http://{server}", "GCE_METADATA_IP": server},
+            **{"AWS_ENDPOINT_URL": f"http://{server}", "AWS_EC2_METADATA_DISABLED": "true"},
+            **login,
+        }
+        done = ended(["-m", f"blindvalm_jax.{command}", *words], environment)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: s3://bucket/*.txt cannot be read: NoCredentialsError")
-    assert "and this machine logged in" in done.stderr
+    told = rf"error: {scheme}://bucket/{re.escape(name)} cannot be read: {cause}.*"
+    assert re.match(rf"{told}Is the bucket there, and this machine logged in", done.stderr)
     assert done.stderr.count("\n") == 1
+    assert done.stdout == ""

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from absl import flags
 from absl import logging as absl_logging
+
+from blindvalm_jax.errors import logs_are_wanted
 
 
 @functools.cache
@@ -26,14 +27,10 @@ def quiet() -> None:
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:
-    return _asked() or not ("/orbax/" in record.pathname or "OCDBT" in record.getMessage())
+    return logs_are_wanted() or not ("/orbax/" in record.pathname or "OCDBT" in record.getMessage())
 
 
 def _unraisable(before: Callable[[Any], Any], found: Any) -> None:
     of_orbax = inspect.iscoroutine(found.object) and "/orbax/" in found.object.cr_code.co_filename
-    if _asked() or not (of_orbax or "Event loop is closed" in str(found.exc_value)):
+    if logs_are_wanted() or not (of_orbax or "Event loop is closed" in str(found.exc_value)):
         before(found)
-
-
-def _asked() -> bool:
-    return "verbosity" in flags.FLAGS and bool(flags.FLAGS["verbosity"].present)

@@ -79,8 +79,7 @@ def _bring_one(
     with partial.open("ab") as stream:
         while (start := stream.tell()) < size:
             end = min(start + _PART, size)
-            with store.failing("read"):
-                part = store.files.cat_file(name, start=start, end=end)
+            part = store.part(name, start=start, end=end)
             if len(part) != end - start:
                 raise UserError(
                     f"{store.address}: {name} gave {len(part)} bytes instead of {end - start}: it "

@@ -21,7 +21,7 @@ from blindvalm_jax import files
 from blindvalm_jax.data import output
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.stores import downloads, places, steps
-from blindvalm_jax.stores.connection import Connection, Found
+from blindvalm_jax.stores.connection import Connection, Found, MissingError
 
 _NOTES, _READING, _WORK = ".notes.json", ".reading", ".work"
 _SECONDS = 5.0  # between two writings of the notes: what a kill may cost
@@ -83,10 +83,10 @@ def _bring(store: Connection, directory: Path, name: str, *, glob: bool) -> None
 def _there(store: Connection, *, glob: bool) -> dict[str, Found]:
     """The files that the address names, by the library's names."""
     found: dict[str, Found] = {}
-    with store.failing("read"), contextlib.suppress(FileNotFoundError):  # there is no such bucket
+    with contextlib.suppress(MissingError):  # there is no such bucket
         if glob:
             found = store.matching()
-            if not found and store.files.isdir(store.root):
+            if not found and store.is_directory():
                 raise UserError(
                     f"{store.address} is a directory: name the files in it, as in "
                     f"{store.address}/*.txt"

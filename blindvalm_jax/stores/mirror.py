@@ -23,9 +23,9 @@ from typing import TypeVar
 from blindvalm_jax import files, runs
 from blindvalm_jax.checkpoints import layout, quarantine
 from blindvalm_jax.console import say_here
-from blindvalm_jax.errors import UserError
+from blindvalm_jax.errors import UserError, first_line
 from blindvalm_jax.stores import places
-from blindvalm_jax.stores.connection import Connection
+from blindvalm_jax.stores.connection import Connection, MissingError
 from blindvalm_jax.stores.steps import (
     LAST,
     UNFINISHED,
@@ -59,12 +59,12 @@ class Store:
           UserError: the library of the store or what it needs to log in is missing.
         """
         self.directory = places.of_run(address, process=process)
-        self._store = Connection(
-            address,
-            advice=f" What is here is in {self.directory}, and the same command "
-            f"{'goes on from what is there' if process else 'sends it'}",
+        self._advice = (
+            f" What is here is in {self.directory}, and the same command "
+            f"{'goes on from what is there' if process else 'sends it'}"
         )
-        self._files, self._root = self._store.files, self._store.root
+        self._store = Connection(address, advice=self._advice)
+        self._root = self._store.root
         self._sent: dict[str, tuple[str, int, int]] = {}
         self._notes = threading.Lock()
         self._written = 0.0  # when the notes were
@@ -76,13 +76,8 @@ class Store:
         Raises:
           UserError: another process is there, or the directory cannot be made.
         """
-        try:
+        with self._bringing():
             self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"{self.directory} cannot be made: {error.strerror}; {places.VARIABLE} may name "
-                "another place"
-            ) from error
         with files.held(self.directory / runs.LOCK):
             yield
 
@@ -94,9 +89,9 @@ class Store:
         returned; otherwise it is moved aside.
 
         Raises:
-          UserError: the store cannot be read.
+          UserError: the store cannot be read, or the directory not be written.
         """
-        with self._store.failing("read"):
+        with self._bringing():
             there, sent = self._there(), self._noted()
             self._drop_parts(there)
             here = contents(self.directory)
@@ -127,8 +122,28 @@ class Store:
                 if not whole(name, there):
                     self._sent[name] = (there[name], *_NOT_HERE)
             self._fetch({name: there[name] for name in differs if whole(name, there)})
-        self._drop_unfinished()
+            self._drop_unfinished()
         return unsent
+
+    def _bringing(self) -> contextlib.AbstractContextManager[None]:
+        return self._here("brought", f"; {places.VARIABLE} may name another place")
+
+    def _sending(self) -> contextlib.AbstractContextManager[None]:
+        return self._here("sent", f".{self._advice}")
+
+    @contextlib.contextmanager
+    def _here(self, what: str, advice: str) -> Iterator[None]:
+        """Turns what a file of this machine says into one line."""
+        try:
+            yield
+        except BrokenPipeError:  # of standard output
+            raise
+        except OSError as error:
+            place = error.filename2 or error.filename or self.directory
+            raise UserError(
+                f"{self._store.address} cannot be {what}: {place}: "
+                f"{error.strerror or first_line(error)}{advice}"
+            ) from error
 
     def _drop_unfinished(self) -> None:
         for step in (self.directory / "checkpoints").glob("*"):
@@ -173,7 +188,7 @@ class Store:
             path = self.directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
             with files.replacing(path) as partial:
-                self._files.get_file(f"{self._root}/{name}", str(partial))
+                self._store.get(f"{self._root}/{name}", partial)
             self._note(name, (marks[name], path.stat().st_mtime_ns, path.stat().st_size))
 
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -256,9 +271,9 @@ class Store:
         What is there always holds a whole step, once it did.
 
         Raises:
-          UserError: it cannot be written.
+          UserError: it cannot be written, or what is here not be read.
         """
-        with self._store.failing("written"):
+        with self._sending():
             self._put(_of_whole_steps(contents(self.directory)))
             self._remove(self._gone(_of_whole_steps(contents(self.directory))))
 
@@ -284,8 +299,8 @@ class Store:
 
     def _remove(self, names: Collection[str]) -> None:
         def remove(name: str) -> None:
-            with contextlib.suppress(FileNotFoundError):
-                self._files.rm_file(f"{self._root}/{name}")
+            with contextlib.suppress(MissingError):
+                self._store.remove(f"{self._root}/{name}")
             self._note(name, None)
 
         for group in (filter(is_last, names), itertools.filterfalse(is_last, names)):
@@ -300,9 +315,9 @@ class Store:
         """Sends these files as far as they are new or changed, and removes nothing there.
 
         Raises:
-          UserError: they cannot be written.
+          UserError: they cannot be written, or what is here not be read.
         """
-        with self._store.failing("written"):
+        with self._sending():
             here = contents(self.directory)
             self._put({n: kind for n, kind in here.items() if n in names and whole(n, here)})
 
@@ -313,8 +328,8 @@ class Store:
 
         def put(name: str) -> None:
             try:
-                self._files.put_file(str(self.directory / name), f"{self._root}/{name}")
-            except FileNotFoundError:  # a checkpoint that is kept no longer
+                self._store.put(self.directory / name, f"{self._root}/{name}")
+            except (FileNotFoundError, MissingError):  # a checkpoint that is kept no longer
                 if (self.directory / name).exists():
                     raise
             else:

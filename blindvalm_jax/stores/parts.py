@@ -173,9 +173,9 @@ class Other(Store):
         """Makes the directory what the store holds: nothing in it is this process's alone.
 
         Raises:
-          UserError: the store cannot be read.
+          UserError: the store cannot be read, or the directory not be written.
         """
-        with self._store.failing("read"):
+        with self._bringing():
             there, sent = self._there(), self._noted()
             steps = map(str, layout.steps(self.directory))
             self._put_parts_aside([int(step) for step in steps if last_of(step) not in there])
@@ -197,16 +197,16 @@ class Other(Store):
             self._fetch(
                 {name: x for name, x in there.items() if name not in same and whole(name, there)}
             )
-        self._drop_unfinished()
-        _drop_empty(self.directory)
+            self._drop_unfinished()
+            _drop_empty(self.directory)
 
     def send(self) -> None:
         """Sends this process's pieces of whole steps and its log, and says which steps are there.
 
         Raises:
-          UserError: it cannot be written.
+          UserError: it cannot be written, or what is here not be read.
         """
-        with self._store.failing("written"):
+        with self._sending():
             here = contents(self.directory)
             pieces = {x: k for x, k in here.items() if is_piece(x) and whole(x, here)}
             logs = {x: k for x, k in here.items() if is_log(x, process=self._process)}
