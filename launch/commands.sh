@@ -37,6 +37,17 @@ check_variable() {
   case $1 in *$'\n'*) bad_usage "--env=$name=...: the value must be one line" ;; esac
 }
 
+# Whether arguments of train keep the run at an address, gs://... or s3://..., which needs no mount.
+kept_at_address() {
+  local workdir='' before='' word
+  for word in "$@"; do # the last one counts
+    case $word in -workdir=* | --workdir=*) workdir=${word#*=} ;; esac
+    case $before in -workdir | --workdir) workdir=$word ;; esac
+    before=$word
+  done
+  case $workdir in gs://* | s3://*) ;; *) return 1 ;; esac
+}
+
 # Prints words so that any shell reads them back as they are.
 quoted() {
   local word space='' escaped="'\\''"

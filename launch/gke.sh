@@ -12,7 +12,11 @@
 #   --name=NAME          GKE_NAME       name of the JobSet
 #   --image=IMAGE        GKE_IMAGE      container image, see launch/Dockerfile
 #   --claim=CLAIM        GKE_CLAIM      PersistentVolumeClaim, mounted at /runs in every pod: the place
-#                                       for --workdir, which must outlive the pods
+#                                       for --workdir, which must outlive the pods; not needed where
+#                                       --workdir is an address, gs://... or s3://...
+#   --gcsfuse                           the claim is a bucket of the Cloud Storage FUSE driver
+#   --service-account=NAME  GKE_SERVICE_ACCOUNT  Kubernetes' service account of the pods, which may
+#                                       use the bucket
 #   --tpu=ACCELERATOR    GKE_TPU        gke-tpu-accelerator such as tpu-v5-lite-podslice, with
 #   --topology=TOPOLOGY  GKE_TOPOLOGY   such as 4x4
 #   --gpu=ACCELERATOR    GKE_GPU        or gke-accelerator such as nvidia-h100-80gb
@@ -30,7 +34,8 @@
 #   --zone=ZONE          GKE_ZONE       zone of the cluster
 #   --cluster=CLUSTER    GKE_CLUSTER    name of the cluster
 #   --type=TYPE          GKE_TYPE       device type such as v5litepod-16
-#   --storage=NAME       GKE_STORAGE    storage attached with `xpk storage attach`
+#   --storage=NAME       GKE_STORAGE    storage attached with `xpk storage attach`; not needed where
+#                                       --workdir is an address
 #   --dry-run            print the commands, run none
 
 set -euo pipefail
@@ -48,14 +53,16 @@ main() {
   esac
   name=${GKE_NAME-} image=${GKE_IMAGE-} claim=${GKE_CLAIM-} tpu=${GKE_TPU-} gpu=${GKE_GPU-}
   topology=${GKE_TOPOLOGY-} project=${GKE_PROJECT-} zone=${GKE_ZONE-} cluster=${GKE_CLUSTER-}
-  type=${GKE_TYPE-} storage=${GKE_STORAGE-}
-  chips=4 hosts=1 slices=1 spot=0 restarts=50 grace=300 namespace=
+  type=${GKE_TYPE-} storage=${GKE_STORAGE-} service_account=${GKE_SERVICE_ACCOUNT-}
+  chips=4 hosts=1 slices=1 spot=0 gcsfuse=0 restarts=50 grace=300 namespace=
   variables=()
   while [ $# -gt 0 ]; do
     case $1 in
       --name=*) name=${1#*=} ;;
       --image=*) image=${1#*=} ;;
       --claim=*) claim=${1#*=} ;;
+      --gcsfuse) gcsfuse=1 ;;
+      --service-account=*) service_account=${1#*=} ;;
       --tpu=*) tpu=${1#*=} ;;
       --topology=*) topology=${1#*=} ;;
       --gpu=*) gpu=${1#*=} ;;
@@ -93,7 +100,7 @@ main() {
     needed "$image" --image GKE_IMAGE
     [ $# -gt 0 ] || bad_usage "arguments of train are needed behind --, such as -- --config=..." ;;
   esac
-  case $command in manifest | create) check_manifest ;; esac
+  case $command in manifest | create) check_manifest "$@" ;; esac
   "do_$command" "$@"
 }
 
@@ -106,7 +113,9 @@ check_length() {
 }
 
 check_manifest() {
-  needed "$claim" --claim GKE_CLAIM
+  if [ "$gcsfuse" = 1 ] || ! kept_at_address "$@"; then
+    needed "$claim" --claim GKE_CLAIM
+  fi
   [ -n "$tpu$gpu" ] || bad_usage "--tpu=... or --gpu=... is needed, which machines to run on"
   [ -z "$tpu" ] || [ -z "$gpu" ] || bad_usage "--tpu and --gpu are two ways: give one"
   [ -z "$tpu" ] || needed "$topology" --topology GKE_TOPOLOGY
@@ -150,7 +159,7 @@ do_xpk() {
   needed "$zone" --zone GKE_ZONE
   needed "$cluster" --cluster GKE_CLUSTER
   needed "$type" --type GKE_TYPE
-  needed "$storage" --storage GKE_STORAGE
+  kept_at_address "$@" || needed "$storage" --storage GKE_STORAGE
   local given=() variable
   for variable in ${variables[@]+"${variables[@]}"}; do
     case $variable in
@@ -160,7 +169,7 @@ do_xpk() {
   done
   run xpk workload create --workload="$name" --project="$project" --zone="$zone" \
     --cluster="$cluster" --device-type="$type" --num-slices="$slices" --docker-image="$image" \
-    --storage="$storage" --max-restarts="$restarts" --restart-on-exit-codes=42 \
+    ${storage:+--storage="$storage"} --max-restarts="$restarts" --restart-on-exit-codes=42 \
     --termination-grace-period-seconds="$grace" ${given[@]+"${given[@]}"} \
     --command="$(quoted "${TRAIN[@]}" --distributed=auto "$@")"
 }
@@ -194,7 +203,7 @@ values() {
 # 134: another pod is gone; a pod that was evicted, whatever it ended with) fails the Job, and the
 # JobSet starts all again.
 do_manifest() {
-  local annotations='' selector resource start environment='' tolerations=''
+  local annotations='' selector resource start environment='' tolerations='' fuse='' mount='' volume=''
   if [ -n "$tpu" ]; then
     annotations="
   annotations:
@@ -224,6 +233,24 @@ do_manifest() {
               cloud.google.com/gke-spot: \"true\""
     tolerations="$tolerations
             - {key: cloud.google.com/gke-spot, operator: Exists, effect: NoSchedule}"
+  fi
+  [ "$gcsfuse" = 0 ] || fuse='
+          metadata:
+            annotations:
+              gke-gcsfuse/volumes: "true" # brings the container that mounts the bucket'
+  if [ -n "$claim" ]; then
+    mount='
+              volumeMounts:
+              - {name: runs, mountPath: /runs}'
+    volume="
+            securityContext:
+              # of the image's user, who may write then
+              fsGroup: 1000
+              fsGroupChangePolicy: OnRootMismatch
+            volumes:
+            - name: runs
+              persistentVolumeClaim:
+                claimName: $(json "$claim")"
   fi
   cat <<END
 apiVersion: jobset.x-k8s.io/v1alpha2
@@ -261,8 +288,9 @@ spec:
               containerName: train
               operator: In
               values: [1, 43]
-        template:
-          spec:
+        template:$fuse
+          spec:${service_account:+
+            serviceAccountName: $(json "$service_account")}
             restartPolicy: Never
             terminationGracePeriodSeconds: $grace
             nodeSelector:
@@ -278,13 +306,7 @@ $(items "$@")${environment:+
               env:$environment}
               resources:
                 limits:
-                  $resource: $chips
-              volumeMounts:
-              - {name: runs, mountPath: /runs}
-            volumes:
-            - name: runs
-              persistentVolumeClaim:
-                claimName: $(json "$claim")
+                  $resource: $chips$mount$volume
 END
 }
 

@@ -19,7 +19,10 @@ _TPU = ("--name=mine", "--project=my-project", "--zone=us-central1-a")
 _MADE = ("--type=v5litepod-16", "--version=v2-alpha-tpuv5-lite")
 _GIT = "--source=git+https://example.org/blindvalm_jax@v0.1.0"
 _SET = ("--env=JAX_COORDINATOR_PORT=8476", "--env=NOTE=it's $HOME: $(PROCESS) 1", "--env=EMPTY=")
-_POD = ("--name=first", "--image=example.org/blindvalm:1", "--claim=runs")
+_IMAGE = ("--name=first", "--image=example.org/blindvalm:1")
+_POD = (*_IMAGE, "--claim=runs")
+_XPK = (*_IMAGE, "--project=my-project", "--zone=us-central1-a", "--cluster=my-cluster")
+_STORED = (_TRAIN[0], "--workdir=gs://my-bucket/first")
 
 CASES: dict[str, tuple[str, ...]] = {
     "tpu_vm_create": ("launch/tpu_vm.sh", "create", *_TPU, *_MADE),
@@ -45,14 +48,22 @@ CASES: dict[str, tuple[str, ...]] = {
         *("launch/gke.sh", "create", *_POD, "--tpu=tpu-v5-lite-podslice", "--topology=2x2"),
         *(*_SET, "--", *_TRAIN),
     ),
+    "gke_create_bucket": (
+        *("launch/gke.sh", "create", *_POD, "--tpu=tpu-v5-lite-podslice", "--topology=2x2"),
+        *("--gcsfuse", "--service-account=trainer", "--", *_TRAIN),
+    ),
+    "gke_create_address": (
+        *("launch/gke.sh", "create", *_IMAGE, "--gpu=nvidia-h100-80gb", "--chips=8"),
+        *("--service-account=trainer", "--", *_STORED),
+    ),
     "gke_logs": ("launch/gke.sh", "logs", "--name=first"),
     "gke_status": ("launch/gke.sh", "status", "--name=first"),
     "gke_delete": ("launch/gke.sh", "delete", "--name=first"),
     "gke_xpk": (
-        *("launch/gke.sh", "xpk", "--name=first", "--image=example.org/blindvalm:1"),
-        *("--project=my-project", "--zone=us-central1-a", "--cluster=my-cluster"),
-        *("--type=v5litepod-16", "--slices=2", "--storage=runs", _SET[0], "--", *_TRAIN),
+        *("launch/gke.sh", "xpk", *_XPK, "--type=v5litepod-16", "--slices=2", "--storage=runs"),
+        *(_SET[0], "--", *_TRAIN),
     ),
+    "gke_xpk_address": ("launch/gke.sh", "xpk", *_XPK, "--type=v5litepod-16", "--", *_STORED),
     "slurm": ("launch/slurm.sbatch", *_TRAIN),
     "local": (
         *("launch/local.py", "--processes=2", "--devices=4", "--port=12321"),

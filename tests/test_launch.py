@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,9 +173,9 @@ def test_the_pages_sky_jobs_train_on_data(
 # ---------------------------------------------------------------- GKE
 
 
-def manifest(*words: str) -> Any:
+def manifest(*words: str, train: Sequence[str] = TRAIN) -> Any:
     """The JobSet that gke.sh prints, read."""
-    done = run_script("launch/gke.sh", "manifest", *words, "--", *TRAIN)
+    done = run_script("launch/gke.sh", "manifest", *words, "--", *train)
     assert done.returncode == 0, done.stderr
     return yaml.safe_load(done.stdout)
 
@@ -219,6 +220,44 @@ def test_a_pod_gets_the_variables_as_they_are(machines: tuple[str, ...]) -> None
     # Kubernetes reads $$ as $
     assert {name: value.replace("$$", "$") for name, value in told.items()} == given
     assert "$$(NAME) $$$$" in told["NO"]
+
+
+@pytest.mark.parametrize("machines", [TPU, GPU])
+def test_a_claim_is_mounted_so_that_the_image_s_user_may_write(machines: tuple[str, ...]) -> None:
+    spec = pod(manifest(*machines))
+    (volume,) = spec["volumes"]
+    assert volume["persistentVolumeClaim"] == {"claimName": "runs"}
+    assert spec["containers"][0]["volumeMounts"] == [{"name": volume["name"], "mountPath": "/runs"}]
+    (user,) = re.findall(r"useradd .*--uid (\d+) trainer", (LAUNCH / "Dockerfile").read_text())
+    assert spec["securityContext"]["fsGroup"] == int(user)
+
+
+@pytest.mark.parametrize("machines", [TPU, GPU])
+@pytest.mark.parametrize("words", [("--workdir=s3://b/r",), ("--workdir", "gs://b/r")])
+def test_a_run_at_an_address_needs_no_volume(
+    machines: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    unmounted = [word for word in machines if "--claim" not in word]
+    spec = pod(manifest(*unmounted, train=words))
+    assert not {"volumes", "securityContext"} & spec.keys()
+    assert "volumeMounts" not in spec["containers"][0]
+    assert spec["containers"][0]["args"][-len(words) :] == list(words)
+    mounted = pod(manifest(*machines, train=words))  # for data, say
+    assert "volumes" in mounted
+    assert "volumeMounts" in mounted["containers"][0]
+
+
+def test_pods_of_a_mounted_bucket_have_what_mounts_it_and_an_account_that_may() -> None:
+    def template(*words: str) -> Any:
+        job = manifest(*TPU, *words)["spec"]["replicatedJobs"][0]["template"]["spec"]
+        return job["template"]
+
+    bucket = template("--gcsfuse", "--service-account=trainer")
+    assert bucket["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+    assert bucket["spec"]["serviceAccountName"] == "trainer"
+    other = template()  # a file server needs neither
+    assert "metadata" not in other
+    assert "serviceAccountName" not in other["spec"]
 
 
 def test_a_slice_is_a_job_on_one_pool_of_nodes() -> None:
@@ -279,11 +318,29 @@ def test_xpk_restarts_on_42_and_leaves_time_to_save(fakes: Fakes) -> None:
     assert call.value("--command") == train
 
 
+def test_xpk_attaches_no_storage_for_a_run_at_an_address(fakes: Fakes) -> None:
+    fakes.add("xpk")
+    done = fakes.run("launch/gke.sh", "xpk", *XPK[:-1], "--", "--workdir=gs://b/r")
+    assert done.returncode == 0, done.stderr
+    (call,) = fakes.calls()
+    assert not [word for word in call.words if "storage" in word]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (("manifest", *POD, "--", "--x"), "--tpu=... or --gpu=... is needed"),
         (("manifest", *POD[:2], "--", "--x"), "--claim=... or the variable GKE_CLAIM"),
+        (("manifest", *POD[:2], "--", "--workdir=/runs/a"), "--claim=... or the variable GKE"),
+        (
+            ("manifest", *POD[:2], "--", "--workdir=gs://b/r", "--workdir", "/runs/a"),
+            "--claim=... or the variable GKE_CLAIM",
+        ),
+        (
+            ("manifest", *POD[:2], "--gcsfuse", "--", "--workdir=gs://b/r"),
+            "--claim=... or the variable GKE_CLAIM",
+        ),
+        (("xpk", *XPK[:-1], "--", "--workdir=/runs/a"), "--storage=... or the variable GKE_STO"),
         (("manifest", *TPU, "--gpu=g", "--", "--x"), "--tpu and --gpu are two ways"),
         (("manifest", *POD, "--tpu=t", "--", "--x"), "--topology=... or the variable"),
         (("manifest", *GPU, "--slices=2", "--", "--x"), "--slices are for TPUs"),
