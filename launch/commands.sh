@@ -37,6 +37,13 @@ check_variable() {
   case $1 in *$'\n'*) bad_usage "--env=$name=...: the value must be one line" ;; esac
 }
 
+# check_extras EXTRAS: refuses what are no names of extras; they become part of commands.
+check_extras() {
+  case $1 in
+    *[!a-z0-9_,-]*) bad_usage "--extras must be names with commas between them, got '$1'" ;;
+  esac
+}
+
 # Whether arguments of train keep the run at an address, gs://... or s3://..., which needs no mount.
 kept_at_address() {
   local workdir='' before='' word

@@ -203,7 +203,8 @@ values() {
 # 134: another pod is gone; a pod that was evicted, whatever it ended with) fails the Job, and the
 # JobSet starts all again.
 do_manifest() {
-  local annotations='' selector resource start environment='' tolerations='' fuse='' mount='' volume=''
+  local annotations='' selector resource start environment='' tolerations=''
+  local fuse='' mount='' volume=''
   if [ -n "$tpu" ]; then
     annotations="
   annotations:

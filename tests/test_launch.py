@@ -521,6 +521,29 @@ def test_a_sky_job_recovers_where_docs_advise_it_and_needs_its_variables(name: s
         shellcheck("--exclude=SC2086,SC2154", "-", text=task[part])
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "package"),
+    [
+        ("sky_tpu", None, ".[tpu,gs]"),
+        ("sky_gpu", None, ".[cuda,gs,s3]"),
+        ("sky_gpu", "cuda,s3,wandb", ".[cuda,s3,wandb]"),
+        ("sky_gpu", "", "."),
+    ],
+)
+def test_a_sky_job_installs_the_extras_that_are_asked_for(
+    name: str, given: str | None, package: str, fakes: Fakes
+) -> None:
+    task = yaml.safe_load((LAUNCH / f"{name}.yaml").read_text())
+    for command in ("python3", "uv"):
+        fakes.add(command)
+    extras = task["envs"]["EXTRAS"] if given is None else given
+    assert fakes.run("-c", task["setup"], EXTRAS=extras).returncode == 0
+    assert fakes.calls()[-1].words[-1] == package
+    names = set(re.findall(r"[a-z0-9]+", package))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert names <= project["optional-dependencies"].keys()
+
+
 def sky_words(file: str, home: Path, nodes: int, **variables: str) -> list[str]:
     """What a sky job gives to python on the last of its machines."""
     python = home / "venv/bin/python"
