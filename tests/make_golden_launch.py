@@ -64,6 +64,17 @@ CASES: dict[str, tuple[str, ...]] = {
         *(_SET[0], "--", *_TRAIN),
     ),
     "gke_xpk_address": ("launch/gke.sh", "xpk", *_XPK, "--type=v5litepod-16", "--", *_STORED),
+    "sky_launch_tpu": (
+        *("launch/sky.sh", "launch", "--name=first", "--tpu=tpu-v5litepod-16"),
+        *("--bucket=gs://my-bucket", _SET[0], "--", *_TRAIN),
+    ),
+    "sky_launch_gpu": (
+        *("launch/sky.sh", "launch", "--name=first", "--gpu=H100:8", "--nodes=2", "--infra=aws"),
+        *("--extras=cuda,s3,wandb", "--secret=WANDB_API_KEY", "--", *_STORED),
+    ),
+    "sky_logs": ("launch/sky.sh", "logs", "--name=first"),
+    "sky_status": ("launch/sky.sh", "status"),
+    "sky_delete": ("launch/sky.sh", "delete", "--name=first"),
     "slurm": ("launch/slurm.sbatch", *_TRAIN),
     "local": (
         *("launch/local.py", "--processes=2", "--devices=4", "--port=12321"),

@@ -75,14 +75,14 @@ def test_every_record_is_of_a_case() -> None:
 @pytest.mark.parametrize("name", sorted(set(make_golden_launch.CASES) - {"local"}))
 def test_a_dry_run_runs_nothing(name: str, fakes: Fakes) -> None:
     script, *words = make_golden_launch.CASES[name]
-    for command in ("gcloud", "kubectl", "xpk", "srun", "scontrol", "sleep"):
+    for command in ("gcloud", "kubectl", "xpk", "sky", "docker", "srun", "scontrol", "sleep"):
         fakes.add(command)
     words.insert(1 if script.endswith(".sh") else 0, "--dry-run")
     assert fakes.run(script, *words).returncode == 0
     assert fakes.calls() == []
 
 
-@pytest.mark.parametrize("script", ["tpu_vm.sh", "gke.sh", "slurm.sbatch", "local.py"])
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "gke.sh", "sky.sh", "slurm.sbatch", "local.py"])
 def test_help_says_how_each_is_used(script: str) -> None:
     command = [sys.executable if script.endswith(".py") else "bash", f"launch/{script}", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -108,11 +108,14 @@ def _commands() -> list[list[str]]:
 
 
 def test_the_page_has_a_command_for_every_file() -> None:
+    """Of its own, or by the script that reads it."""
     named = {Path(word).name for words in _commands() for word in words if "launch/" in word}
-    others = {"README.md", "commands.sh", "Dockerfile.dockerignore"}
-    assert named == {path.name for path in LAUNCH.iterdir() if path.is_file()} - others
+    read = {found for name in named for found in _READS.findall((LAUNCH / name).read_text())}
+    files = {path.name for path in LAUNCH.iterdir() if path.is_file()}
+    assert named | read == files - {"README.md", "commands.sh", "Dockerfile.dockerignore"}
 
 
+_READS = re.compile(r"=launch/(\S+)")
 # ml_collections reads config files so.
 _LOADS = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
@@ -122,6 +125,8 @@ def _train_words(text: str) -> list[str] | None:
     if text.startswith("apiVersion"):
         jobset = yaml.safe_load(text[: text.index("\n+ ")])
         return [word.replace("$$", "$") for word in pod(jobset)["containers"][0]["args"]]
+    if "+ sky " in text:
+        return _sky_words(text)
     lexer = shlex.shlex(text, posix=True, punctuation_chars=True)
     lexer.whitespace_split, lexer.commenters = True, ""
     words = list(lexer)
@@ -130,6 +135,13 @@ def _train_words(text: str) -> list[str] | None:
         return list(itertools.takewhile(lambda word: word not in (";", "+"), own))
     inside = (_train_words(word) for word in words if "blindvalm_jax.train" in word)
     return next((found for found in inside if found), None)
+
+
+def _sky_words(text: str) -> list[str]:
+    """The arguments of train in what sky.sh shows."""
+    words = shlex.split(text.rpartition("\n+ sky ")[2] or text)
+    (train,) = (word.removeprefix("TRAIN=") for word in words if word.startswith("TRAIN="))
+    return shlex.split(train)
 
 
 def _settings(words: list[str]) -> config.Config:
@@ -142,7 +154,7 @@ def _settings(words: list[str]) -> config.Config:
 
 
 @_LOADS
-@pytest.mark.parametrize("words", [w for w in _commands() if w[0] not in ("sky", "docker")])
+@pytest.mark.parametrize("words", [w for w in _commands() if w[0] != "docker"])
 def test_the_pages_commands_are_right(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """They are understood, and what they train has data."""
     at = next(i for i, word in enumerate(words) if word.startswith("launch/"))
@@ -155,19 +167,6 @@ def test_the_pages_commands_are_right(words: list[str], monkeypatch: pytest.Monk
     assert train is not None
     monkeypatch.chdir(ROOT)
     assert not without_data(_settings(train))
-
-
-@_LOADS
-@pytest.mark.parametrize("words", [w for w in _commands() if w[0] == "sky"])
-def test_the_pages_sky_jobs_train_on_data(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task = yaml.safe_load((ROOT / words[3]).read_text())
-    given = [word for flag, word in itertools.pairwise(words) if flag == "--env"]
-    variables = dict(word.split("=", 1) for word in given)
-    assert variables.keys() <= task["envs"].keys()
-    monkeypatch.chdir(ROOT)
-    assert not without_data(_settings(sky_words(words[3], tmp_path, 1, **variables)[2:]))
 
 
 # ---------------------------------------------------------------- GKE
@@ -514,11 +513,10 @@ def test_a_sky_job_recovers_where_docs_advise_it_and_needs_its_variables(name: s
     # not from 137: SkyPilot gives it to the machines that it stops because one has failed
     assert recovery == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [42, 134]}
     needed = {variable for variable, value in task["envs"].items() if value is None}
-    assert needed == {"BUCKET", "CONFIG", "RUN"}
+    assert needed == {"BUCKET", "TRAIN"}
     assert task["file_mounts"]["/runs"]["source"] == "${BUCKET}"
     for part in ("setup", "run"):
-        # SETTINGS and meet are words to be split; SkyPilot sets the variables
-        shellcheck("--exclude=SC2086,SC2154", "-", text=task[part])
+        shellcheck("--exclude=SC2154", "-", text=task[part])  # SkyPilot sets the variables
 
 
 @pytest.mark.parametrize(
@@ -544,41 +542,117 @@ def test_a_sky_job_installs_the_extras_that_are_asked_for(
     assert names <= project["optional-dependencies"].keys()
 
 
-def sky_words(file: str, home: Path, nodes: int, **variables: str) -> list[str]:
+def sky_words(task: Any, home: Path, nodes: int, train: str) -> list[str]:
     """What a sky job gives to python on the last of its machines."""
     python = home / "venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text('#!/bin/sh\nfor w in "$@"; do echo "$w"; done\nexit 42\n')
     python.chmod(0o755)
-    variables |= {
+    variables = {
         **{"HOME": str(home), "SKYPILOT_NUM_NODES": str(nodes), "SKYPILOT_NODE_RANK": "1"},
-        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+        **{"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "TRAIN": train},
     }
-    done = run_script("-c", yaml.safe_load((ROOT / file).read_text())["run"], **variables)
+    done = run_script("-c", task["run"], **variables)
     assert done.returncode == 42  # SkyPilot sees it
     return done.stdout.splitlines()
 
 
 @pytest.mark.parametrize(
-    ("name", "nodes", "meet"),
+    ("machines", "nodes", "meet"),
     [
-        ("sky_tpu", 1, ["--distributed=auto"]),
-        ("sky_gpu", 1, []),
-        ("sky_gpu", 2, ["--distributed=10.0.0.1:12321", "--processes=2", "--process=1"]),
+        (("--tpu=tpu-v5litepod-16",), 1, ["--distributed=auto"]),
+        (("--gpu=H100:8",), 1, []),
+        (
+            ("--gpu=H100:8", "--nodes=2"),
+            2,
+            ["--distributed=10.0.0.1:12321", "--processes=2", "--process=1"],
+        ),
     ],
 )
-def test_a_sky_job_runs_train_with_what_was_given(
-    name: str, nodes: int, meet: list[str], tmp_path: Path
+@pytest.mark.parametrize("workdir", ["/runs/it's a; b", "s3://b/$HOME*"])
+def test_a_sky_job_trains_as_was_asked_and_has_a_mount_for_a_path_alone(
+    machines: tuple[str, ...],
+    nodes: int,
+    meet: list[str],
+    workdir: str,
+    fakes: Fakes,
+    tmp_path: Path,
 ) -> None:
-    variables = {
-        **{"CONFIG": "configs/text.py:small,blind", "RUN": "a b"},
-        "SETTINGS": "--config.train.steps=9 --config.seed=1",
-    }
-    assert sky_words(f"launch/{name}.yaml", tmp_path, nodes, **variables) == [
-        *("-m", "blindvalm_jax.train", *meet),
-        *("--config=configs/text.py:small,blind", "--workdir=/runs/a b"),
-        *("--config.train.steps=9", "--config.seed=1"),
-    ]
+    taken = tmp_path / "task.yaml"  # the last word of the call, as it is while sky runs
+    fakes.add("sky", {"jobs launch": [Answer(script=f'cp "${{@: -1}}" {shlex.quote(str(taken))}')]})
+    train = (f"--workdir={workdir}", *TRAIN)
+    bucket = () if "://" in workdir else ("--bucket=gs://b",)
+    words = ("launch", "--name=first", *machines, *bucket, "--env=A=b c", "--", *train)
+    done = fakes.run("launch/sky.sh", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    (call,) = fakes.calls()
+    kind = machines[0][2:5]
+    task, whole = (yaml.safe_load(p.read_text()) for p in (taken, LAUNCH / f"sky_{kind}.yaml"))
+    given = dict(w.split("=", 1) for f, w in itertools.pairwise(call.words) if f == "--env")
+    assert given.keys() >= {name for name, value in task["envs"].items() if value is None}
+    assert given["A"] == "b c"
+    mounts = whole.pop("file_mounts")
+    assert task.pop("file_mounts", None) == (mounts if bucket else None)
+    assert mounts["/runs"]["source"] == "${BUCKET}"
+    assert given["BUCKET"] == ("gs://b" if bucket else "")
+    assert task == whole
+    flags = dict(itertools.pairwise(call.words))
+    assert flags["--gpus"] == machines[0].partition("=")[2]
+    assert flags.get("--num-nodes", "1") == str(nodes)
+    expected = ["-m", "blindvalm_jax.train", *meet, *train]
+    assert sky_words(task, tmp_path, nodes, given["TRAIN"]) == expected
+    assert not Path(call.words[-1]).is_absolute() or not Path(call.words[-1]).exists()
+
+
+def test_a_secret_is_named_and_never_shown(fakes: Fakes) -> None:
+    fakes.add("sky")
+    words = ("launch", "--name=a", "--gpu=H100:8", "--secret=KEY", "--", "--workdir=gs://b/r")
+    done = fakes.run("launch/sky.sh", *words, KEY="hidden")
+    assert done.returncode == 0, done.stderr
+    (call,) = fakes.calls()
+    assert dict(itertools.pairwise(call.words))["--secret"] == "KEY"
+    assert "hidden" not in done.stdout + " ".join(call.words)
+
+
+@pytest.mark.parametrize(("command", "code"), [("launch", 7), ("logs", 1), ("delete", 1)])
+def test_what_sky_ends_with_is_what_its_script_ends_with(
+    command: str, code: int, fakes: Fakes
+) -> None:
+    fakes.add("sky", {"jobs": [Answer(code=code)]})
+    train = ("--gpu=H100:8", "--", "--workdir=gs://b/r") if command == "launch" else ()
+    assert fakes.run("launch/sky.sh", command, "--name=a", *train).returncode == code
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("start",), "a command is needed"),
+        (("logs",), "--name=... or the variable SKY_NAME"),
+        (("launch", "--name=a", "--gpu=A"), "arguments of train are needed"),
+        (("launch", "--name=a", "--", "--x"), "--tpu=... or --gpu=... is needed"),
+        (("launch", "--name=a", "--gpu=A", "--tpu=b", "--", "--x"), "two ways: give one"),
+        (("launch", "--name=a", "--gpu=A", "--", "--workdir=/runs/a"), "--bucket=... or the var"),
+        (("launch", "--name=a", "--gpu=A", "--bucket=runs", "--", "--x"), "must be gs://... or"),
+        (("launch", "--name=a", "--tpu=A", "--nodes=2", "--", "--x"), "--nodes are for GPUs"),
+        (("launch", "--name=a", "--gpu=A", "--nodes=0", "--", "--x"), "--nodes must be a whole"),
+        (("launch", "--name=a", "--gpu=A", "--extras=a b", "--", "--x"), "--extras must be names"),
+        (
+            ("launch", "--name=a", "--gpu=A", "--env=TRAIN=secret", "--", "--workdir=gs://b/r"),
+            "TRAIN is a variable of the task itself",
+        ),
+    ],
+)
+def test_bad_usage_of_sky_is_one_line_and_2(
+    words: tuple[str, ...], told: str, fakes: Fakes
+) -> None:
+    fakes.add("sky")
+    done = fakes.run("launch/sky.sh", *words)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "secret" not in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert fakes.calls() == []
 
 
 def test_the_container_copies_what_is_there_and_starts_train_itself() -> None:
