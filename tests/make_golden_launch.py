@@ -75,6 +75,15 @@ CASES: dict[str, tuple[str, ...]] = {
     "sky_logs": ("launch/sky.sh", "logs", "--name=first"),
     "sky_status": ("launch/sky.sh", "status"),
     "sky_delete": ("launch/sky.sh", "delete", "--name=first"),
+    "container_build": ("launch/container.sh", "build", "--extras=tpu,gs", "--image=my/image:1"),
+    "container_run": (
+        *("launch/container.sh", "run", "--runs=runs/of mine", "--data=/texts", _SET[0], "--"),
+        *_TRAIN,
+    ),
+    "container_run_gpu": (
+        *("launch/container.sh", "run", "--extras=cuda,gs,wandb", "--gpus", "--user=1001:1001"),
+        *("--secret=WANDB_API_KEY", "--grace=60", "--", *_STORED),
+    ),
     "slurm": ("launch/slurm.sbatch", *_TRAIN),
     "local": (
         *("launch/local.py", "--processes=2", "--devices=4", "--port=12321"),

@@ -82,7 +82,9 @@ def test_a_dry_run_runs_nothing(name: str, fakes: Fakes) -> None:
     assert fakes.calls() == []
 
 
-@pytest.mark.parametrize("script", ["tpu_vm.sh", "gke.sh", "sky.sh", "slurm.sbatch", "local.py"])
+@pytest.mark.parametrize(
+    "script", ["tpu_vm.sh", "gke.sh", "sky.sh", "container.sh", "slurm.sbatch", "local.py"]
+)
 def test_help_says_how_each_is_used(script: str) -> None:
     command = [sys.executable if script.endswith(".py") else "bash", f"launch/{script}", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -115,7 +117,7 @@ def test_the_page_has_a_command_for_every_file() -> None:
     assert named | read == files - {"README.md", "commands.sh", "Dockerfile.dockerignore"}
 
 
-_READS = re.compile(r"=launch/(\S+)")
+_READS = re.compile(r"=\S*launch/(\w+(?:\.yaml)?)\b")
 # ml_collections reads config files so.
 _LOADS = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
@@ -127,6 +129,9 @@ def _train_words(text: str) -> list[str] | None:
         return [word.replace("$$", "$") for word in pod(jobset)["containers"][0]["args"]]
     if "+ sky " in text:
         return _sky_words(text)
+    if "\n+ docker run " in text:
+        words = shlex.split(text.rpartition("\n+ docker run ")[2])
+        return words[words.index("blindvalm") + 1 :]
     lexer = shlex.shlex(text, posix=True, punctuation_chars=True)
     lexer.whitespace_split, lexer.commenters = True, ""
     words = list(lexer)
@@ -154,7 +159,7 @@ def _settings(words: list[str]) -> config.Config:
 
 
 @_LOADS
-@pytest.mark.parametrize("words", [w for w in _commands() if w[0] != "docker"])
+@pytest.mark.parametrize("words", _commands())
 def test_the_pages_commands_are_right(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """They are understood, and what they train has data."""
     at = next(i for i, word in enumerate(words) if word.startswith("launch/"))
@@ -165,6 +170,23 @@ def test_the_pages_commands_are_right(words: list[str], monkeypatch: pytest.Monk
     assert (done.returncode, done.stderr) == (0, "")
     train = _train_words(done.stdout)
     assert train is not None
+    monkeypatch.chdir(ROOT)
+    assert not without_data(_settings(train))
+
+
+@_LOADS
+@pytest.mark.parametrize("file", ["Dockerfile", "sky_tpu.yaml", "sky_gpu.yaml", "slurm.sbatch"])
+def test_what_a_file_gives_as_an_example_has_data(
+    file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (LAUNCH / file).read_text()
+    comment = "\n".join(re.findall(r"^# ?(.*)", text, re.MULTILINE)).replace("\\\n", " ")
+    example = re.findall(r"^  ((?:docker run|sky|sbatch) .*--config.*)$", comment, re.MULTILINE)
+    (words,) = map(shlex.split, example)
+    if words[0] == "sky":
+        words = next(shlex.split(w.partition("=")[2]) for w in words if w.startswith("TRAIN="))
+    train = [word for word in words if word.startswith(("--config", "--workdir"))]
+    assert any(word.startswith("--workdir=") for word in train)
     monkeypatch.chdir(ROOT)
     assert not without_data(_settings(train))
 
@@ -650,6 +672,76 @@ def test_bad_usage_of_sky_is_one_line_and_2(
     assert done.returncode == 2
     assert told in done.stderr
     assert "secret" not in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert fakes.calls() == []
+
+
+CONTAINER = ("launch/container.sh", "run", "--runs=runs/mine", "--data=/texts")
+
+
+def test_a_container_has_its_directories_and_ends_as_training_does(fakes: Fakes) -> None:
+    # who started docker: with the script in between, signals would end there
+    started = 'ps -o ppid= -p $PPID | tr -d " "; exit 42'
+    fakes.add("docker", {"run": [Answer(script=started)]})
+    done = fakes.run(*CONTAINER, "--gpus", "--extras=cuda", "--env=A=b c", "--", *TRAIN)
+    assert (done.returncode, done.stderr) == (42, "")
+    assert done.stdout.splitlines()[-1] == str(os.getpid())
+    build, run = (call.words for call in fakes.calls())
+    assert build[0] == "build"
+    assert build[-1] == str(ROOT)
+    assert "--build-arg=EXTRAS=cuda" in build
+    assert f"--file={ROOT / 'launch/Dockerfile'}" in build
+    assert "--tag=blindvalm" in build
+    image = run.index("blindvalm")
+    assert run[image + 1 :] == list(TRAIN)
+    assert run[0] == "run"
+    assert {"--init", "--gpus=all", "--stop-timeout=300", "--env=A=b c"} <= set(run[:image])
+    assert [word for word in run if word.startswith("--mount")] == [
+        f"--mount=type=bind,src={ROOT}/runs/mine,dst=/runs",
+        "--mount=type=bind,src=/texts,dst=/data,readonly",
+    ]
+
+
+def test_nothing_trains_in_an_image_that_was_not_built(fakes: Fakes) -> None:
+    fakes.add("docker", {"build": [Answer(code=5)]})
+    assert fakes.run(*CONTAINER, "--", *TRAIN).returncode == 5
+    assert [call.words[0] for call in fakes.calls()] == ["build"]
+
+
+def test_a_container_gets_secrets_by_name_and_a_run_at_an_address_needs_no_directory(
+    fakes: Fakes,
+) -> None:
+    fakes.add("docker")
+    words = ("launch/container.sh", "run", "--secret=KEY", "--", "--workdir=s3://b/r")
+    done = fakes.run(*words, KEY="hidden")
+    assert done.returncode == 0, done.stderr
+    _, run = (call.words for call in fakes.calls())
+    assert "--env=KEY" in run
+    assert "hidden" not in done.stdout + " ".join(run)
+    assert not [word for word in run if "mount" in word]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((), "a command is needed: build or run"),
+        (("run", "--runs=r"), "arguments of train are needed"),
+        (("run", "--", "--workdir=/runs/a"), "--runs=... or the variable CONTAINER_RUNS"),
+        (("run", "--runs=a,b", "--", "--x"), "docker takes no , and no"),
+        (("build", "--image="), "--image=... or the variable CONTAINER_IMAGE"),
+        (("build", "--extras=a b"), "--extras must be names"),
+        (("build", "--secret=A B"), "digits and _, got 'A B'"),
+        (("build", "--grace=x"), "--grace must be a whole number"),
+    ],
+)
+def test_bad_usage_of_the_container_is_one_line_and_2(
+    words: tuple[str, ...], told: str, fakes: Fakes
+) -> None:
+    fakes.add("docker")
+    done = fakes.run("launch/container.sh", *words)
+    assert done.returncode == 2
+    assert told in done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
     assert fakes.calls() == []
