@@ -76,3 +76,29 @@ run() {
   show "$@"
   [ "$DRY_RUN" = 1 ] || "$@"
 }
+
+# ---------------------------------------------------------------- of the babysitters
+
+GIVEN_UP=3 # no exit code of training: it may go on
+poll=60    # seconds between two looks
+
+say() {
+  printf '%s %s\n' "$(date -u +%H:%M:%S)" "$1"
+}
+
+# Counts failures in a row, and waits twice as long after each.
+fail_once() {
+  failures=$((failures + 1))
+  [ "$failures" -le 10 ] || give_up "$1, 10 times in a row"
+  local wait=$poll i
+  for ((i = 1; i < failures && wait < 900; i++)); do wait=$((wait * 2)); done
+  [ "$wait" -le 900 ] || wait=900
+  say "$1; next try in $wait s"
+  sleep "$wait"
+}
+
+# give_up WHY [WHAT GOES ON]
+give_up() {
+  printf 'error: %s; given up. %s\n' "$1" "${2-The same command goes on from the last checkpoint}" >&2
+  exit "$GIVEN_UP"
+}

@@ -4,6 +4,8 @@
 # launch/gke.sh COMMAND [FLAGS] -- ARGUMENTS OF TRAIN
 #   manifest   print the JobSet
 #   create     create it with kubectl; the cluster needs the JobSet controller
+#   babysit    create it where there is none, tell what becomes of it, and end with the exit code of
+#              training: 0 done, 1 error, 43 diverged; 3: given up. It may be stopped at any time
 #   logs       follow what the first process prints
 #   status     the JobSet and its pods
 #   delete     delete the JobSet
@@ -28,6 +30,8 @@
 #                                       the manifest, and by xpk on its command line
 #   --restarts=N                        how often all is started again, 50
 #   --grace=SECONDS                     from SIGTERM to SIGKILL, 300: a save has to fit in
+#   --poll=SECONDS                      between two looks of babysit, 60; after failures longer, up to
+#                                       15 minutes
 #   --namespace=NAMESPACE               of kubectl
 # xpk alone (it reads --name, --image, --slices, --env, --restarts and --grace of the above):
 #   --project=PROJECT    GKE_PROJECT    project of the cluster
@@ -48,8 +52,8 @@ TRAIN=(python -m blindvalm_jax.train)
 main() {
   case ${1-} in
     -h | --help) print_help; exit 0 ;;
-    manifest | create | logs | status | delete | xpk) command=$1; shift ;;
-    *) bad_usage "a command is needed: manifest, create, logs, status, delete or xpk" ;;
+    manifest | create | babysit | logs | status | delete | xpk) command=$1; shift ;;
+    *) bad_usage "a command is needed: manifest, create, babysit, logs, status, delete or xpk" ;;
   esac
   name=${GKE_NAME-} image=${GKE_IMAGE-} claim=${GKE_CLAIM-} tpu=${GKE_TPU-} gpu=${GKE_GPU-}
   topology=${GKE_TOPOLOGY-} project=${GKE_PROJECT-} zone=${GKE_ZONE-} cluster=${GKE_CLUSTER-}
@@ -73,6 +77,7 @@ main() {
       --env=*) check_variable "${1#*=}"; variables+=("${1#*=}") ;;
       --restarts=*) restarts=${1#*=} ;;
       --grace=*) grace=${1#*=} ;;
+      --poll=*) poll=${1#*=} ;;
       --namespace=*) namespace=${1#*=} ;;
       --project=*) project=${1#*=} ;;
       --zone=*) zone=${1#*=} ;;
@@ -91,16 +96,17 @@ main() {
   whole --slices "$slices" 1
   whole --restarts "$restarts" 0
   whole --grace "$grace" 0
+  whole --poll "$poll" 0
   needed "$name" --name GKE_NAME
   case $name in
     *[!a-z0-9-]* | [!a-z]* | *-) bad_usage "--name=$name is no name of Kubernetes: a-z, 0-9 and -" ;;
   esac
   check_length
-  case $command in manifest | create | xpk)
+  case $command in manifest | create | babysit | xpk)
     needed "$image" --image GKE_IMAGE
     [ $# -gt 0 ] || bad_usage "arguments of train are needed behind --, such as -- --config=..." ;;
   esac
-  case $command in manifest | create) check_manifest "$@" ;; esac
+  case $command in manifest | create | babysit) check_manifest "$@" ;; esac
   "do_$command" "$@"
 }
 
@@ -151,6 +157,59 @@ do_status() {
 
 do_delete() {
   kubernetes delete jobset "$name"
+}
+
+# ---------------------------------------------------------------- babysit
+
+# The JobSet's controller starts all again by itself; this looks on.
+do_babysit() {
+  [ "$DRY_RUN" = 0 ] || { plan "$@"; return; }
+  local failures=0 told before='' again="\`delete\` it, and the same command goes on"
+  while :; do
+    told=$(tell_state) || { fail_once "kubectl does not tell the state of $name"; continue; }
+    if [ -n "$told" ]; then
+      [ "$told" = "$before" ] || say "JobSet: $told"
+    elif [ -n "$before" ]; then
+      give_up "somebody has deleted $name"
+    else
+      do_create "$@" || { fail_once "$name cannot be created"; continue; }
+    fi
+    case $told in
+      state=Completed*) say "done"; exit 0 ;;
+      *reason=ReachedMaxRestarts) give_up "started again as often as its JobSet may be" "$again" ;;
+      state=Failed*) end_as_pods_did ;;
+    esac
+    before=${told:-created} failures=0
+    sleep "$poll"
+  done
+}
+
+# One line, or nothing where there is no such JobSet.
+tell_state() {
+  kubernetes get jobset "$name" --ignore-not-found --output="jsonpath=state={.status.terminalState} \
+restarts={.status.restarts} ready={.status.replicatedJobsStatus[*].ready} \
+reason={.status.conditions[?(@.type==\"Failed\")].reason}"
+}
+
+# Where one process diverges the others may end with 134, or be stopped.
+end_as_pods_did() {
+  local told code=1
+  told=$(tell_codes) || told=
+  case " $told " in *" 43 "*) code=43 ;; esac
+  say "training ended with exit code $code, which no restart mends: see logs"
+  exit "$code"
+}
+
+tell_codes() {
+  kubernetes get pods "--selector=jobset.sigs.k8s.io/jobset-name=$name" --output="jsonpath=\
+{.items[*].status.containerStatuses[?(@.name==\"train\")].state.terminated.exitCode}"
+}
+
+# A dry run cannot look, so it shows what each case would run.
+plan() {
+  echo "# look, and again every $poll s"; tell_state
+  echo "# where there is none"; do_create "$@"
+  echo "# Completed: this ends with 0. Failed: with what the pods ended with"; tell_codes
 }
 
 # xpk restarts on 42 and on what signals leave, and on nothing else.

@@ -34,7 +34,6 @@ ROOT=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source-path=SCRIPTDIR source=commands.sh
 . "$ROOT/launch/commands.sh"
 
-GIVEN_UP=3          # no exit code of training: it may go on
 PYTHON_VERSION=3.11 # of constraints.txt; the VMs' own may be older than the package needs
 
 main() {
@@ -45,7 +44,7 @@ main() {
   esac
   name=${TPU_NAME-} project=${TPU_PROJECT-} zone=${TPU_ZONE-} type=${TPU_TYPE-}
   version=${TPU_VERSION-} source=${TPU_SOURCE-} setup=${TPU_SETUP-} extras=${TPU_EXTRAS-tpu,gs}
-  spot=${TPU_SPOT:-0} queued=${TPU_QUEUED:-0} restarts=50 poll=60 configs=$ROOT/configs
+  spot=${TPU_SPOT:-0} queued=${TPU_QUEUED:-0} restarts=50 configs=$ROOT/configs
   variables=()
   while [ $# -gt 0 ]; do
     case $1 in
@@ -237,26 +236,6 @@ plan() {
   do_run "$@"
   echo "# PREEMPTED, TERMINATED, STOPPED, FAILED or SUSPENDED: anew"; do_delete; do_create
   echo "# training ended with 0, 1 or 43: this ends with the same"
-}
-
-say() {
-  printf '%s %s\n' "$(date -u +%H:%M:%S)" "$1"
-}
-
-# Counts failures in a row, and waits twice as long after each.
-fail_once() {
-  failures=$((failures + 1))
-  [ "$failures" -le 10 ] || give_up "$1, 10 times in a row"
-  local wait=$poll i
-  for ((i = 1; i < failures && wait < 900; i++)); do wait=$((wait * 2)); done
-  [ "$wait" -le 900 ] || wait=900
-  say "$1; next try in $wait s"
-  sleep "$wait"
-}
-
-give_up() {
-  printf 'error: %s; given up. The same command goes on from the last checkpoint\n' "$1" >&2
-  exit "$GIVEN_UP"
 }
 
 # The state, or ABSENT; fails where gcloud tells neither.

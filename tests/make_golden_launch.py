@@ -56,6 +56,10 @@ CASES: dict[str, tuple[str, ...]] = {
         *("launch/gke.sh", "create", *_IMAGE, "--gpu=nvidia-h100-80gb", "--chips=8"),
         *("--service-account=trainer", "--", *_STORED),
     ),
+    "gke_babysit": (
+        *("launch/gke.sh", "babysit", *_IMAGE, "--gpu=nvidia-h100-80gb", "--chips=8"),
+        *("--poll=30", "--", *_STORED),
+    ),
     "gke_logs": ("launch/gke.sh", "logs", "--name=first"),
     "gke_status": ("launch/gke.sh", "status", "--name=first"),
     "gke_delete": ("launch/gke.sh", "delete", "--name=first"),

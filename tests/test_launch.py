@@ -124,8 +124,8 @@ _LOADS = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 def _train_words(text: str) -> list[str] | None:
     """The arguments of the first train command that a script prints, also in quotes of quotes."""
-    if text.startswith("apiVersion"):
-        jobset = yaml.safe_load(text[: text.index("\n+ ")])
+    if found := re.search(r"^apiVersion.*?(?=\n\+ )", text, re.MULTILINE | re.DOTALL):
+        jobset = yaml.safe_load(found[0])
         return [word.replace("$$", "$") for word in pod(jobset)["containers"][0]["args"]]
     if "+ sky " in text:
         return _sky_words(text)
@@ -373,6 +373,9 @@ def test_xpk_attaches_no_storage_for_a_run_at_an_address(fakes: Fakes) -> None:
         (("manifest", *GPU, "--env=PROCESS=1", "--", "--x"), "on GPUs it is the number of a pod"),
         (("manifest", *GPU, "--env=A.B=secret", "--", "--x"), "digits and _, got 'A.B'"),
         (("manifest", *GPU), "arguments of train are needed"),
+        (("babysit", *GPU), "arguments of train are needed"),
+        (("babysit", *GPU, "--poll=", "--", "--x"), "--poll must be a whole number from 0"),
+        (("babysit", *POD, "--", "--x"), "--tpu=... or --gpu=... is needed"),
         (("delete", "--name=A_b"), "is no name of Kubernetes"),
         (("xpk", *XPK, '--env=A=secret"', "--", "--x"), "--env=A=...: xpk spoils"),
         (("xpk", *XPK, f"--name={'a' * 41}", "--", "--x"), "is 1 characters too long: "),
