@@ -37,6 +37,14 @@ check_variable() {
   case $1 in *$'\n'*) bad_usage "--env=$name=...: the value must be one line" ;; esac
 }
 
+# Refuses what is no name of a variable of this shell. It may be the secret itself, and is not shown.
+check_secret() {
+  case $1 in '' | [0-9]* | *[!A-Za-z0-9_]*)
+    bad_usage "--secret must be the NAME of a variable of this shell, of letters, digits and _" ;;
+  esac
+  [ -n "${!1+set}" ] || bad_usage "--secret=$1: no such variable is exported here"
+}
+
 # check_extras EXTRAS: refuses what are no names of extras; they become part of commands.
 check_extras() {
   case $1 in

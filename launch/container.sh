@@ -44,7 +44,7 @@ main() {
       --user=*) user=${1#*=} ;;
       --gpus) gpus=1 ;;
       --env=*) check_variable "${1#*=}"; variables+=("--env=${1#*=}") ;;
-      --secret=*) check_variable "${1#*=}="; variables+=("--env=${1#*=}") ;;
+      --secret=*) check_secret "${1#*=}"; variables+=("--env=${1#*=}") ;;
       --grace=*) grace=${1#*=} ;;
       --dry-run) DRY_RUN=1 ;;
       -h | --help) print_help; exit 0 ;;

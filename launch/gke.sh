@@ -219,6 +219,8 @@ do_xpk() {
   needed "$cluster" --cluster GKE_CLUSTER
   needed "$type" --type GKE_TYPE
   kept_at_address "$@" || needed "$storage" --storage GKE_STORAGE
+  [ -z "$service_account" ] ||
+    bad_usage "xpk has no --service-account: its pods have default, or xpk-sa where storage is attached"
   local given=() variable
   for variable in ${variables[@]+"${variables[@]}"}; do
     case $variable in

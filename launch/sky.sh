@@ -45,7 +45,7 @@ main() {
       --infra=*) infra=${1#*=} ;;
       --extras=*) extras=${1#*=} ;;
       --env=*) check_variable "${1#*=}"; variables+=(--env "${1#*=}") ;;
-      --secret=*) check_variable "${1#*=}="; variables+=(--secret "${1#*=}") ;;
+      --secret=*) check_secret "${1#*=}"; variables+=(--secret "${1#*=}") ;;
       --dry-run) DRY_RUN=1 ;;
       -h | --help) print_help; exit 0 ;;
       --) shift; break ;;

@@ -94,7 +94,11 @@ CASES: dict[str, tuple[str, ...]] = {
         *("--command=python -m blindvalm_jax.train", "--", *_TRAIN),
     ),
 }
-_VARIABLES = {"slurm": {"SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "17"}}
+VARIABLES = {
+    "slurm": {"SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "17"},
+    "sky_launch_gpu": {"WANDB_API_KEY": "hidden"},
+    "container_run_gpu": {"WANDB_API_KEY": "hidden"},
+}
 
 
 def dry_run(name: str) -> str:
@@ -105,7 +109,7 @@ def dry_run(name: str) -> str:
         command = [sys.executable, script, *words]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     else:
-        done = run_script(script, *words, **_VARIABLES.get(name, {}))
+        done = run_script(script, *words, **VARIABLES.get(name, {}))
     if done.returncode or done.stderr:
         raise RuntimeError(f"{name}: exit code {done.returncode}, {done.stderr}")
     return done.stdout.replace(str(ROOT), "ROOT")

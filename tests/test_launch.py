@@ -78,7 +78,8 @@ def test_a_dry_run_runs_nothing(name: str, fakes: Fakes) -> None:
     for command in ("gcloud", "kubectl", "xpk", "sky", "docker", "srun", "scontrol", "sleep"):
         fakes.add(command)
     words.insert(1 if script.endswith(".sh") else 0, "--dry-run")
-    assert fakes.run(script, *words).returncode == 0
+    variables = make_golden_launch.VARIABLES.get(name, {})
+    assert fakes.run(script, *words, **variables).returncode == 0
     assert fakes.calls() == []
 
 
@@ -378,6 +379,7 @@ def test_xpk_attaches_no_storage_for_a_run_at_an_address(fakes: Fakes) -> None:
         (("babysit", *POD, "--", "--x"), "--tpu=... or --gpu=... is needed"),
         (("delete", "--name=A_b"), "is no name of Kubernetes"),
         (("xpk", *XPK, '--env=A=secret"', "--", "--x"), "--env=A=...: xpk spoils"),
+        (("xpk", *XPK, "--service-account=a", "--", "--x"), "xpk has no --service-account"),
         (("xpk", *XPK, f"--name={'a' * 41}", "--", "--x"), "is 1 characters too long: "),
         (("xpk", *POD[:2], "--", "--x"), "--project=... or the variable GKE_PROJECT"),
     ],
@@ -734,7 +736,8 @@ def test_a_container_gets_secrets_by_name_and_a_run_at_an_address_needs_no_direc
         (("run", "--runs=a,b", "--", "--x"), "docker takes no , and no"),
         (("build", "--image="), "--image=... or the variable CONTAINER_IMAGE"),
         (("build", "--extras=a b"), "--extras must be names"),
-        (("build", "--secret=A B"), "digits and _, got 'A B'"),
+        (("build", "--secret=KEY=hidden"), "--secret must be the NAME of a variable of this"),
+        (("build", "--secret=NOT_THERE"), "--secret=NOT_THERE: no such variable is exported"),
         (("build", "--grace=x"), "--grace must be a whole number"),
     ],
 )
@@ -745,6 +748,7 @@ def test_bad_usage_of_the_container_is_one_line_and_2(
     done = fakes.run("launch/container.sh", *words)
     assert done.returncode == 2
     assert told in done.stderr
+    assert "hidden" not in done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
     assert fakes.calls() == []
