@@ -37,6 +37,32 @@ check_variable() {
   case $1 in *$'\n'*) bad_usage "--env=$name=...: the value must be one line" ;; esac
 }
 
+# Refuses what is no name of a variable of this shell. It may be the secret itself, and is not shown.
+check_secret() {
+  case $1 in '' | [0-9]* | *[!A-Za-z0-9_]*)
+    bad_usage "--secret must be the NAME of a variable of this shell, of letters, digits and _" ;;
+  esac
+  [ -n "${!1+set}" ] || bad_usage "--secret=$1: no such variable is exported here"
+}
+
+# check_extras EXTRAS: refuses what are no names of extras; they become part of commands.
+check_extras() {
+  case $1 in
+    *[!a-z0-9_,-]*) bad_usage "--extras must be names with commas between them, got '$1'" ;;
+  esac
+}
+
+# Whether arguments of train keep the run at an address, gs://... or s3://..., which needs no mount.
+kept_at_address() {
+  local workdir='' before='' word
+  for word in "$@"; do # the last one counts
+    case $word in -workdir=* | --workdir=*) workdir=${word#*=} ;; esac
+    case $before in -workdir | --workdir) workdir=$word ;; esac
+    before=$word
+  done
+  case $workdir in gs://* | s3://*) ;; *) return 1 ;; esac
+}
+
 # Prints words so that any shell reads them back as they are.
 quoted() {
   local word space='' escaped="'\\''"
@@ -57,4 +83,30 @@ show() {
 run() {
   show "$@"
   [ "$DRY_RUN" = 1 ] || "$@"
+}
+
+# ---------------------------------------------------------------- of the babysitters
+
+GIVEN_UP=3 # no exit code of training: it may go on
+poll=60    # seconds between two looks
+
+say() {
+  printf '%s %s\n' "$(date -u +%H:%M:%S)" "$1"
+}
+
+# Counts failures in a row, and waits twice as long after each.
+fail_once() {
+  failures=$((failures + 1))
+  [ "$failures" -le 10 ] || give_up "$1, 10 times in a row"
+  local wait=$poll i
+  for ((i = 1; i < failures && wait < 900; i++)); do wait=$((wait * 2)); done
+  [ "$wait" -le 900 ] || wait=900
+  say "$1; next try in $wait s"
+  sleep "$wait"
+}
+
+# give_up WHY [WHAT GOES ON]
+give_up() {
+  printf 'error: %s; given up. %s\n' "$1" "${2-The same command goes on from the last checkpoint}" >&2
+  exit "$GIVEN_UP"
 }

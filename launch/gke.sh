@@ -4,6 +4,8 @@
 # launch/gke.sh COMMAND [FLAGS] -- ARGUMENTS OF TRAIN
 #   manifest   print the JobSet
 #   create     create it with kubectl; the cluster needs the JobSet controller
+#   babysit    create it where there is none, tell what becomes of it, and end with the exit code of
+#              training: 0 done, 1 error, 43 diverged; 3: given up. It may be stopped at any time
 #   logs       follow what the first process prints
 #   status     the JobSet and its pods
 #   delete     delete the JobSet
@@ -12,7 +14,11 @@
 #   --name=NAME          GKE_NAME       name of the JobSet
 #   --image=IMAGE        GKE_IMAGE      container image, see launch/Dockerfile
 #   --claim=CLAIM        GKE_CLAIM      PersistentVolumeClaim, mounted at /runs in every pod: the place
-#                                       for --workdir, which must outlive the pods
+#                                       for --workdir, which must outlive the pods; not needed where
+#                                       --workdir is an address, gs://... or s3://...
+#   --gcsfuse                           the claim is a bucket of the Cloud Storage FUSE driver
+#   --service-account=NAME  GKE_SERVICE_ACCOUNT  Kubernetes' service account of the pods, which may
+#                                       use the bucket
 #   --tpu=ACCELERATOR    GKE_TPU        gke-tpu-accelerator such as tpu-v5-lite-podslice, with
 #   --topology=TOPOLOGY  GKE_TOPOLOGY   such as 4x4
 #   --gpu=ACCELERATOR    GKE_GPU        or gke-accelerator such as nvidia-h100-80gb
@@ -24,13 +30,16 @@
 #                                       the manifest, and by xpk on its command line
 #   --restarts=N                        how often all is started again, 50
 #   --grace=SECONDS                     from SIGTERM to SIGKILL, 300: a save has to fit in
+#   --poll=SECONDS                      between two looks of babysit, 60; after failures longer, up to
+#                                       15 minutes
 #   --namespace=NAMESPACE               of kubectl
 # xpk alone (it reads --name, --image, --slices, --env, --restarts and --grace of the above):
 #   --project=PROJECT    GKE_PROJECT    project of the cluster
 #   --zone=ZONE          GKE_ZONE       zone of the cluster
 #   --cluster=CLUSTER    GKE_CLUSTER    name of the cluster
 #   --type=TYPE          GKE_TYPE       device type such as v5litepod-16
-#   --storage=NAME       GKE_STORAGE    storage attached with `xpk storage attach`
+#   --storage=NAME       GKE_STORAGE    storage attached with `xpk storage attach`; not needed where
+#                                       --workdir is an address
 #   --dry-run            print the commands, run none
 
 set -euo pipefail
@@ -43,19 +52,21 @@ TRAIN=(python -m blindvalm_jax.train)
 main() {
   case ${1-} in
     -h | --help) print_help; exit 0 ;;
-    manifest | create | logs | status | delete | xpk) command=$1; shift ;;
-    *) bad_usage "a command is needed: manifest, create, logs, status, delete or xpk" ;;
+    manifest | create | babysit | logs | status | delete | xpk) command=$1; shift ;;
+    *) bad_usage "a command is needed: manifest, create, babysit, logs, status, delete or xpk" ;;
   esac
   name=${GKE_NAME-} image=${GKE_IMAGE-} claim=${GKE_CLAIM-} tpu=${GKE_TPU-} gpu=${GKE_GPU-}
   topology=${GKE_TOPOLOGY-} project=${GKE_PROJECT-} zone=${GKE_ZONE-} cluster=${GKE_CLUSTER-}
-  type=${GKE_TYPE-} storage=${GKE_STORAGE-}
-  chips=4 hosts=1 slices=1 spot=0 restarts=50 grace=300 namespace=
+  type=${GKE_TYPE-} storage=${GKE_STORAGE-} service_account=${GKE_SERVICE_ACCOUNT-}
+  chips=4 hosts=1 slices=1 spot=0 gcsfuse=0 restarts=50 grace=300 namespace=
   variables=()
   while [ $# -gt 0 ]; do
     case $1 in
       --name=*) name=${1#*=} ;;
       --image=*) image=${1#*=} ;;
       --claim=*) claim=${1#*=} ;;
+      --gcsfuse) gcsfuse=1 ;;
+      --service-account=*) service_account=${1#*=} ;;
       --tpu=*) tpu=${1#*=} ;;
       --topology=*) topology=${1#*=} ;;
       --gpu=*) gpu=${1#*=} ;;
@@ -66,6 +77,7 @@ main() {
       --env=*) check_variable "${1#*=}"; variables+=("${1#*=}") ;;
       --restarts=*) restarts=${1#*=} ;;
       --grace=*) grace=${1#*=} ;;
+      --poll=*) poll=${1#*=} ;;
       --namespace=*) namespace=${1#*=} ;;
       --project=*) project=${1#*=} ;;
       --zone=*) zone=${1#*=} ;;
@@ -84,16 +96,17 @@ main() {
   whole --slices "$slices" 1
   whole --restarts "$restarts" 0
   whole --grace "$grace" 0
+  whole --poll "$poll" 0
   needed "$name" --name GKE_NAME
   case $name in
     *[!a-z0-9-]* | [!a-z]* | *-) bad_usage "--name=$name is no name of Kubernetes: a-z, 0-9 and -" ;;
   esac
   check_length
-  case $command in manifest | create | xpk)
+  case $command in manifest | create | babysit | xpk)
     needed "$image" --image GKE_IMAGE
     [ $# -gt 0 ] || bad_usage "arguments of train are needed behind --, such as -- --config=..." ;;
   esac
-  case $command in manifest | create) check_manifest ;; esac
+  case $command in manifest | create | babysit) check_manifest "$@" ;; esac
   "do_$command" "$@"
 }
 
@@ -106,7 +119,9 @@ check_length() {
 }
 
 check_manifest() {
-  needed "$claim" --claim GKE_CLAIM
+  if [ "$gcsfuse" = 1 ] || ! kept_at_address "$@"; then
+    needed "$claim" --claim GKE_CLAIM
+  fi
   [ -n "$tpu$gpu" ] || bad_usage "--tpu=... or --gpu=... is needed, which machines to run on"
   [ -z "$tpu" ] || [ -z "$gpu" ] || bad_usage "--tpu and --gpu are two ways: give one"
   [ -z "$tpu" ] || needed "$topology" --topology GKE_TOPOLOGY
@@ -144,13 +159,68 @@ do_delete() {
   kubernetes delete jobset "$name"
 }
 
+# ---------------------------------------------------------------- babysit
+
+# The JobSet's controller starts all again by itself; this looks on.
+do_babysit() {
+  [ "$DRY_RUN" = 0 ] || { plan "$@"; return; }
+  local failures=0 told before='' again="\`delete\` it, and the same command goes on"
+  while :; do
+    told=$(tell_state) || { fail_once "kubectl does not tell the state of $name"; continue; }
+    if [ -n "$told" ]; then
+      [ "$told" = "$before" ] || say "JobSet: $told"
+    elif [ -n "$before" ]; then
+      give_up "somebody has deleted $name"
+    else
+      do_create "$@" || { fail_once "$name cannot be created"; continue; }
+    fi
+    case $told in
+      state=Completed*) say "done"; exit 0 ;;
+      *reason=ReachedMaxRestarts) give_up "started again as often as its JobSet may be" "$again" ;;
+      state=Failed*) end_as_pods_did ;;
+    esac
+    before=${told:-created} failures=0
+    sleep "$poll"
+  done
+}
+
+# One line, or nothing where there is no such JobSet.
+tell_state() {
+  kubernetes get jobset "$name" --ignore-not-found --output="jsonpath=state={.status.terminalState} \
+restarts={.status.restarts} ready={.status.replicatedJobsStatus[*].ready} \
+reason={.status.conditions[?(@.type==\"Failed\")].reason}"
+}
+
+# Where one process diverges the others may end with 134, or be stopped.
+end_as_pods_did() {
+  local told code=1
+  told=$(tell_codes) || told=
+  case " $told " in *" 43 "*) code=43 ;; esac
+  say "training ended with exit code $code, which no restart mends: see logs"
+  exit "$code"
+}
+
+tell_codes() {
+  kubernetes get pods "--selector=jobset.sigs.k8s.io/jobset-name=$name" --output="jsonpath=\
+{.items[*].status.containerStatuses[?(@.name==\"train\")].state.terminated.exitCode}"
+}
+
+# A dry run cannot look, so it shows what each case would run.
+plan() {
+  echo "# look, and again every $poll s"; tell_state
+  echo "# where there is none"; do_create "$@"
+  echo "# Completed: this ends with 0. Failed: with what the pods ended with"; tell_codes
+}
+
 # xpk restarts on 42 and on what signals leave, and on nothing else.
 do_xpk() {
   needed "$project" --project GKE_PROJECT
   needed "$zone" --zone GKE_ZONE
   needed "$cluster" --cluster GKE_CLUSTER
   needed "$type" --type GKE_TYPE
-  needed "$storage" --storage GKE_STORAGE
+  kept_at_address "$@" || needed "$storage" --storage GKE_STORAGE
+  [ -z "$service_account" ] ||
+    bad_usage "xpk has no --service-account: its pods have default, or xpk-sa where storage is attached"
   local given=() variable
   for variable in ${variables[@]+"${variables[@]}"}; do
     case $variable in
@@ -160,7 +230,7 @@ do_xpk() {
   done
   run xpk workload create --workload="$name" --project="$project" --zone="$zone" \
     --cluster="$cluster" --device-type="$type" --num-slices="$slices" --docker-image="$image" \
-    --storage="$storage" --max-restarts="$restarts" --restart-on-exit-codes=42 \
+    ${storage:+--storage="$storage"} --max-restarts="$restarts" --restart-on-exit-codes=42 \
     --termination-grace-period-seconds="$grace" ${given[@]+"${given[@]}"} \
     --command="$(quoted "${TRAIN[@]}" --distributed=auto "$@")"
 }
@@ -195,6 +265,7 @@ values() {
 # JobSet starts all again.
 do_manifest() {
   local annotations='' selector resource start environment='' tolerations=''
+  local fuse='' mount='' volume=''
   if [ -n "$tpu" ]; then
     annotations="
   annotations:
@@ -224,6 +295,24 @@ do_manifest() {
               cloud.google.com/gke-spot: \"true\""
     tolerations="$tolerations
             - {key: cloud.google.com/gke-spot, operator: Exists, effect: NoSchedule}"
+  fi
+  [ "$gcsfuse" = 0 ] || fuse='
+          metadata:
+            annotations:
+              gke-gcsfuse/volumes: "true" # brings the container that mounts the bucket'
+  if [ -n "$claim" ]; then
+    mount='
+              volumeMounts:
+              - {name: runs, mountPath: /runs}'
+    volume="
+            securityContext:
+              # of the image's user, who may write then
+              fsGroup: 1000
+              fsGroupChangePolicy: OnRootMismatch
+            volumes:
+            - name: runs
+              persistentVolumeClaim:
+                claimName: $(json "$claim")"
   fi
   cat <<END
 apiVersion: jobset.x-k8s.io/v1alpha2
@@ -261,8 +350,9 @@ spec:
               containerName: train
               operator: In
               values: [1, 43]
-        template:
-          spec:
+        template:$fuse
+          spec:${service_account:+
+            serviceAccountName: $(json "$service_account")}
             restartPolicy: Never
             terminationGracePeriodSeconds: $grace
             nodeSelector:
@@ -278,13 +368,7 @@ $(items "$@")${environment:+
               env:$environment}
               resources:
                 limits:
-                  $resource: $chips
-              volumeMounts:
-              - {name: runs, mountPath: /runs}
-            volumes:
-            - name: runs
-              persistentVolumeClaim:
-                claimName: $(json "$claim")
+                  $resource: $chips$mount$volume
 END
 }
 

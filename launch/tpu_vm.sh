@@ -17,6 +17,7 @@
 #   --type=TYPE        TPU_TYPE      accelerator type such as v5litepod-16     (create, babysit)
 #   --version=VERSION  TPU_VERSION   software version of the VMs               (create, babysit)
 #   --source=SOURCE    TPU_SOURCE    wheel, source tar, or git+https://...@TAG (install, babysit)
+#   --extras=EXTRAS    TPU_EXTRAS    of the package, tpu,gs; tpu,gs,wandb, say  (install, babysit)
 #   --setup=COMMAND    TPU_SETUP     run on each worker after the installation, and by babysit before
 #                                    each further start: mounts a bucket that is not mounted, say
 #   --spot             TPU_SPOT=1    cheaper, may be taken away
@@ -33,7 +34,6 @@ ROOT=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source-path=SCRIPTDIR source=commands.sh
 . "$ROOT/launch/commands.sh"
 
-GIVEN_UP=3          # no exit code of training: it may go on
 PYTHON_VERSION=3.11 # of constraints.txt; the VMs' own may be older than the package needs
 
 main() {
@@ -43,8 +43,8 @@ main() {
     *) bad_usage "a command is needed: create, install, run, logs, babysit, status or delete" ;;
   esac
   name=${TPU_NAME-} project=${TPU_PROJECT-} zone=${TPU_ZONE-} type=${TPU_TYPE-}
-  version=${TPU_VERSION-} source=${TPU_SOURCE-} setup=${TPU_SETUP-}
-  spot=${TPU_SPOT:-0} queued=${TPU_QUEUED:-0} restarts=50 poll=60 configs=$ROOT/configs
+  version=${TPU_VERSION-} source=${TPU_SOURCE-} setup=${TPU_SETUP-} extras=${TPU_EXTRAS-tpu,gs}
+  spot=${TPU_SPOT:-0} queued=${TPU_QUEUED:-0} restarts=50 configs=$ROOT/configs
   variables=()
   while [ $# -gt 0 ]; do
     case $1 in
@@ -54,6 +54,7 @@ main() {
       --type=*) type=${1#*=} ;;
       --version=*) version=${1#*=} ;;
       --source=*) source=${1#*=} ;;
+      --extras=*) extras=${1#*=} ;;
       --setup=*) setup=${1#*=} ;;
       --spot) spot=1 ;;
       --queued) queued=1 ;;
@@ -87,6 +88,7 @@ main() {
 
 check_source() {
   needed "$source" --source TPU_SOURCE
+  check_extras "$extras"
   case $source in
     git+*) ;;
     *.whl | *.tar.gz) [ -f "$source" ] || bad_usage "--source: there is no file $source" ;;
@@ -140,7 +142,7 @@ cd blindvalm
 python3 -m pip install --quiet --user uv
 PATH=\$HOME/.local/bin:\$PATH
 uv venv --quiet --clear --python $PYTHON_VERSION venv
-uv pip install --quiet --python venv/bin/python --constraints constraints.txt \"blindvalm_jax[tpu,gs] @ $package\"" || return 1
+uv pip install --quiet --python venv/bin/python --constraints constraints.txt \"blindvalm_jax${extras:+[$extras]} @ $package\"" || return 1
   [ -z "$setup" ] || on_workers "$setup"
 }
 
@@ -234,26 +236,6 @@ plan() {
   do_run "$@"
   echo "# PREEMPTED, TERMINATED, STOPPED, FAILED or SUSPENDED: anew"; do_delete; do_create
   echo "# training ended with 0, 1 or 43: this ends with the same"
-}
-
-say() {
-  printf '%s %s\n' "$(date -u +%H:%M:%S)" "$1"
-}
-
-# Counts failures in a row, and waits twice as long after each.
-fail_once() {
-  failures=$((failures + 1))
-  [ "$failures" -le 10 ] || give_up "$1, 10 times in a row"
-  local wait=$poll i
-  for ((i = 1; i < failures && wait < 900; i++)); do wait=$((wait * 2)); done
-  [ "$wait" -le 900 ] || wait=900
-  say "$1; next try in $wait s"
-  sleep "$wait"
-}
-
-give_up() {
-  printf 'error: %s; given up. The same command goes on from the last checkpoint\n' "$1" >&2
-  exit "$GIVEN_UP"
 }
 
 # The state, or ABSENT; fails where gcloud tells neither.

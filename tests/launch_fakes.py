@@ -99,7 +99,7 @@ class Fakes:
 
 def run_script(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a script of launch/ with bash and none of the variables that it reads."""
-    read = ("TPU_", "GKE_", "SLURM_", "SKYPILOT_")
+    read = ("TPU_", "GKE_", "SLURM_", "SKYPILOT_", "SKY_", "CONTAINER_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(read)}
     return subprocess.run(
         ["bash", *map(str, command)],

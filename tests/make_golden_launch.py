@@ -19,7 +19,10 @@ _TPU = ("--name=mine", "--project=my-project", "--zone=us-central1-a")
 _MADE = ("--type=v5litepod-16", "--version=v2-alpha-tpuv5-lite")
 _GIT = "--source=git+https://example.org/blindvalm_jax@v0.1.0"
 _SET = ("--env=JAX_COORDINATOR_PORT=8476", "--env=NOTE=it's $HOME: $(PROCESS) 1", "--env=EMPTY=")
-_POD = ("--name=first", "--image=example.org/blindvalm:1", "--claim=runs")
+_IMAGE = ("--name=first", "--image=example.org/blindvalm:1")
+_POD = (*_IMAGE, "--claim=runs")
+_XPK = (*_IMAGE, "--project=my-project", "--zone=us-central1-a", "--cluster=my-cluster")
+_STORED = (_TRAIN[0], "--workdir=gs://my-bucket/first")
 
 CASES: dict[str, tuple[str, ...]] = {
     "tpu_vm_create": ("launch/tpu_vm.sh", "create", *_TPU, *_MADE),
@@ -45,13 +48,45 @@ CASES: dict[str, tuple[str, ...]] = {
         *("launch/gke.sh", "create", *_POD, "--tpu=tpu-v5-lite-podslice", "--topology=2x2"),
         *(*_SET, "--", *_TRAIN),
     ),
+    "gke_create_bucket": (
+        *("launch/gke.sh", "create", *_POD, "--tpu=tpu-v5-lite-podslice", "--topology=2x2"),
+        *("--gcsfuse", "--service-account=trainer", "--", *_TRAIN),
+    ),
+    "gke_create_address": (
+        *("launch/gke.sh", "create", *_IMAGE, "--gpu=nvidia-h100-80gb", "--chips=8"),
+        *("--service-account=trainer", "--", *_STORED),
+    ),
+    "gke_babysit": (
+        *("launch/gke.sh", "babysit", *_IMAGE, "--gpu=nvidia-h100-80gb", "--chips=8"),
+        *("--poll=30", "--", *_STORED),
+    ),
     "gke_logs": ("launch/gke.sh", "logs", "--name=first"),
     "gke_status": ("launch/gke.sh", "status", "--name=first"),
     "gke_delete": ("launch/gke.sh", "delete", "--name=first"),
     "gke_xpk": (
-        *("launch/gke.sh", "xpk", "--name=first", "--image=example.org/blindvalm:1"),
-        *("--project=my-project", "--zone=us-central1-a", "--cluster=my-cluster"),
-        *("--type=v5litepod-16", "--slices=2", "--storage=runs", _SET[0], "--", *_TRAIN),
+        *("launch/gke.sh", "xpk", *_XPK, "--type=v5litepod-16", "--slices=2", "--storage=runs"),
+        *(_SET[0], "--", *_TRAIN),
+    ),
+    "gke_xpk_address": ("launch/gke.sh", "xpk", *_XPK, "--type=v5litepod-16", "--", *_STORED),
+    "sky_launch_tpu": (
+        *("launch/sky.sh", "launch", "--name=first", "--tpu=tpu-v5litepod-16"),
+        *("--bucket=gs://my-bucket", _SET[0], "--", *_TRAIN),
+    ),
+    "sky_launch_gpu": (
+        *("launch/sky.sh", "launch", "--name=first", "--gpu=H100:8", "--nodes=2", "--infra=aws"),
+        *("--extras=cuda,s3,wandb", "--secret=WANDB_API_KEY", "--", *_STORED),
+    ),
+    "sky_logs": ("launch/sky.sh", "logs", "--name=first"),
+    "sky_status": ("launch/sky.sh", "status"),
+    "sky_delete": ("launch/sky.sh", "delete", "--name=first"),
+    "container_build": ("launch/container.sh", "build", "--extras=tpu,gs", "--image=my/image:1"),
+    "container_run": (
+        *("launch/container.sh", "run", "--runs=runs/of mine", "--data=/texts", _SET[0], "--"),
+        *_TRAIN,
+    ),
+    "container_run_gpu": (
+        *("launch/container.sh", "run", "--extras=cuda,gs,wandb", "--gpus", "--user=1001:1001"),
+        *("--secret=WANDB_API_KEY", "--grace=60", "--", *_STORED),
     ),
     "slurm": ("launch/slurm.sbatch", *_TRAIN),
     "local": (
@@ -59,7 +94,11 @@ CASES: dict[str, tuple[str, ...]] = {
         *("--command=python -m blindvalm_jax.train", "--", *_TRAIN),
     ),
 }
-_VARIABLES = {"slurm": {"SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "17"}}
+VARIABLES = {
+    "slurm": {"SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "17"},
+    "sky_launch_gpu": {"WANDB_API_KEY": "hidden"},
+    "container_run_gpu": {"WANDB_API_KEY": "hidden"},
+}
 
 
 def dry_run(name: str) -> str:
@@ -70,7 +109,7 @@ def dry_run(name: str) -> str:
         command = [sys.executable, script, *words]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     else:
-        done = run_script(script, *words, **_VARIABLES.get(name, {}))
+        done = run_script(script, *words, **VARIABLES.get(name, {}))
     if done.returncode or done.stderr:
         raise RuntimeError(f"{name}: exit code {done.returncode}, {done.stderr}")
     return done.stdout.replace(str(ROOT), "ROOT")

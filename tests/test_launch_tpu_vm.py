@@ -217,6 +217,23 @@ def test_a_local_package_is_copied_with_configs_and_versions(
     assert f'"blindvalm_jax[tpu,gs] @ file://$HOME/blindvalm/{file}"' in command
 
 
+@pytest.mark.parametrize(
+    ("flags", "package"),
+    [
+        ((), "blindvalm_jax[tpu,gs] @"),
+        (("--extras=tpu,gs,wandb",), "blindvalm_jax[tpu,gs,wandb] @"),
+        (("--extras=",), "blindvalm_jax @"),
+    ],
+)
+def test_extras_are_those_that_are_asked_for(
+    fakes: Fakes, flags: tuple[str, ...], package: str
+) -> None:
+    fakes.add("gcloud")
+    words = ("install", *WHERE, "--source=git+https://example.org/a@b", *flags)
+    assert fakes.run("launch/tpu_vm.sh", *words).returncode == 0
+    assert f'"{package} git+https' in fakes.calls()[-1].value("--command")
+
+
 def test_workers_keep_the_exit_code_and_the_words_of_the_command(
     fakes: Fakes, tmp_path: Path
 ) -> None:
@@ -275,6 +292,10 @@ def test_workers_keep_the_exit_code_and_the_words_of_the_command(
         (("create", *WHERE, "--type=t", "--zones=z"), "unknown argument --zones=z"),
         (("install", *WHERE, "--source=there/is/no.whl"), "there is no file there/is/no.whl"),
         (("install", *WHERE, "--source=blindvalm"), "no .whl, no .tar.gz and no git+https"),
+        (
+            ("install", *WHERE, "--source=git+https://a@b", "--extras=a;b"),
+            "--extras must be names with commas between them, got 'a;b'",
+        ),
         (("run", *WHERE), "arguments of train are needed behind --"),
         ((*BABYSIT[1:], "--restarts=many", *TRAIN), "--restarts must be a whole number"),
         ((*BABYSIT[1:], "--restarts=", *TRAIN), "--restarts must be a whole number"),
