@@ -56,7 +56,7 @@ def _check_processes(settings: Config) -> None:
             f"eval.tasks={settings.eval.tasks}: tasks are asked by runs of one process: leave them "
             "out"
         )
-    if settings.grounding.search == "faiss":
+    if settings.train.objective == "language" and settings.grounding.search == "faiss":
         raise UserError(
             "grounding.search=faiss searches on one host: with several processes take exact, or "
             "prepared"

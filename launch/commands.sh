@@ -42,7 +42,7 @@ check_secret() {
   case $1 in '' | [0-9]* | *[!A-Za-z0-9_]*)
     bad_usage "--secret must be the NAME of a variable of this shell, of letters, digits and _" ;;
   esac
-  [ -n "${!1+set}" ] || bad_usage "--secret=$1: no such variable is exported here"
+  printenv "$1" >/dev/null || bad_usage "--secret=$1: no such variable is exported here"
 }
 
 # check_extras EXTRAS: refuses what are no names of extras; they become part of commands.

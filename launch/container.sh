@@ -4,7 +4,7 @@
 # launch/container.sh COMMAND [FLAGS] [-- ARGUMENTS OF TRAIN]
 #   build   build the image from launch/Dockerfile
 #   run     build it, which takes a moment where nothing has changed, train in it, and end with
-#           training's exit code; Ctrl-C and SIGTERM have it save
+#           training's exit code; SIGTERM and `docker stop` have it save, Ctrl-C ends it unsaved
 # Flags, or variables in their place:
 #   --image=IMAGE    CONTAINER_IMAGE   name of the image, blindvalm
 #   --extras=EXTRAS  CONTAINER_EXTRAS  of the package: cuda, tpu, none for CPU; several with commas

@@ -177,7 +177,9 @@ do_babysit() {
     case $told in
       state=Completed*) say "done"; exit 0 ;;
       *reason=ReachedMaxRestarts) give_up "started again as often as its JobSet may be" "$again" ;;
-      state=Failed*) end_as_pods_did ;;
+      state=Failed*)
+        end_as_pods_did || fail_once "kubectl does not tell how the pods of $name ended"
+        continue ;;
     esac
     before=${told:-created} failures=0
     sleep "$poll"
@@ -191,10 +193,10 @@ restarts={.status.restarts} ready={.status.replicatedJobsStatus[*].ready} \
 reason={.status.conditions[?(@.type==\"Failed\")].reason}"
 }
 
-# Where one process diverges the others may end with 134, or be stopped.
+# Where one process diverges the others may end with 134, or be stopped. Fails where nobody tells.
 end_as_pods_did() {
   local told code=1
-  told=$(tell_codes) || told=
+  told=$(tell_codes) || return 1
   case " $told " in *" 43 "*) code=43 ;; esac
   say "training ended with exit code $code, which no restart mends: see logs"
   exit "$code"

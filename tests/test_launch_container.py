@@ -74,6 +74,7 @@ def test_a_container_gets_secrets_by_name_and_a_run_at_an_address_needs_no_direc
         (("build", "--extras=a b"), "--extras must be names"),
         (("build", "--secret=KEY=hidden"), "--secret must be the NAME of a variable of this"),
         (("build", "--secret=NOT_THERE"), "--secret=NOT_THERE: no such variable is exported"),
+        (("build", "--secret=image"), "--secret=image: no such variable is exported"),
         (("build", "--grace=x"), "--grace must be a whole number"),
     ],
 )

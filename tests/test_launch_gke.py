@@ -228,12 +228,14 @@ def test_bad_usage_of_gke_is_one_line_and_2(words: tuple[str, ...], told: str) -
 
 
 def kubectl(
-    fakes: Fakes, *states: str | Answer, codes: str = "", create: Sequence[Answer] = (Answer(),)
+    fakes: Fakes,
+    *states: str | Answer,
+    codes: Sequence[Answer] = (Answer(),),
+    create: Sequence[Answer] = (Answer(),),
 ) -> None:
     """A kubectl with states of the JobSet ("" where there is none) and codes of its pods."""
     told = [Answer(state) if isinstance(state, str) else state for state in states]
-    pods = [Answer(codes)]
-    fakes.add("kubectl", {"get jobset": told, "get pods": pods, "create": create})
+    fakes.add("kubectl", {"get jobset": told, "get pods": codes, "create": create})
 
 
 def state(word: str = "", *, restarts: int = 0, ready: int = 1, reason: str = "") -> str:
@@ -275,15 +277,22 @@ def test_babysit_ends_with_what_the_pods_of_a_failed_jobset_ended_with(
     fakes: Fakes, codes: str, ends: int
 ) -> None:
     failed = state("Failed", ready=0, reason="FailJobSetFailurePolicyAction")
-    kubectl(fakes, "", ACTIVE, failed, codes=codes)
+    away = Answer(code=1)  # asked again
+    kubectl(fakes, "", ACTIVE, failed, codes=[away, Answer(codes)])
     done = fakes.run(*BABYSIT)
     assert done.returncode == ends
+    assert "kubectl does not tell how the pods of first ended" in done.stdout
     assert f"training ended with exit code {ends}," in done.stdout
     assert created(fakes) == 1
 
 
 def test_a_jobset_that_was_started_again_too_often_is_given_up(fakes: Fakes) -> None:
-    kubectl(fakes, ACTIVE, state("Failed", restarts=50, reason="ReachedMaxRestarts"), codes="42 42")
+    kubectl(
+        fakes,
+        ACTIVE,
+        state("Failed", restarts=50, reason="ReachedMaxRestarts"),
+        codes=[Answer("42 42")],
+    )
     done = fakes.run(*BABYSIT)
     assert done.returncode == 3
     assert "started again as often as its JobSet may be; given up. `delete` it" in done.stderr

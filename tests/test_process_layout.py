@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import pytest
 
-from blindvalm_jax import partitioning, process_layout, starting, trainer
+from blindvalm_jax import config, partitioning, process_layout, starting, trainer
 from blindvalm_jax.config import MeshConfig
 from blindvalm_jax.errors import UserError
-from tests import small_models
+from tests import small_models, test_contrastive_training
 from tests.test_planning import settings
 
 DEVICES = 8
@@ -95,6 +95,13 @@ def test_what_several_processes_refuse_their_plan_refuses(
     ):
         starting.start(settings(sizes, variant, **changes), tmp_path, dry_run=True)
     assert "\n" not in str(error.value)
+
+
+def test_settings_of_another_objective_are_not_refused(tmp_path: Path) -> None:
+    values = test_contrastive_training.settings(Path(), grounding__search="faiss")
+    values.data.images = ""
+    with process_layout.simulated(4, devices=DEVICES), small_models.quick_compilation():
+        assert starting.start(config.parse(values), tmp_path, dry_run=True) == 0
 
 
 def test_a_plan_says_how_many_processes_it_is_for(

@@ -297,11 +297,12 @@ def test_a_run_whose_first_step_lacked_a_part_begins_anew(saved: Path, service: 
                 quarantine.record(first.directory, step)
                 store.send()
         part(saved, first.directory, 6, process=0)
+        (first.directory.with_name("first.unsent-part") / ".nfs01").touch()  # of a file server
     assert steps_there() == ["2", "4"]
     with two() as (first, _):
         assert (first.directory / "saved.json").exists()
         aside = first.directory.with_name("first.unsent-part")
-        assert sorted(path.name for path in aside.iterdir()) == ["2", "6"]
+        assert sorted(path.name for path in aside.iterdir()) == [".nfs01", "2", "6"]
 
 
 def test_settings_that_may_differ_between_machines_do(saved: Path, service: None) -> None:

@@ -18,7 +18,7 @@ from blindvalm_jax.stores import library_log
 # By what stores tell one content from another; the first that there is.
 _MARKS = ("generation", "ETag", "etag", "mtime", "created")
 # What no store answers: a file of this machine cannot be written.
-_LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+_LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ESTALE)
 
 
 class MissingError(UserError):

@@ -178,8 +178,9 @@ class Store:
                 f"warning: step {step} is not whole in {self._store.address}: what this process "
                 f"has of it was moved to {place}"
             )
-            for old in sorted(place.iterdir(), key=lambda path: int(path.name))[:-_PARTS]:
-                shutil.rmtree(old)
+            kept = sorted(int(path.name) for path in place.iterdir() if path.name.isdecimal())
+            for old in kept[:-_PARTS]:
+                shutil.rmtree(place / str(old))
 
     def _fetch(self, marks: Mapping[str, str]) -> None:
         """Brings files; what was brought is noted, so that another try goes on from there."""
