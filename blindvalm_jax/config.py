@@ -204,6 +204,7 @@ class TrainConfig:
     scan_unroll: int = field(1, "blocks compiled in line per scan iteration", low=1)
     loss_chunk: int = field(0, "positions of a row with live logits; 0: all of them", low=0)
     init_from: str = field("", "weights directory (see convert) the decoder starts from")
+    branch_from: str = field("", "RUN@STEP: a run's checkpoint that this one goes on from")
     watchdog_seconds: float = field(
         1800.0, "a run without a finished update for so long ends, saying why; 0: never", low=0.0
     )

@@ -44,6 +44,12 @@ def schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
     return rate
 
 
+def same_until(updates: int, config: OptimizerConfig, *, lengths: tuple[int, int]) -> bool:
+    """Whether the first updates of runs of two lengths have the same learning rates."""
+    one, other = (schedule(config, steps=steps)(jnp.arange(updates)) for steps in lengths)
+    return bool(jnp.array_equal(one, other))
+
+
 def decay_mask(params: Any, *, decay: str) -> Any:
     """True for what a setting of `optimizer.decay` decays.
 

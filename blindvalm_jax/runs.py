@@ -3,45 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from blindvalm_jax import addresses, distributed, files
+from blindvalm_jax import addresses, changes, distributed, files
 from blindvalm_jax.checkpoints import layout, quarantine
-from blindvalm_jax.config import Config, completed
+from blindvalm_jax.config import Config
 from blindvalm_jax.console import is_first, say
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.stores import places
-from blindvalm_jax.trees import flatten
 
-# May differ when a run is resumed: none of them changes what is computed, beyond rounding. Paths of
-# data, tokenizer, tower, index and neighbours are among them because their contents are compared
-# (`check_data`, and the tower where it is read).
-_FREE = (
-    *("log", "eval", "checkpoint", "mesh", "data.workers", "data.cache", "data.files"),
-    *("data.eval_files", "data.windows", "data.tfds", "data.tfds_split", "data.tfds_eval_split"),
-    *("data.tfds_dir", "data.images", "data.eval_images", "tokenizer.path"),
-    *("grounding.tokenizer", "grounding.tower", "grounding.index", "grounding.prepared"),
-    "data.on_corrupt",
-    *("train.remat", "train.scan_unroll", "train.loss_chunk", "train.watchdog_seconds"),
-)
-# These change what becomes of updates that would break the run, and of no other: a run that has
-# diverged goes on with them from its checkpoint.
-_OF_THE_GUARD = tuple(
-    f"train.{name}"
-    for name in ("on_nonfinite", "nonfinite_limit", "on_spike", "spike_factor", "spike_warmup")
-)
 MARKER, LOCK = ".blindvalm_run", ".run.lock"
 _WRITTEN = (
     *("checkpoints", "config.json", "data", "eval", "events.jsonl", "logs", "metrics.jsonl"),
@@ -61,39 +41,16 @@ def check_resume(workdir: Path, config: Config, *, allowed: Sequence[str] = ()) 
         changed that change the run, listed field by field; or there is no setting of a name in
         `allowed`, or it is the seed.
     """
-    known = _flat(_plain(config))
-    for name in allowed:
-        if not _names(name, known):
-            raise UserError(
-                f"--allow_changed={name}: there is no such setting; `python -m "
-                "blindvalm_jax.config` lists all of them"
-            )
-    if "seed" in allowed:
-        raise UserError(
-            "--allow_changed=seed: a run keeps its seed, from which the order of its data follows; "
-            "take another --workdir for another seed"
-        )
+    changes.check_names(allowed, config)
     claim(workdir)
     saved = layout.steps(workdir)
     if not saved:
         quarantine.check_not_lost(workdir)
         return None
-    record = _record(workdir)
-    changed = _changed(record, config)
-    lines = {key: f"{key}: {before!r} -> {now!r}" for key, (before, now) in changed.items()}
-    may = [
-        key for key in changed if _is_free(key, config) or any(_names(x, [key]) for x in allowed)
-    ]
-    refused = [lines[key] for key in changed if key not in may]
-    if refused:
-        raise UserError(
-            f"{workdir} holds a run with other settings: {'; '.join(refused)}. Give the same "
-            "settings to resume it, take another --workdir, or say what may differ: "
-            "--allow_changed=NAME,NAME"
-        )
-    for key in changed:
-        say(f"resuming with another setting, {lines[key]}")
-    return _newest_whole(workdir, saved)
+    record, newest = record_of(workdir), _newest_whole(workdir, saved)
+    for line in changes.check(record, config, updates=newest, allowed=allowed, of=workdir):
+        say(f"resuming with another setting, {line}")
+    return newest
 
 
 def _newest_whole(workdir: Path, saved: list[int]) -> int:
@@ -161,7 +118,7 @@ def check_data(workdir: Path, about: Mapping[str, Any]) -> None:
 
     about: as `write_record` gets it.
     """
-    before = _record(workdir)
+    before = record_of(workdir)
     for name, key, other in (
         ("tokenizer", "fingerprint", "another tokenizer"),
         ("data", "key", "other data"),
@@ -180,7 +137,7 @@ def check_images(workdir: Path, images: Mapping[str, Any] | None) -> None:
 
     images: as `Images.describe` gives it, None without an index.
     """
-    before, now = _record(workdir).get("images") or {}, images or {}
+    before, now = record_of(workdir).get("images") or {}, images or {}
     if before.get("key") != now.get("key"):  # an older record has none, and had no index
         raise UserError(
             f"{workdir} was trained on another image index than {now.get('index')} is now: bring "
@@ -229,7 +186,7 @@ def _check_neighbours(
 
 def say_other_code(workdir: Path) -> None:
     """Says if the code that last trained the run in `workdir` is another than this."""
-    record, now = _record(workdir), commit()
+    record, now = record_of(workdir), commit()
     before = record.get("commit")
     if "code_sha256" in record:
         other = record["code_sha256"] != CODE_SHA256
@@ -244,7 +201,7 @@ def say_other_code(workdir: Path) -> None:
 
 def given_before(workdir: Path) -> Any:
     """The settings that the run in `workdir` was last started with, as nested dicts."""
-    return _record(workdir)["config_as_given"]
+    return record_of(workdir)["config_as_given"]
 
 
 def keep_places(workdir: Path, about: Mapping[str, Any], *, resolved: Config) -> None:
@@ -257,7 +214,7 @@ def keep_places(workdir: Path, about: Mapping[str, Any], *, resolved: Config) ->
     for place in (("data", "directory"), ("images", "index"), ("images", "prepared", "directory")):
         moved = _moved(moved, about, place)
     settings = files.read_object(workdir / "config.json")
-    now = {**settings, "grounding": _plain(resolved)["grounding"]}
+    now = {**settings, "grounding": changes.plain(resolved)["grounding"]}
     for name, before, after in (("run.json", record, moved), ("config.json", settings, now)):
         if before != after:
             files.write_json(workdir / name, after)
@@ -273,7 +230,12 @@ def _moved(record: Any, about: Any, place: tuple[str, ...]) -> Any:
     return {**record, name: _moved(record[name], about[name], tuple(rest))}
 
 
-def _record(workdir: Path) -> Any:
+def record_of(workdir: Path) -> Any:
+    """What run.json of a run with checkpoints says.
+
+    Raises:
+      UserError: it is missing, or lacks what a resumed run needs.
+    """
     hint = f"{workdir} has checkpoints, but no record of what they are; take another --workdir"
     record = files.read_object(workdir / "run.json", hint=hint)
     lacking = {"config_as_given", "tokenizer", "data", "starts"} - record.keys()
@@ -283,44 +245,6 @@ def _record(workdir: Path) -> Any:
             "another --workdir"
         )
     return record
-
-
-def _changed(record: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ from those of a record, as (before, now)."""
-    before, now = _flat(_completed(record["config_as_given"])), _flat(_plain(config))
-    names = sorted(set(before) | set(now))
-    return {
-        name: (before.get(name), now.get(name))
-        for name in names
-        if before.get(name) != now.get(name)
-    }
-
-
-def _flat(settings: Any) -> dict[str, Any]:
-    """Nested settings by dotted names."""
-    return {key.replace("/", "."): value for key, value in flatten(settings).items()}
-
-
-def _names(name: str, settings: Iterable[str]) -> bool:
-    """Whether a name is that of one of these settings, or of its section."""
-    return any(key == name or key.startswith(f"{name}.") for key in settings)
-
-
-def _completed(given: Mapping[str, Any]) -> Any:
-    return json.loads(json.dumps(completed(given)))
-
-
-def _plain(config: Config) -> Any:
-    """Settings as JSON gives them back, with the addresses of inputs that were brought."""
-    return json.loads(json.dumps(places.as_given(dataclasses.asdict(config))))
-
-
-def _is_free(key: str, config: Config) -> bool:
-    if key == "train.steps":
-        return config.optimizer.schedule == "inverse_sqrt"  # the others depend on the length
-    if key == "train.microbatches":  # of a language model they draw dropout, and are shuffled
-        return config.train.objective == "contrastive"
-    return any(_names(free, [key]) for free in (*_FREE, *_OF_THE_GUARD))
 
 
 def write_record(
@@ -338,7 +262,7 @@ def write_record(
     began: when this start did, see `lifetime.now`.
     """
     path = workdir / "run.json"
-    before = _record(workdir) if step and path.exists() else None
+    before = record_of(workdir) if step and path.exists() else None
     if before is not None:
         starts = before["starts"]
     else:  # those that ended before the first checkpoint
@@ -346,12 +270,12 @@ def write_record(
     code = {"commit": commit(), "code_sha256": CODE_SHA256}
     written = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     start: dict[str, Any] = {"time": written, "began": began, "step": step, **code}
-    if before is not None and (changed := _changed(before, given)):
+    if before is not None and (changed := changes.between(before, given)):
         start["changed"] = changed
     starts.append(start)
     record = {
         "command": sys.argv,
-        "config_as_given": _plain(given),
+        "config_as_given": changes.plain(given),
         "versions": versions(),
         **code,
         "devices": [jax.devices()[0].device_kind, jax.device_count()],
@@ -359,7 +283,7 @@ def write_record(
         **places.as_given(about),
         "starts": starts,
     }
-    files.write_json(workdir / "config.json", _plain(resolved))
+    files.write_json(workdir / "config.json", changes.plain(resolved))
     files.write_json(path, record)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from blindvalm_jax import distributed, process_layout, runs, sinks
+from blindvalm_jax import branching, distributed, ownership, process_layout, runs, sinks
 from blindvalm_jax.checkpoints import layout
 from blindvalm_jax.config import Config
 from blindvalm_jax.errors import UserError
@@ -33,6 +33,8 @@ def start(
         runs.held(workdir),  # before parts are made in its data/
         inputs.released(),
     ):
+        branch = distributed.all_or_none if ownership.apart() else distributed.first_then_others
+        branch(lambda: branching.begin(settings, workdir, dry_run=dry_run, allowed=allow_changed))
         kept = _read_no_more(workdir, settings)
         settings = distributed.first_then_others(lambda: brought(settings, but=kept))
         if supply.wanted(settings):

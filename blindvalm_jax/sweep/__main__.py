@@ -25,7 +25,7 @@ from ml_collections import config_flags
 from blindvalm_jax import config, metrics
 from blindvalm_jax.config import Config
 from blindvalm_jax.errors import UserError, run_main
-from blindvalm_jax.sweep import worker
+from blindvalm_jax.sweep import trunks, worker
 from blindvalm_jax.sweep.leases import Lease
 from blindvalm_jax.sweep.manifest import Manifest
 
@@ -88,6 +88,7 @@ def read_runs() -> dict[str, Config]:
             runs[name] = config.parse(settings)
         except UserError as error:
             raise UserError(f"run {name}: {error}") from error
+    trunks.check(runs)
     return runs
 
 

@@ -15,6 +15,7 @@ from blindvalm_jax.config import Config
 from blindvalm_jax.errors import DIVERGED, Preempted, UserError, first_line, print_error
 from blindvalm_jax.runs import held
 from blindvalm_jax.survival import preemption
+from blindvalm_jax.sweep import trunks
 from blindvalm_jax.sweep.leases import Leases
 from blindvalm_jax.sweep.manifest import Manifest
 
@@ -66,7 +67,7 @@ def _done_by_this(
     name: str, leases: Leases, manifest: Manifest, runs: Mapping[str, Config], workdir: Path
 ) -> bool:
     """Trains a run, if nobody else does."""
-    if leases.take(name) is not None:
+    if not _may_begin(name, manifest, runs, workdir) or leases.take(name) is not None:
         return False
     directory = runs_of(workdir) / name
     with leases.kept(name, lost=_end_at_once):
@@ -80,6 +81,14 @@ def _done_by_this(
     return True
 
 
+def _may_begin(name: str, manifest: Manifest, runs: Mapping[str, Config], workdir: Path) -> bool:
+    """Whether a run need not wait for its trunk: that has come so far, or never will."""
+    trunk = trunks.of(runs[name])
+    if trunk is None or trunks.ready(runs[name], runs_of(workdir)):
+        return True
+    return not manifest.states()[trunk.run].open
+
+
 def _attempt(manifest: Manifest, name: str, settings: Config, workdir: Path) -> None:
     """Trains a run and writes down how it ended; what ends it ends no other run."""
     cut = manifest.states()[name].cut
@@ -91,7 +100,7 @@ def _attempt(manifest: Manifest, name: str, settings: Config, workdir: Path) -> 
     manifest.add(name, "started", process=f"{socket.gethostname()}:{os.getpid()}")
     about = ""
     try:
-        code = starting.start(settings, workdir)
+        code = starting.start(trunks.placed(settings, workdir.parent), workdir)
     except UserError as error:
         code, about = 1, str(error)
         print_error(f"{name}: {error}")

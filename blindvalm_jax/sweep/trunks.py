@@ -1,0 +1,70 @@
+"""Runs of a sweep that go on from a checkpoint of another one of it: run:NAME@STEP."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from blindvalm_jax.branching import Place
+from blindvalm_jax.checkpoints import layout
+from blindvalm_jax.config import Config
+from blindvalm_jax.errors import UserError
+
+_PREFIX = "run:"  # of a name that is that of a run of the sweep
+
+
+def of(settings: Config) -> Place | None:
+    """The run of the sweep that this one branches from, and at which step; None: from none.
+
+    Raises:
+      UserError: what is named has no step.
+    """
+    named = settings.train.branch_from
+    if not named.startswith(_PREFIX):
+        return None
+    return Place.named(named.removeprefix(_PREFIX))
+
+
+def check(runs: Mapping[str, Config]) -> None:
+    """Refuses branches that could never begin, before anything is trained.
+
+    Raises:
+      UserError: there is no such trunk in the sweep, or it does not keep a checkpoint of the step.
+    """
+    for name, settings in runs.items():
+        trunk = of(settings)
+        if trunk is None:
+            continue
+        if trunk.run not in runs:
+            raise UserError(f"run {name} branches from {trunk.run}, which is no run of the sweep")
+        of_trunk = runs[trunk.run]
+        kept = of_trunk.checkpoint
+        if trunk.step > of_trunk.train.steps or (
+            trunk.step != of_trunk.train.steps
+            and not (kept.keep_every and trunk.step % kept.keep_every == 0)
+        ):
+            raise UserError(
+                f"run {name} branches from {trunk.run} at step {trunk.step}, of which that keeps "
+                f"no checkpoint: it has {of_trunk.train.steps} steps and checkpoint.keep_every="
+                f"{kept.keep_every}"
+            )
+
+
+def ready(settings: Config, runs: Path) -> bool:
+    """Whether a run can begin: it branches from none, or its trunk has come so far."""
+    trunk = of(settings)
+    if trunk is None:
+        return True
+    return layout.fault(layout.directory(runs / trunk.run) / str(trunk.step)) is None
+
+
+def placed(settings: Config, runs: Path) -> Config:
+    """Settings that name the directory of the trunk."""
+    trunk = of(settings)
+    if trunk is None:
+        return settings
+    place = f"{(runs / trunk.run).absolute()}@{trunk.step}"
+    return dataclasses.replace(
+        settings, train=dataclasses.replace(settings.train, branch_from=place)
+    )
