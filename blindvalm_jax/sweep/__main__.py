@@ -2,13 +2,15 @@ r"""Trains many runs with any number of workers that share a directory.
 
     python -m blindvalm_jax.sweep run --config=configs/sweeps/NAME.py --workdir=DIR
     python -m blindvalm_jax.sweep status --workdir=DIR
+    python -m blindvalm_jax.sweep cost --config=CONFIG.py [--mfu=0.4] [--json=FILE]
 
 A sweep's config returns a ConfigDict whose `runs` holds the settings of each run by its name. run:
 a worker; start as many as there are devices for, on any machines that see DIR. Each takes a run
 that nobody has and trains it in DIR/runs/NAME; when a worker dies, or is silent for
 --lease_seconds, another goes on with its run. --index=I trains the Ith run alone, as a task of a
 job array. The same command goes on where workers stopped. --retry opens failed and diverged runs
-again. DIR/manifest.jsonl keeps what happened.
+again. DIR/manifest.jsonl keeps what happened. cost: FLOPs, parameters and bytes of a sweep's runs,
+or of any training config by part, before there is data (docs/costs.md).
 
 Exit codes: 0 all done, 1 error, or a run failed or diverged, 42 preempted and saved.
 """
@@ -25,7 +27,7 @@ from ml_collections import config_flags
 from blindvalm_jax import config, metrics
 from blindvalm_jax.config import Config
 from blindvalm_jax.errors import UserError, run_main
-from blindvalm_jax.sweep import worker
+from blindvalm_jax.sweep import cost, worker
 from blindvalm_jax.sweep.leases import Lease
 from blindvalm_jax.sweep.manifest import Manifest
 
@@ -36,12 +38,16 @@ _RETRY = flags.DEFINE_bool("retry", False, "run: failed and diverged runs again"
 _LEASE = flags.DEFINE_float(
     "lease_seconds", 120.0, "run: how long a silent worker keeps its run", lower_bound=1.0
 )
+_MFU = flags.DEFINE_float("mfu", 0.4, "cost: share of the peak that device-hours are given for")
+_JSON = flags.DEFINE_string("json", "", "cost: also as JSON in this file")
 
 
 def main(argv: Sequence[str]) -> int:
     """Does what the command line says; returns the exit code."""
-    if len(argv) != 2 or argv[1] not in ("run", "status"):
-        raise UserError(f"expected run or status, got {' '.join(argv[1:]) or 'nothing'}")
+    if len(argv) != 2 or argv[1] not in ("run", "status", "cost"):
+        raise UserError(f"expected run, status or cost, got {' '.join(argv[1:]) or 'nothing'}")
+    if argv[1] == "cost":
+        return _cost()
     if not _WORKDIR.value:
         raise UserError("--workdir=DIR is needed")
     workdir = Path(_WORKDIR.value)
@@ -65,6 +71,15 @@ def _run(workdir: Path) -> int:
             if manifest.states()[name].ended in ("failed", "diverged"):
                 manifest.add(name, "reopened")
     return worker.work(workdir, runs, lease_seconds=_LEASE.value)
+
+
+def _cost() -> int:
+    if not flags.FLAGS["config"].present:
+        raise UserError("--config=CONFIG.py is needed: a sweep's, or any that is trained with")
+    given = _CONFIG.value
+    runs = read_runs() if isinstance(given, ml_collections.ConfigDict) and "runs" in given else None
+    cost.report(given, runs, mfu=_MFU.value, to=_JSON.value)
+    return 0
 
 
 def read_runs() -> dict[str, Config]:

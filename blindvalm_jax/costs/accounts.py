@@ -1,0 +1,239 @@
+"""The account of a run: FLOPs of a unit by part, parameters, bytes, and what is done only once.
+
+Made from settings alone, without data and without compiling: the vocabulary is that of
+`decoder.vocab_size` or the tokenizer's kind, the index may be told as `vectors:NUMBER`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from blindvalm_jax import presets, system
+from blindvalm_jax.config import Config
+from blindvalm_jax.costs import language, parameters, products, searching
+from blindvalm_jax.costs.products import FORWARD, Product
+from blindvalm_jax.grounding.faiss_engine import PAPER_NPROBE, default_settings
+from blindvalm_jax.models.clip import TowerConfig
+from blindvalm_jax.models.vision import VisionConfig
+from blindvalm_jax.objectives import contrastive_shapes
+from blindvalm_jax.objectives.shapes import ALIGNED, tower_of, vectors_of, vocabulary
+
+USEFUL = 0.6  # share of positions that hold a token where the reference pads texts to 77
+_TRAINED_BYTES = 12  # fp32: a parameter and its two moments
+_CLIP_IMAGE = 224  # pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A part of an account, a unit's FLOPs: counted forward and in training, and all computed.
+
+    bytes: held in training, parameters with their moments, without gradients.
+    """
+
+    part: str
+    parameters: int
+    forward: float
+    training: float
+    hardware: float
+    bytes: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Account:
+    """What a run costs.
+
+    unit: token or pair. once: FLOPs of what is done once, by what it is, outside of the budget.
+    units: trained on in all. padded_tower: the frozen tower as the reference pads it
+    (`USEFUL`), for comparison. read: bytes of the index that a query reads, which queries of a
+    batch share where the search is exact. gathered: bytes of the vectors found for a token.
+    """
+
+    unit: str
+    products: tuple[Product, ...]
+    trained: dict[str, int]
+    frozen: dict[str, int]
+    frozen_bytes: dict[str, float]
+    once: dict[str, float]
+    units: int
+    padded_tower: tuple[Product, ...] = ()
+    read: float | None = None
+    gathered: float | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Trained ones."""
+        return sum(self.trained.values())
+
+    @property
+    def training(self) -> float:
+        """Model FLOPs of a unit: the budget."""
+        return sum(one.training for one in self.products)
+
+    @property
+    def full(self) -> float:
+        """With every key counted, as papers do that know no mask."""
+        return sum(one.full for one in self.products)
+
+    @property
+    def padded(self) -> float | None:
+        """`full` with the tower as the reference pads it; None without a tower."""
+        others = sum(one.full for one in self.products if one.part not in ("tower", "readout"))
+        tower = sum(one.full for one in self.padded_tower)
+        return others + tower if self.padded_tower else None
+
+    @property
+    def hardware(self) -> float:
+        """What is computed for a unit, recomputation and padding included."""
+        return sum(one.hardware for one in self.products)
+
+    @property
+    def budget(self) -> float:
+        """Model FLOPs of the whole run."""
+        return self.training * self.units
+
+    def lines(self) -> list[Line]:
+        """The account part by part."""
+        parts = [one.part for one in self.products]
+        names = dict.fromkeys((*parts, *self.trained, *self.frozen, *self.frozen_bytes))
+        return [self._line(name) for name in names]
+
+    def _line(self, part: str) -> Line:
+        own = [one for one in self.products if one.part == part]
+        trained = self.trained.get(part, 0)
+        return Line(
+            part,
+            trained + self.frozen.get(part, 0),
+            sum(one.forward for one in own),
+            sum(one.training for one in own),
+            sum(one.hardware for one in own),
+            trained * _TRAINED_BYTES + self.frozen_bytes.get(part, 0.0),
+        )
+
+
+def account(settings: Config) -> Account:
+    """The account of a run of either objective.
+
+    Raises:
+      UserError: a tower or index that settings name cannot be read.
+    """
+    if settings.train.objective == "contrastive":
+        return _contrastive(settings)
+    return _language(settings)
+
+
+def _contrastive(settings: Config) -> Account:
+    text = system.tower_shape(
+        settings.clip.text, vocabulary(settings.tokenizer), setting="clip.text"
+    )
+    shape = contrastive_shapes.clip_shape(settings, text)
+    return Account(
+        unit="pair",
+        products=products.pair(shape),
+        trained=parameters.pair(shape),
+        frozen={},
+        frozen_bytes={},
+        once={},
+        units=settings.train.steps * settings.train.batch_size,
+    )
+
+
+def _language(settings: Config) -> Account:
+    entries = vocabulary(settings.tokenizer, entries=settings.decoder.vocab_size)
+    tower, aligned = tower_of(settings, entries)
+    vectors, length = vectors_of(settings.grounding), settings.data.sequence_length
+    exact = settings.grounding.search == "exact"
+    found = language.token(
+        settings,
+        vocab_size=entries.vocab_size,
+        tower=tower,
+        tower_length=round(ALIGNED * length) if aligned else length,
+        vectors=vectors if exact else 0,
+    )
+    units = settings.train.steps * settings.train.batch_size * length
+    trained = parameters.decoder(
+        settings,
+        vocab_size=entries.vocab_size,
+        feature_width=0 if tower is None else tower.projection,
+    )
+    made = Account(
+        unit="token",
+        products=found,
+        trained={name: count for name, count in trained.items() if count},
+        frozen={},
+        frozen_bytes={},
+        once={},
+        units=units,
+    )
+    if tower is not None:
+        made = _with_tower(made, settings, tower)
+    return made if tower is None or not vectors else _with_images(made, settings, tower, vectors)
+
+
+def _with_tower(made: Account, settings: Config, tower: TowerConfig) -> Account:
+    """With what is frozen, unless features were found ahead of time and it is not there."""
+    if settings.grounding.search == "prepared":
+        return made
+    eos = settings.grounding.readout == "eos"
+    size = parameters.text_tower_bytes(tower, value_bytes=_value_bytes(settings))
+    return dataclasses.replace(
+        made,
+        frozen={"tower": parameters.text_tower(tower)},
+        frozen_bytes={"tower": size},
+        padded_tower=products.padded_tower(tower, useful=USEFUL, eos=eos),
+    )
+
+
+def _with_images(made: Account, settings: Config, tower: TowerConfig, vectors: int) -> Account:
+    """With the search, what it reads, and what is done once for it."""
+    grounding, width = settings.grounding, tower.projection
+    value = _value_bytes(settings)
+    once, found = _encoding(vectors, width), made.products
+    query, part = searching.exact(vectors, width, value_bytes=value), "search"
+    if grounding.search == "faiss":
+        asked = {"lists": grounding.lists, "code_bytes": grounding.code_bytes}
+        index = default_settings(vectors, width, **asked)
+        visited = {"nprobe": grounding.nprobe or PAPER_NPROBE, "candidates": grounding.rerank}
+        query, part = searching.ivf_pq(vectors, width, index, **visited), "search (host)"
+        once["lists and codes of the index"] = searching.building(vectors, width, index)
+        found = (*found, Product(part=part, flops=query.flops, times=FORWARD))
+        value = 4  # on disk
+    read = searching.gathered(grounding.neighbours, width, value_bytes=value)
+    if grounding.search == "prepared":
+        length, eos = settings.data.sequence_length, grounding.readout == "eos"
+        row = products.packed_tower(tower, length=length, eos=eos)
+        token = sum(one.forward for one in row) / length + query.flops
+        once["neighbours by exact search, each token seen once"] = token * made.units
+        return dataclasses.replace(made, once=once, gathered=read)
+    return dataclasses.replace(
+        made,
+        products=found,
+        frozen_bytes={**made.frozen_bytes, part: query.held},
+        once=once,
+        read=query.read,
+        gathered=read,
+    )
+
+
+def _encoding(vectors: int, width: int) -> dict[str, float]:
+    """FLOPs of encoding all images with the OpenAI CLIP whose features are so wide, if one is."""
+    for name, (patch, (layers, inner, heads), _, projection, _) in presets.OPENAI_CLIPS.items():
+        if projection == width:
+            tower = VisionConfig(
+                kind="vit",
+                image_size=_CLIP_IMAGE,
+                width=inner,
+                projection=projection,
+                patch=patch,
+                layers=layers,
+                heads=heads,
+                mlp_width=4 * inner,
+            )
+            return {f"images encoded with {name}": searching.encoding(vectors, tower)}
+    return {}
+
+
+def _value_bytes(settings: Config) -> int:
+    """Bytes of a frozen value: 2 in bfloat16."""
+    return 2 if settings.grounding.dtype == "bfloat16" else np.dtype(np.float32).itemsize
