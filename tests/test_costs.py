@@ -170,6 +170,8 @@ def test_gflops_a_token_of_valm_at_the_papers_size() -> None:
     assert account.padded / 1e9 == pytest.approx(1.32, abs=0.01)
     assert account.read == pytest.approx(3e6, rel=0.01)
     assert account.gathered == 4 * 768 * 4
+    searched = account.units * (2 * 768 * (131_072 + 256) + 32 / 131_072 * 191_500_000 * 64)
+    assert account.budget - account.device_budget == pytest.approx(searched, rel=1e-6)
     encoded = account.once["images encoded with vit_l14"]
     assert encoded == pytest.approx(3.1e19, rel=0.01)
     assert account.once["lists and codes of the index"] < encoded / 100
@@ -286,7 +288,7 @@ def test_the_command_prints_a_run_by_part_and_writes_it(tmp_path: Path) -> None:
     assert written["device_hours"]["H100"] == pytest.approx(hours)
     for part in written["parts"]:
         assert f"| {part['part']} " in ran.stdout
-    assert "device-hours at 50%" in ran.stdout
+    assert "hours of one device at 50%" in ran.stdout
 
 
 SWEEP = """

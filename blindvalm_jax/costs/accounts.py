@@ -21,6 +21,7 @@ from blindvalm_jax.objectives import contrastive_shapes
 from blindvalm_jax.objectives.shapes import ALIGNED, tower_of, vectors_of, vocabulary
 
 USEFUL = 0.6  # share of positions that hold a token where the reference pads texts to 77
+HOST_SEARCH = "search (host)"
 _TRAINED_BYTES = 12  # fp32: a parameter and its two moments
 _CLIP_IMAGE = 224  # pixels
 
@@ -93,6 +94,12 @@ class Account:
         """Model FLOPs of the whole run."""
         return self.training * self.units
 
+    @property
+    def device_budget(self) -> float:
+        """Of the budget what devices compute."""
+        host = sum(one.training for one in self.products if one.part == HOST_SEARCH)
+        return self.budget - host * self.units
+
     def lines(self) -> list[Line]:
         """The account part by part."""
         parts = [one.part for one in self.products]
@@ -128,9 +135,12 @@ def _contrastive(settings: Config) -> Account:
         settings.clip.text, vocabulary(settings.tokenizer), setting="clip.text"
     )
     shape = contrastive_shapes.clip_shape(settings, text)
+    found = products.pair(shape)
+    if settings.train.microbatches > 1:  # both towers once more, see `contrastive_model`
+        found = tuple(dataclasses.replace(one, again=1.0) for one in found)
     return Account(
         unit="pair",
-        products=products.pair(shape),
+        products=found,
         trained=parameters.pair(shape),
         frozen={},
         frozen_bytes={},
@@ -195,7 +205,7 @@ def _with_images(made: Account, settings: Config, tower: TowerConfig, vectors: i
         asked = {"lists": grounding.lists, "code_bytes": grounding.code_bytes}
         index = default_settings(vectors, width, **asked)
         visited = {"nprobe": grounding.nprobe or PAPER_NPROBE, "candidates": grounding.rerank}
-        query, part = searching.ivf_pq(vectors, width, index, **visited), "search (host)"
+        query, part = searching.ivf_pq(vectors, width, index, **visited), HOST_SEARCH
         once["lists and codes of the index"] = searching.building(vectors, width, index)
         found = (*found, Product(part=part, flops=query.flops, times=FORWARD))
         value = 4  # on disk

@@ -20,7 +20,7 @@ DEVICES = {
 
 
 def device_hours(model_flops: float, *, mfu: float) -> dict[str, float]:
-    """Hours of one device of each kind for so many FLOPs, at this share of its bf16 peak."""
+    """Hours of one device of each kind for FLOPs that it computes, at this share of its peak."""
     return {
         name: model_flops / (mfu * flops.PEAK_TFLOPS[kind] * 1e12) / 3600
         for name, kind in DEVICES.items()
@@ -57,7 +57,7 @@ def of_run(account: Account, *, mfu: float) -> list[str]:
         f"MFLOPs a {unit}; training is what the budget counts, hardware what is computed:",
         *markdown.aligned(head, rows, numbers=6),
         *_facts(account),
-        *_hours(account.budget, mfu=mfu),
+        *_hours(account.device_budget, mfu=mfu),
     ]
 
 
@@ -81,7 +81,8 @@ def of_sweep(accounts: Mapping[str, Account], *, mfu: float) -> list[str]:
     lines += [
         f"once, outside of the budget: {what}: {cost:.3e} FLOPs" for what, cost in once.items()
     ]
-    return [*lines, *_hours(total, mfu=mfu)]
+    computed = sum(one.device_budget for one in accounts.values())
+    return [*lines, *_hours(computed, mfu=mfu)]
 
 
 def as_json(account: Account, *, mfu: float) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def as_json(account: Account, *, mfu: float) -> dict[str, Any]:
         "bytes_gathered_for_a_token": account.gathered,
         "parts": [dataclasses.asdict(line) for line in account.lines()],
         "mfu": mfu,
-        "device_hours": device_hours(account.budget, mfu=mfu),
+        "device_hours": device_hours(account.device_budget, mfu=mfu),
     }
 
 
@@ -124,8 +125,10 @@ def _facts(account: Account) -> list[str]:
             f"{mega(account.padded)} MFLOPs a {unit}"
         )
     if account.read is not None:
+        shared = any(one.part == "search" for one in account.products)
         lines.append(
-            f"a query reads {account.read / 1e6:,.2f} MB of the index (exact: shared by a batch)"
+            f"a query reads {account.read / 1e6:,.2f} MB of the index"
+            + (", which all queries of a batch share" if shared else "")
         )
     if account.gathered is not None:
         lines.append(f"vectors gathered for a token: {account.gathered / 1e3:,.2f} kB")
@@ -135,5 +138,5 @@ def _facts(account: Account) -> list[str]:
 
 def _hours(model_flops: float, *, mfu: float) -> list[str]:
     hours = device_hours(model_flops, mfu=mfu)
-    each = ", ".join(f"{name} {x:,.1f}" for name, x in hours.items())
-    return [f"device-hours at {mfu:.0%} of the dense bf16 peak: {each}"]
+    each = ", ".join(f"{name} {x:,.2f}" for name, x in hours.items())
+    return [f"hours of one device at {mfu:.0%} of its dense bf16 peak: {each}"]

@@ -31,7 +31,8 @@ def report(given: Any, runs: dict[str, config.Config] | None, *, mfu: float, to:
         each = {name: tables.as_json(one, mfu=mfu) for name, one in found.items()}
         total = sum(one.budget for one in found.values())
         content = {"runs": each, "budget_flops": total, "mfu": mfu}
-        content["device_hours"] = tables.device_hours(total, mfu=mfu)
+        computed = sum(one.device_budget for one in found.values())
+        content["device_hours"] = tables.device_hours(computed, mfu=mfu)
     print("\n".join(lines))
     if to:
         try:
