@@ -18,12 +18,14 @@ from blindvalm_jax import compilation, config, ladder, optim, partitioning, pres
 from blindvalm_jax.config import Config
 from blindvalm_jax.costs import accounts, language, parameters, products, searching
 from blindvalm_jax.costs.products import Product
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding.faiss_engine import default_settings
 from blindvalm_jax.models.clip import TowerConfig
 from blindvalm_jax.models.contrastive import Clip, ClipConfig
 from blindvalm_jax.models.vision import VisionConfig
 from blindvalm_jax.objectives.contrastive_model import Model
 from blindvalm_jax.objectives.shapes import Shapes
+from blindvalm_jax.sweep import cost
 
 ROWS, LENGTH = 64, 64
 VARIANTS = ("gpt2", "blind", "eos", "valm", "valm_eos")
@@ -316,21 +318,29 @@ def test_the_command_sums_the_runs_of_a_sweep(tmp_path: Path) -> None:
     assert names == ["run", "---", "10m", "25m", "all"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((), "--config=CONFIG.py is needed"),
-        (("--config=configs/paper_small.py",), "grounding.tower is needed"),
-        (("--config=configs/ladder.py:10m", "--mfu=40"), "--mfu is a share of the peak"),
-        (
-            ("--config=configs/ladder.py:10m", "--json=/proc/none/cost.json"),
-            "--json=/proc/none/cost.json cannot be written",
-        ),
-    ],
-)
-def test_bad_input_is_one_clear_line(arguments: tuple[str, ...], message: str) -> None:
-    ran = run_cost(*arguments)
+def test_bad_input_is_one_clear_line() -> None:
+    ran = run_cost("--config=configs/paper_small.py")
     assert ran.returncode == 1
     assert ran.stderr.count("\n") == 1
-    assert ran.stderr.startswith("error: ")
-    assert message in ran.stderr
+    assert ran.stderr.startswith("error: grounding.tower is needed")
+
+
+@pytest.mark.parametrize(
+    ("given", "mfu", "to", "message"),
+    [
+        (None, 0.4, "", "must return a ConfigDict"),
+        (config.default(), 40.0, "", "--mfu is a share of the peak"),
+        (config.default(), 0.4, "/proc/none/cost.json", "cannot be written"),
+    ],
+)
+def test_what_cannot_be_reported_is_refused(given: Any, mfu: float, to: str, message: str) -> None:
+    if given is not None:
+        given.grounding.source = "none"
+    with pytest.raises(UserError, match=message):
+        cost.report(given, None, mfu=mfu, to=to)
+
+
+def test_a_run_of_a_sweep_that_has_no_account_is_named() -> None:
+    runs = {"fine": settings("gpt2", "small"), "bare": config.parse(config.default())}
+    with pytest.raises(UserError, match=r"run bare: grounding.tower is needed"):
+        cost.report(None, runs, mfu=0.4, to="")
