@@ -16,7 +16,8 @@ import pytest
 
 from blindvalm_jax import compilation, config, ladder, optim, partitioning, presets
 from blindvalm_jax.config import Config
-from blindvalm_jax.costs import accounts, language, parameters, products, searching
+from blindvalm_jax.costs import language, of_settings, parameters, products, searching
+from blindvalm_jax.costs.account import Account
 from blindvalm_jax.costs.products import Product
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding.faiss_engine import default_settings
@@ -26,6 +27,8 @@ from blindvalm_jax.models.vision import VisionConfig
 from blindvalm_jax.objectives.contrastive_model import Model
 from blindvalm_jax.objectives.shapes import Shapes
 from blindvalm_jax.sweep import cost
+from blindvalm_jax.toyworld import recipes
+from blindvalm_jax.toyworld.world import WorldConfig
 
 ROWS, LENGTH = 64, 64
 VARIANTS = ("gpt2", "blind", "eos", "valm", "valm_eos")
@@ -120,8 +123,8 @@ def test_what_is_recomputed_is_in_the_hardware_flops_alone(recomputed: dict[str,
 
 
 def test_a_budget_knows_neither_recomputation_nor_padding() -> None:
-    plain = accounts.account(settings("eos", "small"))
-    again = accounts.account(settings("eos", "small", remat="full", loss_chunk=8))
+    plain = of_settings.account(settings("eos", "small"))
+    again = of_settings.account(settings("eos", "small", remat="full", loss_chunk=8))
     assert again.training == plain.training
     assert again.full == plain.full
     assert again.hardware > plain.hardware >= plain.full > plain.training
@@ -132,13 +135,13 @@ def test_a_budget_knows_neither_recomputation_nor_padding() -> None:
 TOWER = TowerConfig(layers=12, width=768, heads=12, mlp_width=3072, projection=768, vocab_size=9)
 
 
-def at_paper_size(size: str, variant: str, **more: Any) -> accounts.Account:
+def at_paper_size(size: str, variant: str, **more: Any) -> Account:
     values = presets.variant(presets.paper(config.default(), size), variant)
     if variant == "blind":
         values.grounding.tower = "random"
     values.grounding.random.update(layers=12, width=768, heads=12, projection=768, context=77)
     values.grounding.update(more)
-    return accounts.account(config.parse(values))
+    return of_settings.account(config.parse(values))
 
 
 @pytest.mark.parametrize(
@@ -242,7 +245,7 @@ def test_parameters_are_those_of_the_model(size: str, variant: str, own: bool) -
     mesh = partitioning.make_mesh(chosen.mesh, jax.devices()[:1])
     shapes = Shapes(chosen, None, mesh)
     made = nn.unbox(jax.eval_shape(shapes.model.init, jax.random.key(0)))
-    account = accounts.account(chosen)
+    account = of_settings.account(chosen)
     assert account.parameters == size_of(made)
     if variant != "gpt2":
         tower = shapes.abstract_frozen()["tower"]
@@ -270,7 +273,7 @@ def test_runs_and_their_account_agree_on_the_budget() -> None:
         chosen = settings(variant, "large")
         shapes = Shapes(chosen, None, partitioning.make_mesh(chosen.mesh, jax.devices()[:1]))
         told = shapes.describe(shapes.abstract_batch())["flops_per_token"]["total"]
-        assert told == pytest.approx(accounts.account(chosen).training)
+        assert told == pytest.approx(of_settings.account(chosen).training)
 
 
 def run_cost(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -338,6 +341,17 @@ def test_what_cannot_be_reported_is_refused(given: Any, mfu: float, to: str, mes
         given.grounding.source = "none"
     with pytest.raises(UserError, match=message):
         cost.report(given, None, mfu=mfu, to=to)
+
+
+@pytest.mark.parametrize("variant", ["valm", "blind_valm"])
+def test_what_a_toy_world_makes_has_no_size_yet(variant: str) -> None:
+    with pytest.raises(UserError, match="are made with it"):
+        cost.report(recipes.language(WorldConfig(), variant), None, mfu=0.4, to="")
+
+
+def test_a_config_file_that_is_not_there_is_named() -> None:
+    ran = run_cost("--config=configs/none.py")
+    assert (ran.returncode, ran.stderr) == (1, "error: there is no config file configs/none.py\n")
 
 
 def test_a_run_of_a_sweep_that_has_no_account_is_named() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from blindvalm_jax import flops, markdown
-from blindvalm_jax.costs.accounts import USEFUL, Account
+from blindvalm_jax.costs.account import USEFUL, Account
 
 # Devices that hours are given for, by the beginning of their `device_kind`.
 DEVICES = {
@@ -54,7 +54,8 @@ def of_run(account: Account, *, mfu: float) -> list[str]:
     )
     head = ("part", "parameters", "forward", "training", "hardware", "share", "MiB held")
     return [
-        f"MFLOPs a {unit}; training is what the budget counts, hardware what is computed:",
+        f"MFLOPs a {unit}; training is what the budget counts, hardware what is computed "
+        f"(a vocabulary of {account.vocabulary:,}):",
         *markdown.aligned(head, rows, numbers=6),
         *_facts(account),
         *_hours(account.device_budget, mfu=mfu),
@@ -90,6 +91,7 @@ def as_json(account: Account, *, mfu: float) -> dict[str, Any]:
     return {
         "unit": account.unit,
         "units": account.units,
+        "vocabulary": account.vocabulary,
         "parameters": account.parameters,
         "flops_per_unit": {
             "training": account.training,

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -74,9 +75,7 @@ def _run(workdir: Path) -> int:
 
 
 def _cost() -> int:
-    if not flags.FLAGS["config"].present:
-        raise UserError("--config=CONFIG.py is needed: a sweep's, or any that is trained with")
-    given = _CONFIG.value
+    given = _given("--config=CONFIG.py is needed: a sweep's, or any that is trained with")
     runs = read_runs() if isinstance(given, ml_collections.ConfigDict) and "runs" in given else None
     cost.report(given, runs, mfu=_MFU.value, to=_JSON.value)
     return 0
@@ -88,9 +87,7 @@ def read_runs() -> dict[str, Config]:
     Raises:
       UserError: the file gives no runs, or settings that do not fit.
     """
-    if not flags.FLAGS["config"].present:
-        raise UserError("--config=configs/sweeps/NAME.py is needed")
-    given = _CONFIG.value
+    given = _given("--config=configs/sweeps/NAME.py is needed")
     if not isinstance(given, ml_collections.ConfigDict) or "runs" not in given or not given.runs:
         raise UserError("get_config() of a sweep must return a ConfigDict with its runs in `runs`")
     runs = {}
@@ -104,6 +101,16 @@ def read_runs() -> dict[str, Config]:
         except UserError as error:
             raise UserError(f"run {name}: {error}") from error
     return runs
+
+
+def _given(needed: str) -> Any:
+    """What the config file returns; needed: what is said where none is named."""
+    if not flags.FLAGS["config"].present:
+        raise UserError(needed)
+    file = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
+    if not file.is_file():
+        raise UserError(f"there is no config file {file}")
+    return _CONFIG.value
 
 
 def _status(workdir: Path) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 import ml_collections
 
 from blindvalm_jax import config, files
-from blindvalm_jax.costs import accounts, tables
+from blindvalm_jax.costs import of_settings, tables
+from blindvalm_jax.costs.account import Account
 from blindvalm_jax.errors import UserError
 
 
@@ -23,7 +24,7 @@ def report(given: Any, runs: dict[str, config.Config] | None, *, mfu: float, to:
     if runs is None:
         if not isinstance(given, ml_collections.ConfigDict):
             raise UserError("get_config() must return a ConfigDict: of a run, or a sweep's `runs`")
-        account = accounts.account(config.parse(given))
+        account = of_settings.account(config.parse(given))
         lines, content = tables.of_run(account, mfu=mfu), tables.as_json(account, mfu=mfu)
     else:
         found = {name: _of(name, settings) for name, settings in runs.items()}
@@ -41,8 +42,8 @@ def report(given: Any, runs: dict[str, config.Config] | None, *, mfu: float, to:
             raise UserError(f"--json={to} cannot be written: {error.strerror}") from error
 
 
-def _of(name: str, settings: config.Config) -> accounts.Account:
+def _of(name: str, settings: config.Config) -> Account:
     try:
-        return accounts.account(settings)
+        return of_settings.account(settings)
     except UserError as error:
         raise UserError(f"run {name}: {error}") from error

@@ -1,6 +1,6 @@
-"""The account of a run: FLOPs of a unit by part, parameters, bytes, and what is done only once.
+"""The account of a run: what its settings cost.
 
-Made from settings alone, without data and without compiling: the vocabulary is that of
+Made from them alone, without data and without compiling: the vocabulary is that of
 `decoder.vocab_size` or the tokenizer's kind, the index may be told as `vectors:NUMBER`.
 """
 
@@ -8,115 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
-
 from blindvalm_jax import presets, system
 from blindvalm_jax.config import Config
 from blindvalm_jax.costs import language, parameters, products, searching
+from blindvalm_jax.costs.account import HOST_SEARCH, USEFUL, Account
 from blindvalm_jax.costs.products import FORWARD, Product
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding.faiss_engine import PAPER_NPROBE, default_settings
 from blindvalm_jax.models.clip import TowerConfig
 from blindvalm_jax.models.vision import VisionConfig
 from blindvalm_jax.objectives import contrastive_shapes
 from blindvalm_jax.objectives.shapes import ALIGNED, tower_of, vectors_of, vocabulary
+from blindvalm_jax.toyworld import recipes
 
-USEFUL = 0.6  # share of positions that hold a token where the reference pads texts to 77
-HOST_SEARCH = "search (host)"
-_TRAINED_BYTES = 12  # fp32: a parameter and its two moments
 _CLIP_IMAGE = 224  # pixels
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """A part of an account, a unit's FLOPs: counted forward and in training, and all computed.
-
-    bytes: held in training, parameters with their moments, without gradients.
-    """
-
-    part: str
-    parameters: int
-    forward: float
-    training: float
-    hardware: float
-    bytes: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Account:
-    """What a run costs.
-
-    unit: token or pair. once: FLOPs of what is done once, by what it is, outside of the budget.
-    units: trained on in all. padded_tower: the frozen tower as the reference pads it
-    (`USEFUL`), for comparison. read: bytes of the index that a query reads, which queries of a
-    batch share where the search is exact. gathered: bytes of the vectors found for a token.
-    """
-
-    unit: str
-    products: tuple[Product, ...]
-    trained: dict[str, int]
-    frozen: dict[str, int]
-    frozen_bytes: dict[str, float]
-    once: dict[str, float]
-    units: int
-    padded_tower: tuple[Product, ...] = ()
-    read: float | None = None
-    gathered: float | None = None
-
-    @property
-    def parameters(self) -> int:
-        """Trained ones."""
-        return sum(self.trained.values())
-
-    @property
-    def training(self) -> float:
-        """Model FLOPs of a unit: the budget."""
-        return sum(one.training for one in self.products)
-
-    @property
-    def full(self) -> float:
-        """With every key counted, as papers do that know no mask."""
-        return sum(one.full for one in self.products)
-
-    @property
-    def padded(self) -> float | None:
-        """`full` with the tower as the reference pads it; None without a tower."""
-        others = sum(one.full for one in self.products if one.part not in ("tower", "readout"))
-        tower = sum(one.full for one in self.padded_tower)
-        return others + tower if self.padded_tower else None
-
-    @property
-    def hardware(self) -> float:
-        """What is computed for a unit, recomputation and padding included."""
-        return sum(one.hardware for one in self.products)
-
-    @property
-    def budget(self) -> float:
-        """Model FLOPs of the whole run."""
-        return self.training * self.units
-
-    @property
-    def device_budget(self) -> float:
-        """Of the budget what devices compute."""
-        host = sum(one.training for one in self.products if one.part == HOST_SEARCH)
-        return self.budget - host * self.units
-
-    def lines(self) -> list[Line]:
-        """The account part by part."""
-        parts = [one.part for one in self.products]
-        names = dict.fromkeys((*parts, *self.trained, *self.frozen, *self.frozen_bytes))
-        return [self._line(name) for name in names]
-
-    def _line(self, part: str) -> Line:
-        own = [one for one in self.products if one.part == part]
-        trained = self.trained.get(part, 0)
-        return Line(
-            part,
-            trained + self.frozen.get(part, 0),
-            sum(one.forward for one in own),
-            sum(one.training for one in own),
-            sum(one.hardware for one in own),
-            trained * _TRAINED_BYTES + self.frozen_bytes.get(part, 0.0),
-        )
 
 
 def account(settings: Config) -> Account:
@@ -125,6 +30,12 @@ def account(settings: Config) -> Account:
     Raises:
       UserError: a tower or index that settings name cannot be read.
     """
+    grounding = settings.grounding
+    if recipes.OWN in (grounding.tower, grounding.index):
+        raise UserError(
+            f"the tower and index of a {recipes.OWN} are made with it: name them as they are in "
+            "its run, or their sizes (docs/costs.md)"
+        )
     if settings.train.objective == "contrastive":
         return _contrastive(settings)
     return _language(settings)
@@ -140,6 +51,7 @@ def _contrastive(settings: Config) -> Account:
         found = tuple(dataclasses.replace(one, again=1.0) for one in found)
     return Account(
         unit="pair",
+        vocabulary=text.vocab_size,
         products=found,
         trained=parameters.pair(shape),
         frozen={},
@@ -169,6 +81,7 @@ def _language(settings: Config) -> Account:
     )
     made = Account(
         unit="token",
+        vocabulary=entries.vocab_size,
         products=found,
         trained={name: count for name, count in trained.items() if count},
         frozen={},
@@ -245,5 +158,5 @@ def _encoding(vectors: int, width: int) -> dict[str, float]:
 
 
 def _value_bytes(settings: Config) -> int:
-    """Bytes of a frozen value: 2 in bfloat16."""
-    return 2 if settings.grounding.dtype == "bfloat16" else np.dtype(np.float32).itemsize
+    """Bytes of a frozen value."""
+    return 2 if settings.grounding.dtype == "bfloat16" else 4
