@@ -209,9 +209,7 @@ class Packed:
     ) -> Array:
         """Attention of the S tokens behind the start token; keys and values include it."""
         batch, length = q_BSNH.shape[:2]
-        block = min(_power_of_two(self.longest), length)
-        blocks = -(-length // block)
-        reach = 2 if blocks > 1 else 1  # a segment lies in a block and the one before
+        block, blocks, reach = packed_blocks(length, self.longest)
 
         def cut(x: Array) -> Array:
             """[B, S, ...] to [B * blocks, block, ...], the tail filled with zeros."""
@@ -331,5 +329,8 @@ class Cached:
 Pattern = Causal | Packed | Full | Cached
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+def packed_blocks(length: int, longest: int) -> tuple[int, int, int]:
+    """How `Packed` cuts rows: queries of a block, blocks, and blocks of keys that each reads."""
+    block = min(1 << (longest - 1).bit_length(), length)
+    blocks = -(-length // block)
+    return block, blocks, 2 if blocks > 1 else 1  # a segment lies in a block and the one before

@@ -35,7 +35,7 @@ class Towers:
         self._settings, self._mesh, self._record = settings, mesh, record
         text = system.tower_shape(settings.clip.text, record, setting="clip.text")
         self.model = Model(
-            Clip(_shape(settings, text), dtype=system.DTYPES[settings.train.dtype]),
+            Clip(clip_shape(settings, text), dtype=system.DTYPES[settings.train.dtype]),
             microbatches=settings.train.microbatches,
         )
         partitioning.check_clip_divisible(settings, mesh, self.model.clip.config)
@@ -102,7 +102,8 @@ class ContrastiveShapes(ShapesAlone, Towers):
             say(f"no images are named: shapes alone, a vocabulary of {entries:,} (tokenizer.kind)")
 
 
-def _shape(settings: config.Config, text: TowerConfig) -> ClipConfig:
+def clip_shape(settings: config.Config, text: TowerConfig) -> ClipConfig:
+    """Both towers as settings give them, around this text tower."""
     image, clip = settings.clip.image, settings.clip
     vit = {
         "patch": image.patch,

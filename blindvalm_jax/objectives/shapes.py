@@ -27,7 +27,7 @@ from blindvalm_jax.objectives.objective import Scalars
 # Entries of the vocabularies that have a fixed one; CLIP's has fairseq's four specials in front.
 _VOCABULARIES = {"clip": 49_412, "gpt2": 50_257}
 _CLIP_SPECIALS = 4
-_ALIGNED = 1.25  # tower tokens for one of the language model's, at most, where they differ
+ALIGNED = 1.25  # tower tokens for one of the language model's, at most, where they differ
 # In the place of an index: how many vectors one would hold.
 _TOLD = re.compile(r"vectors:(\d+)")
 
@@ -68,7 +68,10 @@ class ShapesAlone:
 
 
 class Shapes(ShapesAlone):
-    """The shapes of a language model without data (see `objective.Objective`)."""
+    """The shapes of a language model without data (see `objective.Objective`).
+
+    tower: shape of the text tower, None without one; vectors: of the index, 0 without one.
+    """
 
     unit, trained = "token", "decoder"
 
@@ -93,17 +96,17 @@ class Shapes(ShapesAlone):
         self._settings, self.mesh = settings, mesh
         self.damaged: list[str] = []
         self._vocabulary = vocabulary(settings.tokenizer, entries=settings.decoder.vocab_size)
-        self._tower, self._aligned = _tower(settings, self._vocabulary)
-        partitioning.check_divisible(settings, mesh, self._tower)
-        self.vectors = _vectors(settings.grounding)
+        self.tower, self._aligned = tower_of(settings, self._vocabulary)
+        partitioning.check_divisible(settings, mesh, self.tower)
+        self.vectors = vectors_of(settings.grounding)
         grounding, search = settings.grounding, None
         if grounding.source == "images" and grounding.search == "exact":
             search = images.on_devices(mesh, count=self.vectors, neighbours=grounding.neighbours)
         elif grounding.source == "images" and grounding.search == "faiss":
             raise UserError("grounding.search=faiss answers from the host: a plan needs the data")
         tower = None
-        if self._tower is not None:
-            tower = system.Tower(self._tower, None, "shapes alone", "")
+        if self.tower is not None:
+            tower = system.Tower(self.tower, None, "shapes alone", "")
         self.model: Model = system.build(
             settings,
             vocab_size=self._vocabulary.vocab_size,
@@ -126,11 +129,11 @@ class Shapes(ShapesAlone):
     def abstract_frozen(self) -> dict[str, Any]:
         """Shapes and shardings of tower and index."""
         frozen: dict[str, Any] = {}
-        if self._tower is not None and self.model.tower is not None:
-            frozen["tower"] = language.abstract_tower(self._tower, self._settings, self.mesh)
+        if self.tower is not None and self.model.tower is not None:
+            frozen["tower"] = language.abstract_tower(self.tower, self._settings, self.mesh)
             if self.model.search is not None:
                 frozen["index"] = jax.ShapeDtypeStruct(
-                    (retrieval.padded_rows(self.vectors, self.mesh), self._tower.projection),
+                    (retrieval.padded_rows(self.vectors, self.mesh), self.tower.projection),
                     np.dtype(self._settings.grounding.dtype),
                     sharding=retrieval.keys_sharding(self.mesh),
                 )
@@ -157,23 +160,23 @@ class Shapes(ShapesAlone):
             }
             if self._aligned:
                 arrays["tower_index"] = shape(np.int32, length)
-        elif self._tower is not None:
+        elif self.tower is not None:
             neighbours = self._settings.grounding.neighbours
-            arrays["features"] = shape(np.float16, length, neighbours, self._tower.projection)
+            arrays["features"] = shape(np.float16, length, neighbours, self.tower.projection)
         return language.make_batch(arrays)
 
     @property
     def tower_length(self) -> int:
         """Tower tokens of a row (S); where the tower has a tokenizer of its own, an upper guess."""
         length = self._settings.data.sequence_length
-        return round(_ALIGNED * length) if self._aligned else length
+        return round(ALIGNED * length) if self._aligned else length
 
     def describe(self, batch: Batch) -> dict[str, Any]:
         """Cost of a token."""
         cost = flops.per_token(
             self._settings,
             vocab_size=self._vocabulary.vocab_size,
-            tower=self._tower,
+            tower=self.tower,
             tower_length=self.tower_length,
             vectors=self.vectors if self.model.search is not None else 0,
         )
@@ -211,7 +214,9 @@ def vocabulary(named: config.TokenizerConfig, *, entries: int = 0) -> TokenizerR
     )
 
 
-def _tower(settings: config.Config, vocabulary: TokenizerRecord) -> tuple[TowerConfig | None, bool]:
+def tower_of(
+    settings: config.Config, vocabulary: TokenizerRecord
+) -> tuple[TowerConfig | None, bool]:
     """The shape of the text tower, and whether it has a tokenizer of its own."""
     grounding = settings.grounding
     if grounding.source == "none":
@@ -226,7 +231,7 @@ def _tower(settings: config.Config, vocabulary: TokenizerRecord) -> tuple[TowerC
     return tower.config, not shared
 
 
-def _vectors(grounding: config.GroundingConfig) -> int:
+def vectors_of(grounding: config.GroundingConfig) -> int:
     """Vectors of the image index, which may be told instead of read."""
     if grounding.source != "images":
         return 0

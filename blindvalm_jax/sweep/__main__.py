@@ -2,13 +2,15 @@ r"""Trains many runs with any number of workers that share a directory.
 
     python -m blindvalm_jax.sweep run --config=configs/sweeps/NAME.py --workdir=DIR
     python -m blindvalm_jax.sweep status --workdir=DIR
+    python -m blindvalm_jax.sweep cost --config=CONFIG.py [--mfu=0.4] [--json=FILE]
 
 A sweep's config returns a ConfigDict whose `runs` holds the settings of each run by its name. run:
 a worker; start as many as there are devices for, on any machines that see DIR. Each takes a run
 that nobody has and trains it in DIR/runs/NAME; when a worker dies, or is silent for
 --lease_seconds, another goes on with its run. --index=I trains the Ith run alone, as a task of a
 job array. The same command goes on where workers stopped. --retry opens failed and diverged runs
-again. DIR/manifest.jsonl keeps what happened.
+again. DIR/manifest.jsonl keeps what happened. cost: FLOPs, parameters and bytes of a sweep's runs,
+or of any training config by part, before there is data (docs/costs.md).
 
 Exit codes: 0 all done, 1 error, or a run failed or diverged, 42 preempted and saved.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -25,7 +28,7 @@ from ml_collections import config_flags
 from blindvalm_jax import config, metrics
 from blindvalm_jax.config import Config
 from blindvalm_jax.errors import UserError, run_main
-from blindvalm_jax.sweep import trunks, worker
+from blindvalm_jax.sweep import cost, trunks, worker
 from blindvalm_jax.sweep.leases import Lease
 from blindvalm_jax.sweep.manifest import Manifest
 
@@ -36,12 +39,16 @@ _RETRY = flags.DEFINE_bool("retry", False, "run: failed and diverged runs again"
 _LEASE = flags.DEFINE_float(
     "lease_seconds", 120.0, "run: how long a silent worker keeps its run", lower_bound=1.0
 )
+_MFU = flags.DEFINE_float("mfu", 0.4, "cost: share of the peak that device-hours are given for")
+_JSON = flags.DEFINE_string("json", "", "cost: also as JSON in this file")
 
 
 def main(argv: Sequence[str]) -> int:
     """Does what the command line says; returns the exit code."""
-    if len(argv) != 2 or argv[1] not in ("run", "status"):
-        raise UserError(f"expected run or status, got {' '.join(argv[1:]) or 'nothing'}")
+    if len(argv) != 2 or argv[1] not in ("run", "status", "cost"):
+        raise UserError(f"expected run, status or cost, got {' '.join(argv[1:]) or 'nothing'}")
+    if argv[1] == "cost":
+        return _cost()
     if not _WORKDIR.value:
         raise UserError("--workdir=DIR is needed")
     workdir = Path(_WORKDIR.value)
@@ -67,15 +74,20 @@ def _run(workdir: Path) -> int:
     return worker.work(workdir, runs, lease_seconds=_LEASE.value)
 
 
+def _cost() -> int:
+    given = _given("--config=CONFIG.py is needed: a sweep's, or any that is trained with")
+    runs = read_runs() if isinstance(given, ml_collections.ConfigDict) and "runs" in given else None
+    cost.report(given, runs, mfu=_MFU.value, to=_JSON.value)
+    return 0
+
+
 def read_runs() -> dict[str, Config]:
     """The runs of the sweep that --config names, parsed before any is trained.
 
     Raises:
       UserError: the file gives no runs, or settings that do not fit.
     """
-    if not flags.FLAGS["config"].present:
-        raise UserError("--config=configs/sweeps/NAME.py is needed")
-    given = _CONFIG.value
+    given = _given("--config=configs/sweeps/NAME.py is needed")
     if not isinstance(given, ml_collections.ConfigDict) or "runs" not in given or not given.runs:
         raise UserError("get_config() of a sweep must return a ConfigDict with its runs in `runs`")
     runs = {}
@@ -90,6 +102,16 @@ def read_runs() -> dict[str, Config]:
             raise UserError(f"run {name}: {error}") from error
     trunks.check(runs)
     return runs
+
+
+def _given(needed: str) -> Any:
+    """What the config file returns; needed: what is said where none is named."""
+    if not flags.FLAGS["config"].present:
+        raise UserError(needed)
+    file = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
+    if not file.is_file():
+        raise UserError(f"there is no config file {file}")
+    return _CONFIG.value
 
 
 def _status(workdir: Path) -> int:

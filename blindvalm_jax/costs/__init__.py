@@ -1,0 +1,1 @@
+"""What training costs: products counted by part, parameters, bytes; tables of them."""

@@ -1,0 +1,162 @@
+"""The account of a run: what its settings cost.
+
+Made from them alone, without data and without compiling: the vocabulary is that of
+`decoder.vocab_size` or the tokenizer's kind, the index may be told as `vectors:NUMBER`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from blindvalm_jax import presets, system
+from blindvalm_jax.config import Config
+from blindvalm_jax.costs import language, parameters, products, searching
+from blindvalm_jax.costs.account import HOST_SEARCH, USEFUL, Account
+from blindvalm_jax.costs.products import FORWARD, Product
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.grounding.faiss_engine import PAPER_NPROBE, default_settings
+from blindvalm_jax.models.clip import TowerConfig
+from blindvalm_jax.models.vision import VisionConfig
+from blindvalm_jax.objectives import contrastive_shapes
+from blindvalm_jax.objectives.shapes import ALIGNED, tower_of, vectors_of, vocabulary
+from blindvalm_jax.toyworld import recipes
+
+_CLIP_IMAGE = 224  # pixels
+
+
+def account(settings: Config) -> Account:
+    """The account of a run of either objective.
+
+    Raises:
+      UserError: a tower or index that settings name cannot be read.
+    """
+    grounding = settings.grounding
+    if recipes.OWN in (grounding.tower, grounding.index):
+        raise UserError(
+            f"the tower and index of a {recipes.OWN} are made with it: name them as they are in "
+            "its run, or their sizes (docs/costs.md)"
+        )
+    if settings.train.objective == "contrastive":
+        return _contrastive(settings)
+    return _language(settings)
+
+
+def _contrastive(settings: Config) -> Account:
+    text = system.tower_shape(
+        settings.clip.text, vocabulary(settings.tokenizer), setting="clip.text"
+    )
+    shape = contrastive_shapes.clip_shape(settings, text)
+    found = products.pair(shape)
+    if settings.train.microbatches > 1:  # both towers once more, see `contrastive_model`
+        found = tuple(dataclasses.replace(one, again=1.0) for one in found)
+    return Account(
+        unit="pair",
+        vocabulary=text.vocab_size,
+        products=found,
+        trained=parameters.pair(shape),
+        frozen={},
+        frozen_bytes={},
+        once={},
+        units=settings.train.steps * settings.train.batch_size,
+    )
+
+
+def _language(settings: Config) -> Account:
+    entries = vocabulary(settings.tokenizer, entries=settings.decoder.vocab_size)
+    tower, aligned = tower_of(settings, entries)
+    vectors, length = vectors_of(settings.grounding), settings.data.sequence_length
+    exact = settings.grounding.search == "exact"
+    found = language.token(
+        settings,
+        vocab_size=entries.vocab_size,
+        tower=tower,
+        tower_length=round(ALIGNED * length) if aligned else length,
+        vectors=vectors if exact else 0,
+    )
+    units = settings.train.steps * settings.train.batch_size * length
+    trained = parameters.decoder(
+        settings,
+        vocab_size=entries.vocab_size,
+        feature_width=0 if tower is None else tower.projection,
+    )
+    made = Account(
+        unit="token",
+        vocabulary=entries.vocab_size,
+        products=found,
+        trained={name: count for name, count in trained.items() if count},
+        frozen={},
+        frozen_bytes={},
+        once={},
+        units=units,
+    )
+    if tower is not None:
+        made = _with_tower(made, settings, tower)
+    return made if tower is None or not vectors else _with_images(made, settings, tower, vectors)
+
+
+def _with_tower(made: Account, settings: Config, tower: TowerConfig) -> Account:
+    """With what is frozen, unless features were found ahead of time and it is not there."""
+    if settings.grounding.search == "prepared":
+        return made
+    eos = settings.grounding.readout == "eos"
+    size = parameters.text_tower_bytes(tower, value_bytes=_value_bytes(settings))
+    return dataclasses.replace(
+        made,
+        frozen={"tower": parameters.text_tower(tower)},
+        frozen_bytes={"tower": size},
+        padded_tower=products.padded_tower(tower, useful=USEFUL, eos=eos),
+    )
+
+
+def _with_images(made: Account, settings: Config, tower: TowerConfig, vectors: int) -> Account:
+    """With the search, what it reads, and what is done once for it."""
+    grounding, width = settings.grounding, tower.projection
+    value = _value_bytes(settings)
+    once, found = _encoding(vectors, width), made.products
+    query, part = searching.exact(vectors, width, value_bytes=value), "search"
+    if grounding.search == "faiss":
+        asked = {"lists": grounding.lists, "code_bytes": grounding.code_bytes}
+        index = default_settings(vectors, width, **asked)
+        visited = {"nprobe": grounding.nprobe or PAPER_NPROBE, "candidates": grounding.rerank}
+        query, part = searching.ivf_pq(vectors, width, index, **visited), HOST_SEARCH
+        once["lists and codes of the index"] = searching.building(vectors, width, index)
+        found = (*found, Product(part=part, flops=query.flops, times=FORWARD))
+        value = 4  # on disk
+    read = searching.gathered(grounding.neighbours, width, value_bytes=value)
+    if grounding.search == "prepared":
+        length, eos = settings.data.sequence_length, grounding.readout == "eos"
+        row = products.packed_tower(tower, length=length, eos=eos)
+        token = sum(one.forward for one in row) / length + query.flops
+        once["neighbours by exact search, each token seen once"] = token * made.units
+        return dataclasses.replace(made, once=once, gathered=read)
+    return dataclasses.replace(
+        made,
+        products=found,
+        frozen_bytes={**made.frozen_bytes, part: query.held},
+        once=once,
+        read=query.read,
+        gathered=read,
+    )
+
+
+def _encoding(vectors: int, width: int) -> dict[str, float]:
+    """FLOPs of encoding all images with the OpenAI CLIP whose features are so wide, if one is."""
+    for name, (patch, (layers, inner, heads), _, projection, _) in presets.OPENAI_CLIPS.items():
+        if projection == width:
+            tower = VisionConfig(
+                kind="vit",
+                image_size=_CLIP_IMAGE,
+                width=inner,
+                projection=projection,
+                patch=patch,
+                layers=layers,
+                heads=heads,
+                mlp_width=4 * inner,
+            )
+            return {f"images encoded with {name}": searching.encoding(vectors, tower)}
+    return {}
+
+
+def _value_bytes(settings: Config) -> int:
+    """Bytes of a frozen value."""
+    return 2 if settings.grounding.dtype == "bfloat16" else 4

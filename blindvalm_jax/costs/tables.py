@@ -1,0 +1,144 @@
+"""Accounts as tables for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from blindvalm_jax import flops, markdown
+from blindvalm_jax.costs.account import USEFUL, Account
+
+# Devices that hours are given for, by the beginning of their `device_kind`.
+DEVICES = {
+    "TPU v5e": "TPU v5 lite",
+    "TPU v5p": "TPU v5",
+    "TPU v6e": "TPU v6 lite",
+    "H100": "NVIDIA H100",
+    "H200": "NVIDIA H200",
+}
+
+
+def device_hours(model_flops: float, *, mfu: float) -> dict[str, float]:
+    """Hours of one device of each kind for FLOPs that it computes, at this share of its peak."""
+    return {
+        name: model_flops / (mfu * flops.PEAK_TFLOPS[kind] * 1e12) / 3600
+        for name, kind in DEVICES.items()
+    }
+
+
+def of_run(account: Account, *, mfu: float) -> list[str]:
+    """The account part by part, its budget, what is done once, and hours of devices."""
+    unit, training = account.unit, account.training
+    rows = [
+        (
+            line.part,
+            f"{line.parameters:,}",
+            *(mega(x) for x in (line.forward, line.training, line.hardware)),
+            f"{line.training / training:.1%}",
+            f"{line.bytes / 2**20:,.1f}",
+        )
+        for line in account.lines()
+    ]
+    sums = account.lines()
+    rows.append(
+        (
+            "all",
+            f"{sum(line.parameters for line in sums):,}",
+            mega(sum(line.forward for line in sums)),
+            mega(training),
+            mega(account.hardware),
+            "100.0%",
+            f"{sum(line.bytes for line in sums) / 2**20:,.1f}",
+        )
+    )
+    head = ("part", "parameters", "forward", "training", "hardware", "share", "MiB held")
+    return [
+        f"MFLOPs a {unit}; training is what the budget counts, hardware what is computed "
+        f"(a vocabulary of {account.vocabulary:,}):",
+        *markdown.aligned(head, rows, numbers=6),
+        *_facts(account),
+        *_hours(account.device_budget, mfu=mfu),
+    ]
+
+
+def of_sweep(accounts: Mapping[str, Account], *, mfu: float) -> list[str]:
+    """A line a run and their sum; what is done once is named once, however many runs need it."""
+    rows = [
+        (
+            name,
+            f"{one.parameters:,}",
+            mega(one.training),
+            f"{one.units:.3e}",
+            f"{one.budget:.3e}",
+        )
+        for name, one in accounts.items()
+    ]
+    total = sum(one.budget for one in accounts.values())
+    rows.append(("all", "", "", "", f"{total:.3e}"))
+    head = ("run", "trained parameters", "MFLOPs a unit", "units", "FLOPs")
+    lines = markdown.aligned(head, rows, numbers=4)
+    once = {what: cost for one in accounts.values() for what, cost in one.once.items()}
+    lines += [
+        f"once, outside of the budget: {what}: {cost:.3e} FLOPs" for what, cost in once.items()
+    ]
+    computed = sum(one.device_budget for one in accounts.values())
+    return [*lines, *_hours(computed, mfu=mfu)]
+
+
+def as_json(account: Account, *, mfu: float) -> dict[str, Any]:
+    """The account as JSON values; FLOPs are of a unit, those of budget and once of all."""
+    return {
+        "unit": account.unit,
+        "units": account.units,
+        "vocabulary": account.vocabulary,
+        "parameters": account.parameters,
+        "flops_per_unit": {
+            "training": account.training,
+            "full_attention": account.full,
+            "hardware": account.hardware,
+            "padded_tower": account.padded,
+        },
+        "budget_flops": account.budget,
+        "once_flops": account.once,
+        "bytes_read_by_a_query": account.read,
+        "bytes_gathered_for_a_token": account.gathered,
+        "parts": [dataclasses.asdict(line) for line in account.lines()],
+        "mfu": mfu,
+        "device_hours": device_hours(account.device_budget, mfu=mfu),
+    }
+
+
+def mega(count: float) -> str:
+    """FLOPs in millions."""
+    return f"{count / 1e6:,.2f}"
+
+
+def _facts(account: Account) -> list[str]:
+    unit = account.unit
+    lines = [
+        f"budget: {account.units:,} {unit}s x {mega(account.training)} MFLOPs = "
+        f"{account.budget:.3e} FLOPs",
+        f"with every key counted, masked ones too: {mega(account.full)} MFLOPs a {unit}",
+    ]
+    if account.padded is not None:
+        lines.append(
+            f"so with the tower's texts padded to its context, {USEFUL:.0%} of it in use: "
+            f"{mega(account.padded)} MFLOPs a {unit}"
+        )
+    if account.read is not None:
+        shared = any(one.part == "search" for one in account.products)
+        lines.append(
+            f"a query reads {account.read / 1e6:,.2f} MB of the index"
+            + (", which all queries of a batch share" if shared else "")
+        )
+    if account.gathered is not None:
+        lines.append(f"vectors gathered for a token: {account.gathered / 1e3:,.2f} kB")
+    once = account.once.items()
+    return lines + [f"once, outside of the budget: {what}: {cost:.3e} FLOPs" for what, cost in once]
+
+
+def _hours(model_flops: float, *, mfu: float) -> list[str]:
+    hours = device_hours(model_flops, mfu=mfu)
+    each = ", ".join(f"{name} {x:,.2f}" for name, x in hours.items())
+    return [f"hours of one device at {mfu:.0%} of its dense bf16 peak: {each}"]
