@@ -51,14 +51,15 @@ def bootstrap(points: Points, fit: fits.Fit, *, draws: int = DRAWS, seed: int = 
     rng = np.random.default_rng(seed)
     places = np.empty((draws, len(start)))
     done = 0
-    for _ in range(_TRIES * draws):
-        counts = rng.multinomial(len(points), np.full(len(points), 1 / len(points)))
-        if not _tells(points, counts > 0):
-            continue
-        places[done], _ = problem.minimum(start, counts.astype(np.float64))
-        done += 1
-        if done == draws:
-            return Draws(fit=fit, law=problem.law(places), seed=seed)
+    with fits.one_thread():
+        for _ in range(_TRIES * draws):
+            counts = rng.multinomial(len(points), np.full(len(points), 1 / len(points)))
+            if not _tells(points, counts > 0):
+                continue
+            places[done], _ = problem.minimum(start, counts.astype(np.float64))
+            done += 1
+            if done == draws:
+                return Draws(fit=fit, law=problem.law(places), seed=seed)
     raise UserError(
         f"{len(points)} runs are too few to draw from: hardly a draw has {_DIFFERENT} different"
         " ones of 3 N and 3 D; add runs"
