@@ -14,7 +14,6 @@ from blindvalm_jax.scaling.points import Array, Numbers, Points
 DRAWS = 1000
 LEVEL = 0.95
 _DIFFERENT = 5  # runs in a draw: as many as there are parameters
-_TRIES = 100  # for each draw, on average
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,20 +49,10 @@ def bootstrap(points: Points, fit: fits.Fit, *, draws: int = DRAWS, seed: int = 
     start = problem.place(fit)
     rng = np.random.default_rng(seed)
     places = np.empty((draws, len(start)))
-    done = 0
     with fits.one_thread():
-        for _ in range(_TRIES * draws):
-            counts = rng.multinomial(len(points), np.full(len(points), 1 / len(points)))
-            if not _tells(points, counts > 0):
-                continue
-            places[done], _ = problem.minimum(start, counts.astype(np.float64))
-            done += 1
-            if done == draws:
-                return Draws(fit=fit, law=problem.law(places), seed=seed)
-    raise UserError(
-        f"{len(points)} runs are too few to draw from: hardly a draw has {_DIFFERENT} different"
-        " ones of 3 N and 3 D; add runs"
-    )
+        for draw in range(draws):
+            places[draw], _ = problem.minimum(start, _counts(points, rng))
+    return Draws(fit=fit, law=problem.law(places), seed=seed)
 
 
 def interval(values: Array, *, level: float = LEVEL) -> tuple[float, float]:
@@ -74,7 +63,11 @@ def interval(values: Array, *, level: float = LEVEL) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _tells(points: Points, taken: np.ndarray) -> bool:
-    if taken.sum() < _DIFFERENT:
-        return False
-    return all(len(np.unique(values[taken])) >= fits.SIZES for values in (points.n, points.d))
+def _counts(points: Points, rng: np.random.Generator) -> Array:
+    """How often each run is drawn, `[runs]`."""
+    while True:  # of six runs, the fewest that a fit takes, one draw in four or more will do
+        counts = rng.multinomial(len(points), np.full(len(points), 1 / len(points)))
+        taken = counts > 0
+        different = [len(np.unique(values[taken])) for values in (points.n, points.d)]
+        if taken.sum() >= _DIFFERENT and min(different) >= fits.SIZES:
+            return counts.astype(np.float64)

@@ -198,9 +198,10 @@ def fit(points: Points) -> Fit:
 
 
 def one_thread() -> threadpool_limits:
-    """A context in which BLAS has one thread: on five parameters others only wait, ten times as long.
+    """A context in which BLAS has one thread.
 
-    SciPy's L-BFGS-B solves tiny systems with it, thousands of times.
+    SciPy's L-BFGS-B solves tiny systems with it, thousands of times: more threads wait for each
+    other ten times as long as that takes.
     """
     return threadpool_limits(limits=1, user_api="blas")
 

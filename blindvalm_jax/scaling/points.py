@@ -45,13 +45,13 @@ class Points:
         """
         if budget is None and unit != "FLOPs":
             raise UserError(f"expected what each run cost in {unit}, got none; pass budget")
-        n, d, loss = _column("N", n), _column("D", d), _column("loss", loss)
-        cost = (
-            FLOPS_PER_PARAMETER_AND_TOKEN * n * d if budget is None else _column("budget", budget)
-        )
-        if len({len(n), len(d), len(loss), len(cost)}) > 1:
-            counts = ", ".join(str(len(x)) for x in (n, d, loss, cost))
-            raise UserError(f"expected as many N as D, losses and budgets, got {counts}")
+        given = {"N": n, "D": d, "loss": loss} | ({} if budget is None else {"budget": budget})
+        columns = {name: _column(name, values) for name, values in given.items()}
+        if len({len(values) for values in columns.values()}) > 1:
+            counts = ", ".join(f"{len(values)} of {name}" for name, values in columns.items())
+            raise UserError(f"expected as many of each, got {counts}")
+        n, d, loss = columns["N"], columns["D"], columns["loss"]
+        cost = columns.get("budget", FLOPS_PER_PARAMETER_AND_TOKEN * n * d)
         order = np.lexsort((cost, loss, d, n))
         return cls(n=n[order], d=d[order], loss=loss[order], budget=cost[order], unit=unit)
 
