@@ -196,11 +196,15 @@ def test_runs_that_no_law_can_be_fitted_to_are_refused() -> None:
 
 
 def test_draws_of_few_runs_tell_the_parameters_apart() -> None:
-    n, d = np.array([1e8, 1e8, 1e9, 1e9, 1e10, 1e10]), np.array([1e9, 1e10, 1e10, 1e11, 1e9, 1e11])
+    n, d = np.array([1e8] * 4 + [1e9, 1e10]), np.array([1e9, 1e10, 1e11] * 2)
     points = Points.of(n=n, d=d, loss=TRUTH.loss(n, d))
-    drawn = bootstrap.bootstrap(points, fits.fit(points), draws=20)
-    # Without noise five different runs of three N and three D give the law back.
-    assert drawn.law.loss(1e9, 1e10) == pytest.approx(TRUTH.loss(1e9, 1e10), rel=1e-3)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        counts = bootstrap.resample(points, rng)
+        taken = counts > 0
+        assert counts.sum() == 6
+        assert taken.sum() >= 5
+        assert len(set(points.n[taken])) == len(set(points.d[taken])) == 3
 
 
 def test_a_term_that_runs_do_not_show_is_said() -> None:
@@ -294,6 +298,14 @@ def test_centred_parabolas_give_the_exponent() -> None:
         optima.best(TRUTH, 1e21, cost=optima.per_parameter(), seen=fits.Seen.of(iso(np.ones(3)))).n,
         rel=0.02,
     )
+
+
+def test_the_minimum_of_a_parabola_is_its_own() -> None:
+    n = np.geomspace(1e8, 2e9, 7)
+    loss = 3.0 + 0.05 * np.log(n / 3e8) ** 2
+    (found,) = isoflop.isoflop(Points.of(n=n, d=1e18 / n, loss=loss)).parabolas
+    assert found.n == pytest.approx(3e8)
+    assert found.loss == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize(

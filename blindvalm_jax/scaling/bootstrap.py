@@ -51,7 +51,7 @@ def bootstrap(points: Points, fit: fits.Fit, *, draws: int = DRAWS, seed: int = 
     places = np.empty((draws, len(start)))
     with fits.one_thread():
         for draw in range(draws):
-            places[draw], _ = problem.minimum(start, _counts(points, rng))
+            places[draw], _ = problem.minimum(start, resample(points, rng))
     return Draws(fit=fit, law=problem.law(places), seed=seed)
 
 
@@ -63,8 +63,8 @@ def interval(values: Array, *, level: float = LEVEL) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _counts(points: Points, rng: np.random.Generator) -> Array:
-    """How often each run is drawn, `[runs]`."""
+def resample(points: Points, rng: np.random.Generator) -> Array:
+    """How often each run is drawn, `[runs]`: such that a law can be fitted to those drawn."""
     while True:  # of six runs, the fewest that a fit takes, one draw in four or more will do
         counts = rng.multinomial(len(points), np.full(len(points), 1 / len(points)))
         taken = counts > 0
