@@ -10,7 +10,6 @@ import dataclasses
 
 import numpy as np
 
-from blindvalm_jax.errors import UserError
 from blindvalm_jax.scaling.points import Array, Points
 
 SIZES = 7
@@ -44,10 +43,7 @@ class IsoFlop:
 
 
 def isoflop(points: Points, *, same_budget: float = _SAME_BUDGET) -> IsoFlop:
-    """Parabolas of runs grouped by what they cost; same_budget: how far from the least, a share.
-
-    Raises a `UserError` where a budget has fewer than three sizes.
-    """
+    """Parabolas of runs grouped by what they cost; same_budget: how far from the least, a share."""
     parabolas = tuple(_parabola(group, points.unit) for group in _groups(points, same_budget))
     warnings = [text for parabola in parabolas for text in parabola.warnings]
     found = [x for x in parabolas if np.isfinite(x.n)]
@@ -80,7 +76,8 @@ def _parabola(group: tuple[Array, Array, Array], unit: str) -> Parabola:
     sizes = np.unique(n)
     name = f"{budget:.3g} {unit}"
     if len(sizes) < 3:
-        raise UserError(f"{name}: a parabola needs 3 different N or more, got {len(sizes)}")
+        text = f"{name}: a parabola needs 3 different N or more, got {len(sizes)}"
+        return Parabola(budget=budget, n=float("nan"), loss=float("nan"), warnings=(text,))
     x = np.log(n)
     middle = x.mean()
     square, slope, level = np.polyfit(x - middle, loss, 2)
