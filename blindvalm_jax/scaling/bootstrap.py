@@ -1,0 +1,73 @@
+"""How sure a fit is: the same fit to runs drawn again with replacement."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.scaling import fits
+from blindvalm_jax.scaling.points import Array, Numbers, Points
+
+DRAWS = 1000
+LEVEL = 0.95
+_DIFFERENT = 5  # runs in a draw: as many as there are parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """The fit, and the law of each draw as one law of arrays `[draws]`."""
+
+    fit: fits.Fit
+    law: fits.Law
+    seed: int
+
+    def __len__(self) -> int:
+        """How many draws."""
+        return len(np.atleast_1d(self.law.E))
+
+    def interval(
+        self, what: Callable[[fits.Law], Numbers], *, level: float = LEVEL
+    ) -> tuple[float, float]:
+        """Percentiles of a function of a law: it is given the arrays, and returns one value each.
+
+        `draws.interval(lambda law: law.loss(1e9, 2e10))`.
+        """
+        return interval(np.broadcast_to(what(self.law), (len(self),)), level=level)
+
+
+def bootstrap(points: Points, fit: fits.Fit, *, draws: int = DRAWS, seed: int = 0) -> Draws:
+    """Fits the law to `draws` resamples, each from where `fit` ended; the same for a seed.
+
+    Resamples that cannot tell the five parameters apart are drawn again.
+    """
+    if draws < 1:
+        raise UserError(f"expected 1 draw or more, got {draws}")
+    problem = fits.Problem.of(points)
+    start = problem.place(fit)
+    rng = np.random.default_rng(seed)
+    places = np.empty((draws, len(start)))
+    with fits.one_thread():
+        for draw in range(draws):
+            places[draw], _ = problem.minimum(start, resample(points, rng))
+    return Draws(fit=fit, law=problem.law(places), seed=seed)
+
+
+def interval(values: Array, *, level: float = LEVEL) -> tuple[float, float]:
+    """The middle `level` of values; some may be infinite, so none are interpolated."""
+    if not 0 < level < 1:
+        raise UserError(f"expected a level between 0 and 1, got {level:g}")
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
+    return float(low), float(high)
+
+
+def resample(points: Points, rng: np.random.Generator) -> Array:
+    """How often each run is drawn, `[runs]`: such that a law can be fitted to those drawn."""
+    while True:  # of six runs, the fewest that a fit takes, one draw in four or more will do
+        counts = rng.multinomial(len(points), np.full(len(points), 1 / len(points)))
+        taken = counts > 0
+        different = [len(np.unique(values[taken])) for values in (points.n, points.d)]
+        if taken.sum() >= _DIFFERENT and min(different) >= fits.SIZES:
+            return counts.astype(np.float64)

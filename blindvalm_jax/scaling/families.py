@@ -1,0 +1,155 @@
+"""Two families of models at equal budget, each by its own fit and its own cost of a token."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.scaling import optima
+from blindvalm_jax.scaling.bootstrap import Draws, interval
+from blindvalm_jax.scaling.fits import Law
+from blindvalm_jax.scaling.points import Numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family's draws (with its fit), and what a token costs it in the unit of its budgets."""
+
+    name: str
+    draws: Draws
+    cost: optima.Cost
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """The value of the fit, and the 95 % interval of the draws."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """`2.913 [2.907, 2.920]`."""
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiplier(Estimate):
+    """How many times the budget; infinite where the loss lies below what the fit says can be.
+
+    trusted: a finite one is cut to it, as budgets beyond are more than a decade from any seen.
+    never: the share of draws in which it is infinite.
+    """
+
+    trusted: tuple[float, float]
+    never: float
+
+    def __str__(self) -> str:
+        """`2.13 [1.9, 2.4]`, with `>` or `<` where a value was cut, and `infinite`."""
+        return f"{self._text(self.value)} [{self._text(self.low)}, {self._text(self.high)}]"
+
+    def _text(self, value: float) -> str:
+        if math.isinf(value):
+            return "infinite"
+        sign = "<" if value <= self.trusted[0] else ">" if value >= self.trusted[1] else ""
+        return f"{sign}{value:.3g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two families at one budget: each at its own best N, or both at `n`.
+
+    difference: nats a token, the second's less the first's. multiplier: how many times the budget
+    the second needs for the loss that the first has.
+    """
+
+    names: tuple[str, str]
+    budget: float
+    unit: str
+    n: float | None
+    losses: tuple[Estimate, Estimate]
+    difference: Estimate
+    multiplier: Multiplier
+
+
+def compare(
+    first: Family,
+    second: Family,
+    *,
+    budget: float,
+    n: float | None = None,
+    extrapolate: bool = False,
+) -> Comparison:
+    """At a budget in the unit of both fits; n: at this N, not at the best of each.
+
+    Draws of one family are set against draws of the other as if their runs had nothing in common.
+    Raises a `UserError` over one decade beyond what either has seen, unless `extrapolate`.
+    """
+    _refuse_unlike(first, second)
+    for family in (first, second):
+        seen = family.draws.fit.seen
+        what = f"{family.name}, a budget in {seen.unit}"
+        optima.refuse(what, budget, seen.budget, extrapolate=extrapolate)
+        if n is not None:
+            optima.refuse(f"{family.name}, N", n, seen.n, extrapolate=extrapolate)
+
+    def loss(family: Family, law: Law) -> Numbers:
+        if n is not None:
+            return law.loss(n, budget / float(family.cost(np.array(n))))
+        seen = family.draws.fit.seen
+        return optima.best(law, budget, cost=family.cost, seen=seen, extrapolate=extrapolate).loss
+
+    fits = first.draws.fit, second.draws.fit
+    # Bootstraps with one seed draw the same runs of both: shifted, they have nothing in common.
+    laws = first.draws.law, Law(**{k: np.roll(v, 1) for k, v in vars(second.draws.law).items()})
+    values = loss(first, fits[0]), loss(second, fits[1])
+    drawn = loss(first, laws[0]), loss(second, laws[1])
+    budgets = fits[1].seen.budget
+    decade = 10**optima.DECADES
+    trusted = (0.0, math.inf)
+    if not extrapolate:
+        trusted = (budgets[0] / decade / budget, budgets[1] * decade / budget)
+    times = _cut(optima.needed(fits[1], values[0], cost=second.cost, n=n) / budget, trusted)
+    drawn_times = _cut(optima.needed(laws[1], drawn[0], cost=second.cost, n=n) / budget, trusted)
+    low, high = interval(drawn_times)
+    return Comparison(
+        names=(first.name, second.name),
+        budget=budget,
+        unit=fits[0].seen.unit,
+        n=n,
+        losses=(_estimate(values[0], drawn[0]), _estimate(values[1], drawn[1])),
+        difference=_estimate(values[1] - values[0], drawn[1] - drawn[0]),
+        multiplier=Multiplier(
+            value=float(times),
+            low=low,
+            high=high,
+            trusted=trusted,
+            never=float(np.mean(np.isinf(drawn_times))),
+        ),
+    )
+
+
+def _estimate(value: Numbers, drawn: Numbers) -> Estimate:
+    low, high = interval(np.asarray(drawn))
+    return Estimate(value=float(value), low=low, high=high)
+
+
+def _cut(times: Numbers, trusted: tuple[float, float]) -> np.ndarray:
+    return np.where(np.isinf(times), times, np.clip(times, *trusted))
+
+
+def _refuse_unlike(first: Family, second: Family) -> None:
+    units = first.draws.fit.seen.unit, second.draws.fit.seen.unit
+    if units[0] != units[1]:
+        raise UserError(
+            f"{first.name} is fitted over {units[0]} and {second.name} over {units[1]}:"
+            " fit both over one"
+        )
+    if len(first.draws) != len(second.draws):
+        raise UserError(
+            f"expected as many draws of {first.name} as of {second.name}, got"
+            f" {len(first.draws)} and {len(second.draws)}"
+        )
