@@ -22,7 +22,7 @@ _FREE = (
     *("data.eval_files", "data.windows", "data.tfds", "data.tfds_split", "data.tfds_eval_split"),
     *("data.tfds_dir", "data.images", "data.eval_images", "tokenizer.path"),
     *("grounding.tokenizer", "grounding.tower", "grounding.index", "grounding.prepared"),
-    "data.on_corrupt",
+    *("data.on_corrupt", "train.branch_from"),  # what it began with, it holds
     *("train.remat", "train.scan_unroll", "train.loss_chunk", "train.watchdog_seconds"),
 )
 # These change what becomes of updates that would break the run, and of no other: a run that has
