@@ -21,6 +21,7 @@ from blindvalm_jax.trees import flatten
 
 # Settings that hold text and name no input: choices, names, and what a run writes itself.
 _NO_INPUTS = {
+    "train.branch_from",
     *("tokenizer.kind", "data.tfds", "data.tfds_split", "data.tfds_eval_split", "data.text_field"),
     *("data.image_field", "data.caption_field", "data.cache", "log.wandb"),
 }
