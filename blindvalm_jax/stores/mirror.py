@@ -313,11 +313,7 @@ class Store:
         return seconds
 
     def add(self, names: Collection[str]) -> None:
-        """Sends these files as far as they are new or changed, and removes nothing there.
-
-        Raises:
-          UserError: they cannot be written, or what is here not be read.
-        """
+        """As `send`, these files alone, and removes nothing there."""
         with self._sending():
             here = contents(self.directory)
             self._put({n: kind for n, kind in here.items() if n in names and whole(n, here)})
