@@ -25,11 +25,10 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from blindvalm_jax import config, metrics
+from blindvalm_jax import config
 from blindvalm_jax.config import Config
 from blindvalm_jax.errors import UserError, run_main
-from blindvalm_jax.sweep import cost, trunks, worker
-from blindvalm_jax.sweep.leases import Lease
+from blindvalm_jax.sweep import cost, status, trunks, worker
 from blindvalm_jax.sweep.manifest import Manifest
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The sweep.", lock_config=True)
@@ -52,7 +51,10 @@ def main(argv: Sequence[str]) -> int:
     if not _WORKDIR.value:
         raise UserError("--workdir=DIR is needed")
     workdir = Path(_WORKDIR.value)
-    return _status(workdir) if argv[1] == "status" else _run(workdir)
+    if argv[1] == "status":
+        print("\n".join(status.lines(workdir, lease_seconds=_LEASE.value)))
+        return 0
+    return _run(workdir)
 
 
 def _run(workdir: Path) -> int:
@@ -112,25 +114,6 @@ def _given(needed: str) -> Any:
     if not file.is_file():
         raise UserError(f"there is no config file {file}")
     return _CONFIG.value
-
-
-def _status(workdir: Path) -> int:
-    if not (workdir / "manifest.jsonl").exists():
-        raise UserError(f"{workdir} holds no sweep: it has no manifest.jsonl")
-    leases = worker.leases_of(workdir, seconds=_LEASE.value)
-    for name, state in Manifest(workdir).states().items():
-        lines = metrics.records(worker.runs_of(workdir) / name / "metrics.jsonl")
-        last = next((line for line in reversed(lines) if "train/loss" in line), None)
-        at = f"step {last['step']:,}  loss {last['train/loss']:.4f}" if last else ""
-        print(f"{name:30} {_word(state.ended, leases.holder(name)):40} {at}")
-    return 0
-
-
-def _word(ended: str, lease: Lease | None) -> str:
-    if lease is not None:
-        silent = ", silent for too long" if lease.expired else ""
-        return f"{'dropped' if lease.expired else 'training'} by {lease.worker}{silent}"
-    return ended or "waiting"
 
 
 if __name__ == "__main__":

@@ -11,15 +11,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from blindvalm_jax import files, starting
+from blindvalm_jax.checkpoints import layout
 from blindvalm_jax.config import Config
 from blindvalm_jax.errors import DIVERGED, Preempted, UserError, first_line, print_error
 from blindvalm_jax.runs import held
 from blindvalm_jax.survival import preemption
-from blindvalm_jax.sweep import trunks
+from blindvalm_jax.sweep import outcome, trunks
 from blindvalm_jax.sweep.leases import Leases
 from blindvalm_jax.sweep.manifest import Manifest
 
-_MOST_CUTS = 3  # attempts in a row that never ended, before a run is called failed
+# Attempts in a row that never ended and left no newer checkpoint, before a run is called failed.
+_MOST_CUTS = 3
 _POLL_SECONDS = 1.0
 
 
@@ -91,13 +93,16 @@ def _may_begin(name: str, manifest: Manifest, runs: Mapping[str, Config], workdi
 
 def _attempt(manifest: Manifest, name: str, settings: Config, workdir: Path) -> None:
     """Trains a run and writes down how it ended; what ends it ends no other run."""
-    cut = manifest.states()[name].cut
+    newest = max(layout.steps(workdir), default=0)
+    cut = manifest.states()[name].cut_at(newest)
     if cut >= _MOST_CUTS:
-        manifest.add(name, "failed", about=f"{cut} attempts in a row were cut off")
-        print_error(f"{name}: {cut} attempts in a row were cut off; given up")
+        about = f"{cut} attempts in a row were cut off, and left no newer checkpoint"
+        manifest.add(name, "failed", about=about)
+        print_error(f"{name}: {about}; given up")
         return
-    print(f"{name}: {'taken over' if cut else 'begun'}", flush=True)
-    manifest.add(name, "started", process=f"{socket.gethostname()}:{os.getpid()}")
+    print(f"{name}: {f'goes on at step {newest}' if newest else 'begun'}", flush=True)
+    process = f"{socket.gethostname()}:{os.getpid()}"
+    manifest.add(name, "started", process=process, step=newest)
     about = ""
     try:
         code = starting.start(trunks.placed(settings, workdir.parent), workdir)
@@ -112,8 +117,13 @@ def _attempt(manifest: Manifest, name: str, settings: Config, workdir: Path) -> 
         with preemption.kept():
             manifest.add(name, "preempted")
         raise
-    event = {0: "done", DIVERGED: "diverged"}.get(code, "failed")
-    manifest.add(name, event, **({"about": about} if about else {}))
+    if code == 0:
+        manifest.add(name, "done", **outcome.of(workdir))
+        return
+    if code == DIVERGED:
+        about = outcome.of_divergence(workdir)
+    about = outcome.about(about, workdir.parent.parent)
+    manifest.add(name, "diverged" if code == DIVERGED else "failed", about=about)
 
 
 def _conclude(manifest: Manifest, names: Sequence[str]) -> int:
