@@ -66,14 +66,12 @@ def _run(workdir: Path) -> int:
         raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
     if _INDEX.value >= len(runs) or _INDEX.value < -1:
         raise UserError(f"--index={_INDEX.value}: the sweep has runs 0 to {len(runs) - 1}")
-    if _INDEX.value >= 0:
-        name = list(runs)[_INDEX.value]
-        runs = {name: runs[name]}
+    only = list(runs) if _INDEX.value < 0 else [list(runs)[_INDEX.value]]
     if _RETRY.value:
-        for name in runs:
+        for name in only:
             if manifest.states()[name].ended in ("failed", "diverged"):
                 manifest.add(name, "reopened")
-    return worker.work(workdir, runs, lease_seconds=_LEASE.value)
+    return worker.work(workdir, runs, lease_seconds=_LEASE.value, only=only)
 
 
 def _cost() -> int:

@@ -36,40 +36,62 @@ def leases_of(workdir: Path, *, seconds: float) -> Leases:
     return Leases(workdir / "leases", worker=worker, seconds=seconds)
 
 
-def work(workdir: Path, runs: Mapping[str, Config], *, lease_seconds: float) -> int:
+def work(
+    workdir: Path,
+    runs: Mapping[str, Config],
+    *,
+    lease_seconds: float,
+    only: Sequence[str] | None = None,
+) -> int:
     """Trains until no run is open, also those that other workers drop; returns the exit code.
 
-    0: all are done; 1: some failed or diverged, each named.
+    0: all are done; 1: some failed or diverged, each named. only: the runs that matter, and are
+    trained with those that they branch from, as far as nobody else trains these.
 
     Raises:
+      UserError: runs branch from each other.
       Preempted: SIGTERM ended it, and its run is saved.
     """
+    trunks.levels(runs)
     with preemption.noticed():
-        return _work(workdir, runs, lease_seconds)
+        return _work(workdir, runs, list(runs) if only is None else only, lease_seconds)
 
 
-def _work(workdir: Path, runs: Mapping[str, Config], lease_seconds: float) -> int:
+def _work(
+    workdir: Path, runs: Mapping[str, Config], wanted: Sequence[str], lease_seconds: float
+) -> int:
     manifest, leases = Manifest(workdir), leases_of(workdir, seconds=lease_seconds)
-    waiting = False
+    told: list[str] = []
     while True:
         states = manifest.states()
-        left = [name for name in runs if states[name].open]
-        if not left:
-            return _conclude(manifest, list(runs))
-        if not any(_done_by_this(name, leases, manifest, runs, workdir) for name in left):
-            if not waiting:
-                print(f"waiting: others train {', '.join(left)}", flush=True)
-            waiting = True
-            time.sleep(_POLL_SECONDS)
-        else:
-            waiting = False
+        if not any(states[name].open for name in wanted):
+            return _conclude(manifest, wanted)
+        ready = [_first_of(name, manifest, runs, workdir) for name in wanted if states[name].open]
+        left = list(dict.fromkeys(ready))  # several may wait for the same one
+        if any(_done_by_this(name, leases, manifest, runs, workdir) for name in left):
+            told = []
+            continue
+        if told != left:
+            print(f"waiting: others train {', '.join(left)}", flush=True)
+        told = left
+        time.sleep(_POLL_SECONDS)
+
+
+def _first_of(name: str, manifest: Manifest, runs: Mapping[str, Config], workdir: Path) -> str:
+    """A run, or the one to train before it can begin: its trunk, if that has not come so far."""
+    trunk = trunks.of(runs[name])
+    if trunk is None or trunks.ready(runs[name], runs_of(workdir)):
+        return name
+    if not manifest.states()[trunk.run].open:  # it never will
+        return name
+    return _first_of(trunk.run, manifest, runs, workdir)
 
 
 def _done_by_this(
     name: str, leases: Leases, manifest: Manifest, runs: Mapping[str, Config], workdir: Path
 ) -> bool:
     """Trains a run, if nobody else does."""
-    if not _may_begin(name, manifest, runs, workdir) or leases.take(name) is not None:
+    if leases.take(name) is not None:
         return False
     directory = runs_of(workdir) / name
     with leases.kept(name, lost=_end_at_once):
@@ -81,14 +103,6 @@ def _done_by_this(
         except files.HeldError:
             return False
     return True
-
-
-def _may_begin(name: str, manifest: Manifest, runs: Mapping[str, Config], workdir: Path) -> bool:
-    """Whether a run need not wait for its trunk: that has come so far, or never will."""
-    trunk = trunks.of(runs[name])
-    if trunk is None or trunks.ready(runs[name], runs_of(workdir)):
-        return True
-    return not manifest.states()[trunk.run].open
 
 
 def _attempt(manifest: Manifest, name: str, settings: Config, workdir: Path) -> None:
