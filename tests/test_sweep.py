@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,12 +14,14 @@ from typing import Any
 import pytest
 
 from blindvalm_jax import config, starting
+from blindvalm_jax.checkpoints import layout
 from blindvalm_jax.config import Config
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.sweep import outcome, status, worker
 from blindvalm_jax.sweep.leases import Leases
 from blindvalm_jax.sweep.manifest import Manifest, State
 from tests import small_models, small_text, test_train
+from tests.faults import small_sweep
 
 
 def settings(**changes: object) -> Config:
@@ -317,3 +320,23 @@ def test_a_directory_out_of_reach_for_long_is_a_lost_lease(
     monkeypatch.setattr(own, "renew", renew)
     with own.kept("run", lost=lost.set):
         assert lost.wait(30)
+
+
+def test_a_sweep_whose_worker_was_killed_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    """And left half a line of its manifest; tests/faults kills many, at random."""
+    runs = {"trunk": small_sweep.six_runs(tmp_path)["trunk"]}
+    given = small_sweep.write_config(tmp_path, runs)
+    undisturbed = small_sweep.Workers(given, tmp_path / "undisturbed")
+    disturbed = small_sweep.Workers(given, tmp_path / "disturbed", lease_seconds=1.5)
+    try:
+        assert undisturbed.end(undisturbed.start()) == 0
+        assert disturbed.end(disturbed.start(dies_at=60)) == -signal.SIGKILL
+        assert 0 < layout.steps(disturbed.workdir / "runs" / "trunk")[-1] < 40
+        manifest = disturbed.workdir / "manifest.jsonl"
+        manifest.write_bytes(manifest.read_bytes()[:-20])
+        last = [disturbed.start(), disturbed.start()]
+        assert [disturbed.end(process) for process in last] == [0, 0], disturbed.logs()
+    finally:
+        undisturbed.close()
+        disturbed.close()
+    small_sweep.check_same(undisturbed.workdir, disturbed.workdir)
