@@ -2,6 +2,8 @@ r"""Trains many runs with any number of workers that share a directory.
 
     python -m blindvalm_jax.sweep run --config=configs/sweeps/NAME.py --workdir=DIR
     python -m blindvalm_jax.sweep status --workdir=DIR
+    python -m blindvalm_jax.sweep launch --config=SWEEP.py --workdir=DIR --scheduler=slurm
+        [--workers=N] [-- FLAGS OF THE SCHEDULER'S SCRIPT]
     python -m blindvalm_jax.sweep cost --config=CONFIG.py [--mfu=0.4] [--json=FILE]
 
 A sweep's config returns a ConfigDict whose `runs` holds the settings of each run by its name. run:
@@ -9,14 +11,17 @@ a worker; start as many as there are devices for, on any machines that see DIR. 
 that nobody has and trains it in DIR/runs/NAME; when a worker dies, or is silent for
 --lease_seconds, another goes on with its run. --index=I trains the Ith run alone, as a task of a
 job array. The same command goes on where workers stopped. --retry opens failed and diverged runs
-again. DIR/manifest.jsonl keeps what happened. cost: FLOPs, parameters and bytes of a sweep's runs,
-or of any training config by part, before there is data (docs/costs.md).
+again. DIR/manifest.jsonl keeps what happened. launch: prints the commands that train the sweep with
+a scheduler of launch/ (slurm, gke, tpu_vm, sky, local), N workers at once, and runs none. cost:
+FLOPs, parameters and bytes of a sweep's runs, or of any training config by part, before there is
+data (docs/costs.md).
 
 Exit codes: 0 all done, 1 error, or a run failed or diverged, 42 preempted and saved.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +33,7 @@ from ml_collections import config_flags
 from blindvalm_jax import config
 from blindvalm_jax.config import Config
 from blindvalm_jax.errors import UserError, run_main
-from blindvalm_jax.sweep import cost, status, trunks, worker
+from blindvalm_jax.sweep import cost, launching, status, trunks, worker
 from blindvalm_jax.sweep.manifest import Manifest
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The sweep.", lock_config=True)
@@ -38,14 +43,24 @@ _RETRY = flags.DEFINE_bool("retry", False, "run: failed and diverged runs again"
 _LEASE = flags.DEFINE_float(
     "lease_seconds", 120.0, "run: how long a silent worker keeps its run", lower_bound=1.0
 )
+_SCHEDULER = flags.DEFINE_enum(
+    "scheduler", None, launching.SCHEDULERS, "launch: what starts the workers"
+)
+_WORKERS = flags.DEFINE_integer(
+    "workers", None, "launch: how many at once; else 1, of slurm as many as there are runs"
+)
 _MFU = flags.DEFINE_float("mfu", 0.4, "cost: share of the peak that device-hours are given for")
 _JSON = flags.DEFINE_string("json", "", "cost: also as JSON in this file")
 
 
 def main(argv: Sequence[str]) -> int:
     """Does what the command line says; returns the exit code."""
+    if argv[1:2] == ["launch"]:
+        return _launch(argv[2:])
     if len(argv) != 2 or argv[1] not in ("run", "status", "cost"):
-        raise UserError(f"expected run, status or cost, got {' '.join(argv[1:]) or 'nothing'}")
+        raise UserError(
+            f"expected run, status, launch or cost, got {' '.join(argv[1:]) or 'nothing'}"
+        )
     if argv[1] == "cost":
         return _cost()
     if not _WORKDIR.value:
@@ -72,6 +87,25 @@ def _run(workdir: Path) -> int:
             if manifest.states()[name].ended in ("failed", "diverged"):
                 manifest.add(name, "reopened")
     return worker.work(workdir, runs, lease_seconds=_LEASE.value, only=only)
+
+
+def _launch(given: Sequence[str]) -> int:
+    """given: flags of the scheduler's script, behind --."""
+    runs = read_runs()
+    scheduler = _SCHEDULER.value
+    if not _WORKDIR.value or scheduler is None:
+        raise UserError("launch needs --workdir=DIR and --scheduler=NAME")
+    if _INDEX.value != -1:
+        raise UserError(f"--index={_INDEX.value}: launch is for all runs, leave it out")
+    lines = launching.commands(
+        runs,
+        scheduler=scheduler,
+        workers=_WORKERS.value,
+        worker=launching.flags_of_worker(sys.argv[1:], without=("scheduler", "workers")),
+        given=given,
+    )
+    print("\n".join(lines))
+    return 0
 
 
 def _cost() -> int:
@@ -115,4 +149,4 @@ def _given(needed: str) -> Any:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, takes_addresses=["argument"])
