@@ -329,8 +329,9 @@ def test_a_sweep_whose_worker_was_killed_ends_as_an_undisturbed_one(tmp_path: Pa
     undisturbed = small_sweep.Workers(given, tmp_path / "undisturbed")
     disturbed = small_sweep.Workers(given, tmp_path / "disturbed", lease_seconds=1.5)
     try:
-        assert undisturbed.end(undisturbed.start()) == 0
-        assert disturbed.end(disturbed.start(dies_at=60)) == -signal.SIGKILL
+        killed, whole = disturbed.start(dies_at="+35"), undisturbed.start()
+        assert disturbed.end(killed) == -signal.SIGKILL, disturbed.logs()
+        assert undisturbed.end(whole) == 0, undisturbed.logs()
         assert 0 < layout.steps(disturbed.workdir / "runs" / "trunk")[-1] < 40
         manifest = disturbed.workdir / "manifest.jsonl"
         manifest.write_bytes(manifest.read_bytes()[:-20])

@@ -3,7 +3,8 @@
     python -m tests.faults.dying_worker MOMENT run --config=SWEEP.py --workdir=DIR
 
 A moment is before a rename, an fsync, a copy of a directory, the removal of a file, the renewal of
-a lease, or inside a line of metrics or of the manifest. A worker that ends prints how many it had.
+a lease, or inside a line of metrics or of the manifest. MOMENT counts them all, as +MOMENT those
+from the first line of metrics on. A worker that ends prints how many it had.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def _dying(place: Any, name: str, moments: _Moments, *, at_last: Callable[..., N
     real = getattr(place, name)
 
     def call(*args: Any, **keywords: Any) -> Any:
+        moments.counting |= place is sinks.MetricsFile
         if moments.is_last():
             at_last(*args)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -37,12 +39,13 @@ def _dying(place: Any, name: str, moments: _Moments, *, at_last: Callable[..., N
 
 
 class _Moments:
-    def __init__(self, last: int, workdir: Path) -> None:
-        self.seen, self._last, self._workdir = 0, last, workdir
+    def __init__(self, last: str, workdir: Path) -> None:
+        self.seen, self._last, self._workdir = 0, int(last), workdir
+        self.counting = not last.startswith("+")
 
     def is_last(self) -> bool:
         """Counts a moment; none is the last while a run was cut off too often."""
-        self.seen += 1
+        self.seen += self.counting
         if self.seen <= self._last:
             return False
         states = Manifest(self._workdir).states().values()
@@ -65,7 +68,7 @@ def _half_a_record(file: Any, *_: object) -> None:
 def main() -> None:
     """Runs a worker that dies, or ends before."""
     workdir = next(word.partition("=")[2] for word in sys.argv if word.startswith("--workdir="))
-    moments = _Moments(int(sys.argv.pop(1)), Path(workdir))
+    moments = _Moments(sys.argv.pop(1), Path(workdir))
     for place, name in [
         *((os, name) for name in ("replace", "rename", "utime")),
         *((shutil, "copytree"), (Path, "unlink")),

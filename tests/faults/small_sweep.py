@@ -87,7 +87,7 @@ class Workers:
         self.workdir = workdir
         self.running: list[subprocess.Popen[str]] = []
 
-    def start(self, *, dies_at: int | None = None) -> subprocess.Popen[str]:
+    def start(self, *, dies_at: int | str | None = None) -> subprocess.Popen[str]:
         """One more; dies_at: a moment of `dying_worker`."""
         quickly = small_run.quickly(self.workdir.parent, devices=1)
         plain = {"PYTHONPATH": str(small_run.ROOT), "JAX_PLATFORMS": "cpu"}
