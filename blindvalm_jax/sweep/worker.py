@@ -18,7 +18,7 @@ from blindvalm_jax.runs import held
 from blindvalm_jax.survival import preemption
 from blindvalm_jax.sweep import outcome, trunks
 from blindvalm_jax.sweep.leases import Leases
-from blindvalm_jax.sweep.manifest import Manifest
+from blindvalm_jax.sweep.manifest import Manifest, State
 
 # Attempts in a row that never ended and left no newer checkpoint, before a run is called failed.
 _MOST_CUTS = 3
@@ -64,10 +64,11 @@ def _work(
     told: list[str] = []
     while True:
         states = manifest.states()
-        if not any(states[name].open for name in wanted):
+        left = [name for name in wanted if states[name].open]
+        if not left:
             return _conclude(manifest, wanted)
-        ready = [_first_of(name, manifest, runs, workdir) for name in wanted if states[name].open]
-        left = list(dict.fromkeys(ready))  # several may wait for the same one
+        # several may wait for the same one
+        left = list(dict.fromkeys(_first_of(name, states, runs, runs_of(workdir)) for name in left))
         if any(_done_by_this(name, leases, manifest, runs, workdir) for name in left):
             told = []
             continue
@@ -77,14 +78,19 @@ def _work(
         time.sleep(_POLL_SECONDS)
 
 
-def _first_of(name: str, manifest: Manifest, runs: Mapping[str, Config], workdir: Path) -> str:
-    """A run, or the one to train before it can begin: its trunk, if that has not come so far."""
+def _first_of(
+    name: str, states: Mapping[str, State], runs: Mapping[str, Config], place: Path
+) -> str:
+    """A run, or the one to train before it can begin: its trunk, if that has not come so far.
+
+    place: of the directories of the runs.
+    """
     trunk = trunks.of(runs[name])
-    if trunk is None or trunks.ready(runs[name], runs_of(workdir)):
+    if trunk is None or trunks.ready(runs[name], place):
         return name
-    if not manifest.states()[trunk.run].open:  # it never will
+    if not states[trunk.run].open:  # it never will
         return name
-    return _first_of(trunk.run, manifest, runs, workdir)
+    return _first_of(trunk.run, states, runs, place)
 
 
 def _done_by_this(
