@@ -138,7 +138,7 @@ def _disturb(workers: Workers, source: random.Random, *, kills: int) -> list[str
     killed: list[str] = []
     alive: list[tuple[subprocess.Popen[str], str]] = []
     timers: list[threading.Thread] = []
-    until = time.monotonic() + DEADLINE
+    until = time.monotonic() + 2 * DEADLINE
     while len(killed) < kills and not _ended(workers):
         while len(alive) < 2:
             if source.random() < 0.5:
