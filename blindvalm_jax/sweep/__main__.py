@@ -4,13 +4,14 @@ r"""Trains many runs with any number of workers that share a directory.
     python -m blindvalm_jax.sweep status --workdir=DIR
     python -m blindvalm_jax.sweep cost --config=CONFIG.py [--mfu=0.4] [--json=FILE]
 
-A sweep's config returns a ConfigDict whose `runs` holds the settings of each run by its name. run:
-a worker; start as many as there are devices for, on any machines that see DIR. Each takes a run
-that nobody has and trains it in DIR/runs/NAME; when a worker dies, or is silent for
---lease_seconds, another goes on with its run. --index=I trains the Ith run alone, as a task of a
-job array. The same command goes on where workers stopped. --retry opens failed and diverged runs
-again. DIR/manifest.jsonl keeps what happened. cost: FLOPs, parameters and bytes of a sweep's runs,
-or of any training config by part, before there is data (docs/costs.md).
+A sweep's config returns a ConfigDict whose `runs` holds the settings of each run by its name, or a
+grid of families, sizes and budgets (sweep/grids.py). run: a worker; start as many as there are
+devices for, on any machines that see DIR. Each takes a run that nobody has and trains it in
+DIR/runs/NAME; when a worker dies, or is silent for --lease_seconds, another goes on with its run.
+--index=I trains the Ith run alone, as a task of a job array. The same command goes on where workers
+stopped. --retry opens failed and diverged runs again. What runs make of data lies in DIR/data,
+unless data.cache says where. DIR/manifest.jsonl keeps what happened. cost: FLOPs, parameters and
+bytes of a sweep's runs, or of any training config by part, before there is data (docs/costs.md).
 
 Exit codes: 0 all done, 1 error, or a run failed or diverged, 42 preempted and saved.
 """
@@ -21,14 +22,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from blindvalm_jax import config, metrics
-from blindvalm_jax.config import Config
+from blindvalm_jax import metrics
 from blindvalm_jax.errors import UserError, run_main
-from blindvalm_jax.sweep import cost, trunks, worker
+from blindvalm_jax.sweep import cost, plans, worker
 from blindvalm_jax.sweep.leases import Lease
 from blindvalm_jax.sweep.manifest import Manifest
 
@@ -56,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(workdir: Path) -> int:
-    runs = read_runs()
+    runs = plans.settings_of(_given("--config=configs/sweeps/NAME.py is needed"))
     try:
         manifest = Manifest(workdir)
         manifest.plan(runs)
@@ -76,32 +75,8 @@ def _run(workdir: Path) -> int:
 
 def _cost() -> int:
     given = _given("--config=CONFIG.py is needed: a sweep's, or any that is trained with")
-    runs = read_runs() if isinstance(given, ml_collections.ConfigDict) and "runs" in given else None
-    cost.report(given, runs, mfu=_MFU.value, to=_JSON.value)
+    cost.report(given, mfu=_MFU.value, to=_JSON.value)
     return 0
-
-
-def read_runs() -> dict[str, Config]:
-    """The runs of the sweep that --config names, parsed before any is trained.
-
-    Raises:
-      UserError: the file gives no runs, or settings that do not fit.
-    """
-    given = _given("--config=configs/sweeps/NAME.py is needed")
-    if not isinstance(given, ml_collections.ConfigDict) or "runs" not in given or not given.runs:
-        raise UserError("get_config() of a sweep must return a ConfigDict with its runs in `runs`")
-    runs = {}
-    for name, settings in given.runs.items():
-        if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name[0] == ".":
-            raise UserError(
-                f"a run is called {name!r}: names are letters, digits, - _ and ., not first"
-            )
-        try:
-            runs[name] = config.parse(settings)
-        except UserError as error:
-            raise UserError(f"run {name}: {error}") from error
-    trunks.check(runs)
-    return runs
 
 
 def _given(needed: str) -> Any:
