@@ -86,7 +86,7 @@ def variants(base: ConfigDict, names: tuple[str, ...]) -> ConfigDict:
         if grounding.source == "none":
             found[name].grounding.tower = ""
         if grounding.source != "images":
-            found[name].grounding.index = ""
+            found[name].grounding.index, found[name].grounding.search = "", "exact"
     return found
 
 
