@@ -35,8 +35,8 @@ def get_config() -> ConfigDict:
     grid.sizes, grid.budgets = SIZES, BUDGETS
     grid.rules.update(
         reference=250_000.0,
-        learning_rate=2e-3,
-        learning_rate_exponent=-0.25,
+        learning_rate=4e-3,
+        learning_rate_exponent=-0.3,
         batch_size=16.0,
     )
     return config
