@@ -1,6 +1,7 @@
 """What held-out objects of a toy world look like, asked in the wordings that its text has.
 
 The file is made with the world where `eval.tasks_data=toyworld`; only pictures show these objects.
+Candidates are the values that one of them has.
 """
 
 from __future__ import annotations
