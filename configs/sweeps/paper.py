@@ -11,7 +11,8 @@ a constant rate and a cooldown, so that lengths of a size share a trunk, and for
 batch, which grow with N as the rules below say, from the paper's values at its small size (VALM's
 own learning rate there, 5e-4: the paper's 2e-3 goes with a rate that falls from the 4,000th update
 on). CLIP: RN50x16 in OpenAI's layout, INDEX: of images embedded with it; without them, a tower of
-that shape and 191.5 M vectors are counted by their sizes. VALM searches on its host (IVF-PQ), so its runs take one process each.
+that shape and 191.5 M vectors are counted by their sizes. VALM searches on its host (IVF-PQ), so
+its runs take one process each.
 Hardware and device-hours: `sweep cost` and docs/scaling_experiments.md. Result: not measured.
 """
 
