@@ -204,3 +204,18 @@ def test_a_toy_world_tells_its_sizes_before_it_is_made() -> None:
     clip = config.parse(recipes.clip(world)).clip.text
     assert told.grounding.random == clip
     assert told.grounding.tower == "random"
+
+
+def test_what_a_toy_world_takes_once_is_outside_of_the_budget() -> None:
+    world = WorldConfig()
+    valm, blind, plain = (
+        of_settings.account(config.parse(recipes.language(world, name)))
+        for name in ("valm", "blind_valm", "gpt2")
+    )
+    clip = of_settings.account(config.parse(recipes.clip(world)))
+    assert not plain.once
+    assert blind.once == {"the toy world's CLIP": clip.budget}
+    count = len(objects(world)) * world.images_per_object
+    forward = sum(x.forward for x in clip.products if x.part == "image tower")
+    assert valm.once == {**blind.once, "its images embedded": forward * count}
+    assert clip.budget == pytest.approx(clip.training * 1000 * 128)

@@ -27,12 +27,18 @@ def told(settings: Config) -> Config:
     if tokenizer.path == recipes.OWN:
         tokenizer = dataclasses.replace(tokenizer, path="", train_vocab_size=_entries(world))
     if grounding.tower == recipes.OWN:
-        shape = schema.parse(recipes.clip(world)).clip.text
+        shape = clip(settings).clip.text
         grounding = dataclasses.replace(grounding, tower="random", random=shape)
     if grounding.index == recipes.OWN:
         count = len(objects(world)) * world.images_per_object
         grounding = dataclasses.replace(grounding, index=f"vectors:{count}")
     return dataclasses.replace(settings, tokenizer=tokenizer, grounding=grounding)
+
+
+def clip(settings: Config) -> Config:
+    """How the CLIP is trained that settings name `toyworld`; raises as `told`."""
+    _, world = supply.world_of(settings)
+    return schema.parse(recipes.clip(world))
 
 
 @functools.cache
