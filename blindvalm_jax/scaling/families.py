@@ -120,8 +120,8 @@ def compare(
         budget=budget,
         unit=fits[0].seen.unit,
         n=n,
-        losses=(_estimate(values[0], drawn[0]), _estimate(values[1], drawn[1])),
-        difference=_estimate(values[1] - values[0], drawn[1] - drawn[0]),
+        losses=(estimate(values[0], drawn[0]), estimate(values[1], drawn[1])),
+        difference=estimate(values[1] - values[0], drawn[1] - drawn[0]),
         multiplier=Multiplier(
             value=float(times),
             low=low,
@@ -132,7 +132,8 @@ def compare(
     )
 
 
-def _estimate(value: Numbers, drawn: Numbers) -> Estimate:
+def estimate(value: Numbers, drawn: Numbers) -> Estimate:
+    """The value of a fit with the interval of what its draws say."""
     low, high = interval(np.asarray(drawn))
     return Estimate(value=float(value), low=low, high=high)
 
