@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.scaling import accuracy, bootstrap, fits, isoflop, optima
+from blindvalm_jax.scaling import accuracy, bootstrap, fits, isoflop, optima, timing
 from blindvalm_jax.scaling.bootstrap import Draws
 from blindvalm_jax.scaling.families import Estimate, Family, estimate
 from blindvalm_jax.scaling.points import Array, Points
@@ -54,6 +54,10 @@ class FamilyFit:
         residuals = self.residuals
         place = int(np.argmax(np.abs(residuals)))
         return self.runs[place], float(residuals[place])
+
+    def off(self, unit: str) -> float:
+        """How far runs are from what a token costs at their size, as a share (rms)."""
+        return timing.off(_points(self.runs, unit), self.costs[unit].cost)
 
     def exponent(self, unit: str) -> Estimate:
         """How N* grows with the budget, from the least to the largest seen, at what tokens cost.
@@ -125,7 +129,8 @@ def _family(name: str, law: Draws, runs: Sequence[Result], unit: str) -> Family:
         raise UserError(f"none of its runs says what it cost in {unit}")
     points = _points(runs, unit)
     fit = dataclasses.replace(law.fit, seen=fits.Seen.of(points))
-    return Family(name, dataclasses.replace(law, fit=fit), optima.as_run(points))
+    cost = optima.as_run(points) if unit == FLOPS else timing.smooth(points)
+    return Family(name, dataclasses.replace(law, fit=fit), cost)
 
 
 def _points(runs: Sequence[Result], unit: str) -> Points:
