@@ -21,6 +21,7 @@ FAMILIES = ("gpt2", "blind", "eos", "valm", "valm_eos", "random_tower", "shuffle
 _WITHIN = 1.02  # of a budget: runs of its group cost within 1 % of it
 _SAME = 1.05  # budgets of two groups that are one
 _SPACED = 4  # budgets, where the runs have none in common
+_MOST = 8  # budgets that are compared: runs that were planned one by one have one each
 _TRACK = 16  # budgets of a curve in a figure
 _BEYOND = 10 * (1 - 1e-9)
 
@@ -154,7 +155,8 @@ def _common(of_family: Mapping[str, Sequence[Result]], unit: str) -> list[float]
         for budget in planned:
             if not groups or budget > _SAME * groups[-1]:
                 groups.append(budget)
-        if found := [budget for budget in groups if low / _WITHIN <= budget <= high * _WITHIN]:
+        found = [budget for budget in groups if low / _WITHIN <= budget <= high * _WITHIN]
+        if 0 < len(found) <= _MOST:
             return found
     if low > high:
         return []

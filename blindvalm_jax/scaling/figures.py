@@ -50,14 +50,17 @@ _CAPTIONS = {
     "accuracy": "Accuracy in the task {} against what training cost: lines and 95 % bands of the"
     " compute-optimal models, every run as a point. Dashed: chance.",
 }
+_MOST_NAMED = 8  # budgets in a legend
 _MULTIPLIERS = (1e-3, 1e3)  # that are drawn
 
 
 def all_of(analysis: Analysis) -> dict[str, tuple[bytes, str]]:
     """Every figure that there is something for: PNG and caption, by name."""
     made: dict[str, tuple[Figure, str]] = {}
+    if usable(analysis.results):
+        made["loss"] = loss(analysis), _CAPTIONS["loss"]
     if analysis.families:
-        for name, draw in (("loss", loss), ("isoflop", isoflop), ("optimal", optimal)):
+        for name, draw in (("isoflop", isoflop), ("optimal", optimal)):
             made[name] = draw(analysis), _CAPTIONS[name]
     if any(one.versus for unit in UNITS for one in analysis.at[unit]):
         caption = _CAPTIONS["multipliers"].format(label(analysis.reference or ""))
@@ -92,10 +95,9 @@ def loss(analysis: Analysis) -> Figure:
             _band(panel, name, track, lambda one: one.loss)
         _budget_axis(panel, unit)
     if shown:
-        low = min(one.loss.low for one in shown)
-        least = min((run.held_out for run in usable(analysis.results)), default=low)
         high = max(one.loss.value for one in shown)
-        low = min(low, least)
+        low = min(run.held_out for run in usable(analysis.results))
+        low = min(low, *(one.loss.low for one in shown))
         panels[0].set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low))
     panels[0].set_ylabel("held-out loss (nats a token)")
     _legend(figure, names_of(usable(analysis.results)))
@@ -198,7 +200,7 @@ def isoflop(analysis: Analysis) -> Figure:
             panel.tick_params(labelbottom=True)
     handles = [
         Line2D([], [], color=color, marker="o", ms=4, label=f"{said(budget, FLOPS)} FLOPs")
-        for budget, color in colors.items()
+        for budget, color in list(colors.items())[:: math.ceil(len(colors) / _MOST_NAMED)]
     ]
     handles += [
         Line2D([], [], ls="", marker="D", mfc="white", mec="black", label="best by the law"),

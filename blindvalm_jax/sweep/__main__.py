@@ -2,6 +2,7 @@ r"""Trains many runs with any number of workers that share a directory.
 
     python -m blindvalm_jax.sweep run --config=configs/sweeps/NAME.py --workdir=DIR
     python -m blindvalm_jax.sweep status --workdir=DIR
+    python -m blindvalm_jax.sweep report --config=configs/sweeps/NAME.py --workdir=DIR [--out=DIR]
     python -m blindvalm_jax.sweep cost --config=CONFIG.py [--mfu=0.4] [--json=FILE]
 
 A sweep's config returns a ConfigDict whose `runs` holds the settings of each run by its name. run:
@@ -9,8 +10,10 @@ a worker; start as many as there are devices for, on any machines that see DIR. 
 that nobody has and trains it in DIR/runs/NAME; when a worker dies, or is silent for
 --lease_seconds, another goes on with its run. --index=I trains the Ith run alone, as a task of a
 job array. The same command goes on where workers stopped. --retry opens failed and diverged runs
-again. DIR/manifest.jsonl keeps what happened. cost: FLOPs, parameters and bytes of a sweep's runs,
-or of any training config by part, before there is data (docs/costs.md).
+again. DIR/manifest.jsonl keeps what happened. report: what the runs that are done say of their
+families at equal budget, in DIR/report or --out (docs/scaling_experiments.md). cost: FLOPs,
+parameters and bytes of a sweep's runs, or of any training config by part, before there is data
+(docs/costs.md).
 
 Exit codes: 0 all done, 1 error, or a run failed or diverged, 42 preempted and saved.
 """
@@ -28,7 +31,7 @@ from ml_collections import config_flags
 from blindvalm_jax import config, metrics
 from blindvalm_jax.config import Config
 from blindvalm_jax.errors import UserError, run_main
-from blindvalm_jax.sweep import cost, trunks, worker
+from blindvalm_jax.sweep import cost, plans, report, trunks, worker
 from blindvalm_jax.sweep.leases import Lease
 from blindvalm_jax.sweep.manifest import Manifest
 
@@ -39,19 +42,25 @@ _RETRY = flags.DEFINE_bool("retry", False, "run: failed and diverged runs again"
 _LEASE = flags.DEFINE_float(
     "lease_seconds", 120.0, "run: how long a silent worker keeps its run", lower_bound=1.0
 )
+_OUT = flags.DEFINE_string("out", "", "report: where to write it, in place of DIR/report")
 _MFU = flags.DEFINE_float("mfu", 0.4, "cost: share of the peak that device-hours are given for")
 _JSON = flags.DEFINE_string("json", "", "cost: also as JSON in this file")
 
 
 def main(argv: Sequence[str]) -> int:
     """Does what the command line says; returns the exit code."""
-    if len(argv) != 2 or argv[1] not in ("run", "status", "cost"):
-        raise UserError(f"expected run, status or cost, got {' '.join(argv[1:]) or 'nothing'}")
+    if len(argv) != 2 or argv[1] not in ("run", "status", "report", "cost"):
+        got = " ".join(argv[1:]) or "nothing"
+        raise UserError(f"expected run, status, report or cost, got {got}")
     if argv[1] == "cost":
         return _cost()
     if not _WORKDIR.value:
         raise UserError("--workdir=DIR is needed")
     workdir = Path(_WORKDIR.value)
+    if argv[1] == "report":
+        runs = plans.planned(_given("--config=configs/sweeps/NAME.py is needed"))
+        report.write(workdir, runs, out=Path(_OUT.value or workdir / "report"))
+        return 0
     return _status(workdir) if argv[1] == "status" else _run(workdir)
 
 
