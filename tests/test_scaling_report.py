@@ -118,7 +118,7 @@ def test_runs_that_came_to_nothing_are_named_with_why(found: Analysis) -> None:
         ({"loss": None}, "done, and has no held-out loss of its last update"),
         ({"loss": math.nan}, "done, and its held-out loss is nan"),
     ):
-        assert dataclasses.replace(base, **changes).unusable == why  # type: ignore[arg-type]
+        assert dataclasses.replace(base, **changes).unusable == why
 
 
 def test_a_family_of_too_few_runs_says_so_and_keeps_its_plain_numbers(found: Analysis) -> None:

@@ -218,6 +218,8 @@ def _isoflop(panel: Axes, fit: FamilyFit, colors: dict[float, Any]) -> None:
             continue
         sizes = [run.n for run in runs]
         panel.plot(sizes, [run.held_out for run in runs], "o", ms=4, color=color, zorder=3)
+        if len(set(sizes)) < 2:
+            continue
         n = np.geomspace(min(sizes), max(sizes), 60)
         losses = np.asarray(law.loss(n, budget / cost(n)))
         panel.plot(n, losses, color=color, linewidth=1.2)

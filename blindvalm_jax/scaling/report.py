@@ -28,6 +28,8 @@ ASSUMPTIONS = (
     "Intervals (95 %) come from runs drawn again with replacement. They take runs for independent, "
     "also those that branch from one trunk, and families' runs for independent of each other; what "
     "a token costs is taken for known. No interval is widened for how many are looked at.",
+    "Accuracies of compute-optimal models take the questions as given, which all runs were asked "
+    "alike; the intervals of single runs are those of their questions.",
     "What a token costs at a size between those trained: FLOPs by a straight line in logarithms "
     "from size to size, device-seconds by one parabola in logarithms through all runs of the "
     "family. A branched run costs what it would have cost alone.",

@@ -72,7 +72,7 @@ def _doubts(analysis: Analysis, at: AtBudget, comparison: Comparison) -> str:
         )
     for name in comparison.names:
         if outside := at.reached[name].outside:
-            texts.append(f"the best {label(name)} is none that was trained: {', '.join(outside)}")
+            texts.append(f"the best {label(name)} is unlike any trained: {', '.join(outside)}")
     return f" But {'; '.join(texts)}." if texts else ""
 
 

@@ -55,7 +55,8 @@ def nats(estimate: Estimate, *, signed: bool = False) -> str:
 
 
 def percent(estimate: Estimate, *, signed: bool = False) -> str:
-    """43.1 [41.0, 45.2], of a share."""
-    form = "+.1f" if signed else ".1f"
-    ends = f"[{100 * estimate.low:{form}}, {100 * estimate.high:{form}}]"
-    return f"{100 * estimate.value:{form}} {ends}"
+    """43.1 [41.0, 45.2], of a share; signed: of a difference, with its sign."""
+    values = (estimate.value, estimate.low, estimate.high)
+    # A 0 that was rounded has no sign of its own.
+    value, low, high = (f"{round(100 * x, 1) + 0.0:{'+.1f' if signed else '.1f'}}" for x in values)
+    return f"{value} [{low}, {high}]"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,18 +33,21 @@ def read(workdir: Path, runs: Mapping[str, Planned]) -> list[Result]:
     ]
 
 
-def notes(workdir: Path, results: list[Result]) -> list[str]:
-    """What a reader of the results must know of where and on what the runs were trained."""
-    records = {
-        result.name: record
-        for result in results
-        if not result.unusable and (record := _record(worker.runs_of(workdir) / result.name))
-    }
-    devices = sorted({_devices(record) for record in records.values()})
-    lines = [f"Trained on {'; '.join(devices)}."] if devices else []
-    if len({record["devices"][0] for record in records.values()}) > 1:
-        lines.append("Device-seconds of different devices are not the same: do not compare them.")
-    if len({record["tokenizer"]["fingerprint"] for record in records.values()}) > 1:
+def notes(workdir: Path, results: Sequence[Result]) -> list[str]:
+    """What a reader of the results must know of where and on what the runs were trained.
+
+    Raises:
+      UserError: the record of a run lacks something.
+    """
+    used = [worker.runs_of(workdir) / result.name for result in results if not result.unusable]
+    records = [_record(directory) for directory in used]
+    devices = sorted({record.devices for record in records})
+    lines = []
+    if devices:
+        lines.append(f"Trained on {', '.join(f'{count} x {kind}' for kind, count in devices)}.")
+    if len({kind for kind, _ in devices}) > 1:
+        lines.append("Seconds of one device are not those of another: do not compare by them.")
+    if len({record.tokenizer for record in records}) > 1:
         lines.append("Runs have different tokenizers: their losses a token cannot be compared.")
     return lines
 
@@ -72,45 +75,52 @@ def _result(name: str, plan: Planned, state: State, directory: Path) -> Result:
     )
 
 
-def _seconds(lines: list[dict[str, Any]], steps: int, directory: Path) -> float | None:
+def _seconds(lines: Sequence[Mapping[str, Any]], steps: int, directory: Path) -> float | None:
     """Device-seconds of the whole run; None before it has updates.
 
     The first line, with what starting took, is left out where there are others.
     """
     each = [float(x["perf/step_seconds"]) for x in lines if x.get("perf/step_seconds") is not None]
-    record = _record(directory)
-    if not each or record is None:
+    if not each:
         return None
-    return median(each[1:] or each) * steps * int(record["devices"][1])
+    _, count = _record(directory).devices
+    return median(each[1:] or each) * steps * count
 
 
 def _scores(at_end: Mapping[str, Any], directory: Path) -> dict[str, Score]:
-    """Accuracies of the last update; questions and chance from the answers of the same update."""
+    """Accuracies of the last update; how many questions, and chance, as its answers say."""
     asked = {
         name.removeprefix(_TASK): float(value)
         for name, value in at_end.items()
         if name.startswith(_TASK)
     }
-    path = directory / "eval" / "results.json"
-    if not asked or not path.exists():
+    if not asked:
         return {}
-    entries = files.read_object(path).get("tasks", {})
-    scores = {}
-    for task, accuracy in asked.items():
-        entry = entries.get(task, {})
-        if entry.get("metric") != "accuracy" or not math.isfinite(accuracy):
-            continue  # a perplexity
-        # Prompts about one item are not so many questions: those that hang together count once.
-        count = entry.get("clusters", entry["n"])
-        scores[task] = Score(accuracy, int(count), float(entry["random"] or 0.0))
-    return scores
+    path = directory / "eval" / "results.json"
+    entries = files.read_object(path, hint="it says how many questions a task has")["tasks"]
+    if missing := sorted(asked.keys() - entries.keys()):
+        raise UserError(f"{path} lacks {', '.join(missing)}, which metrics.jsonl has scores of")
+    # Prompts about one item are not so many questions: those that hang together count once.
+    return {
+        task: Score(accuracy, int(entry.get("clusters", entry["n"])), float(entry["random"] or 0))
+        for task, accuracy in asked.items()
+        if (entry := entries[task])["metric"] == "accuracy"
+    }
 
 
-def _record(directory: Path) -> dict[str, Any] | None:
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """What run.json says of where a run was trained: kind and number of devices, tokenizer."""
+
+    devices: tuple[str, int]
+    tokenizer: str
+
+
+def _record(directory: Path) -> _Record:
     path = directory / "run.json"
-    return files.read_object(path) if path.exists() else None
-
-
-def _devices(record: Mapping[str, Any]) -> str:
-    kind, count = record["devices"]
-    return f"{count} x {kind}"
+    record = files.read_object(path, hint="the record of a run that has metrics")
+    try:
+        kind, count = record["devices"]
+        return _Record((str(kind), int(count)), str(record["tokenizer"]["fingerprint"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not say devices and tokenizer: {error!r}") from error
