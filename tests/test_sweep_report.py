@@ -67,7 +67,7 @@ def lines_of(directory: Path) -> list[dict[str, Any]]:
 
 def test_results_are_what_the_runs_wrote(trained: Path) -> None:
     runs = plans.planned(sweep(trained))
-    found, bad = collected.read(trained / "sweep", runs)
+    bad, found = collected.read(trained / "sweep", runs)
     assert [one.family for one in (found, bad)] == ["blind", "gpt2"]
     assert (bad.ended, bad.loss, bad.scores, bad.seconds) == ("failed", None, {}, None)
     assert "none.txt" in bad.unusable
