@@ -150,6 +150,23 @@ def test_the_best_run_of_a_budget_costs_no_more(found: Analysis) -> None:
                 assert best.loss == min(run.held_out for run in within)
 
 
+def test_budgets_are_those_that_all_families_have_seen() -> None:
+    runs = small_results.drawn("gpt2") + small_results.drawn("blind", budgets=BUDGETS[1:3])
+    found = analysis.analyse(runs, draws=3)
+    assert [at.budget for at in found.seen(FLOPS)] == list(BUDGETS[1:3])
+    both = [
+        [run.seconds or 0.0 for run in runs if run.family == name] for name in ("gpt2", "blind")
+    ]
+    for at in found.seen(SECONDS):
+        assert 0.99 * max(map(min, both)) <= at.budget <= 1.01 * min(map(max, both))
+    apart = small_results.drawn("gpt2", budgets=BUDGETS[:2])
+    apart += small_results.drawn("blind", budgets=[100 * budget for budget in BUDGETS[2:]])
+    found = analysis.analyse(apart, draws=3)
+    assert not found.at[FLOPS]
+    said = "Nothing can be said at equal model FLOPs: no budget was seen by all families."
+    assert sentences.supported(found)[0] == said
+
+
 def test_without_seconds_only_that_budget_is_missing() -> None:
     runs = [
         dataclasses.replace(run, seconds=None)
@@ -217,8 +234,7 @@ def test_a_response_stays_finite_where_all_are_alike(share: float, expected: flo
         for run in small_results.drawn("gpt2")
     ]
     found = accuracy.respond(runs, TASK, np.ones((2, len(runs))))
-    assert np.isfinite(found.coefficients).all()
-    assert np.abs(found.coefficients).max() < 10 * accuracy.PRIOR
+    assert np.abs(found.coefficients).max() < 12  # without a prior it goes on to 19
     assert found.at(1e5, 1e7) == pytest.approx(expected, abs=0.02)
     assert found.of_draws(np.full(2, 1e5), np.full(2, 1e7)) == pytest.approx(
         found.at(1e5, 1e7), abs=1e-3
