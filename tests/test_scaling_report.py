@@ -302,8 +302,8 @@ def test_sentences_follow_the_intervals(found: Analysis) -> None:
     said = sentences.supported(found)
     flops = [text for text in said if "model FLOPs" in text]
     seconds = [text for text in said if "device-seconds" in text]
-    assert flops[0].startswith("At 6.4e+13 model FLOPs, BLIND-VALM has a lower loss than GPT-2 (-")
-    assert "it needs 0.7" in flops[0]
+    assert flops[0].startswith("At 6.4e+13 model FLOPs: BLIND-VALM has a lower loss than GPT-2 (-")
+    assert "; needs 0.7" in flops[0]
     assert "BLIND-VALM has a higher loss than GPT-2 (+" in seconds[0]
     assert not any("But" in text for text in said)
 
@@ -361,7 +361,7 @@ def test_the_lowest_of_many_is_told_apart_or_not() -> None:
     assert len(said) == 2
     for text in said:
         assert "is that of BLIND-VALM" in text
-        assert "told apart from GPT-2 and not from BLIND-VALM, eos." in text
+        assert "told apart from GPT-2 and not from BLIND-VALM (eos)." in text
 
 
 def test_a_doubt_is_said_where_the_best_size_was_never_trained() -> None:
@@ -409,7 +409,7 @@ def test_the_report_is_complete_and_the_same_every_time(found: Analysis, tmp_pat
             assert len(content) < 120_000
     text = (tmp_path / "a" / "report.md").read_text()
     for part in (
-        *("diverged: loss is nan \\| \\<0>", "BLIND-VALM, eos: a fit needs 6 runs or more, got 4"),
+        *("diverged: loss is nan \\| \\<0>", "BLIND-VALM (eos): a fit needs 6 runs or more, got 4"),
         *("VALM: images encoded | 1.5e+15", "Trained on 1 x cpu.", "(a decade beyond)"),
         *sentences.supported(found)[:1],
     ):

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from blindvalm_jax.scaling.analysis import Analysis, Reached, names_of
 from blindvalm_jax.scaling.families import Estimate
@@ -50,6 +50,12 @@ _CAPTIONS = {
     "accuracy": "Accuracy in the task {} against what training cost: lines and 95 % bands of the"
     " compute-optimal models, every run as a point. Dashed: chance.",
 }
+# Ticks within a power of ten, the fewest first.
+_STEPS: tuple[Sequence[float], ...] = (
+    *((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)),
+    *((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), tuple(x / 10 for x in range(10, 100))),
+    tuple(x / 100 for x in range(100, 1000)),
+)
 _MOST_NAMED = 8  # budgets in a legend
 _MULTIPLIERS = (1e-3, 1e3)  # that are drawn
 
@@ -77,7 +83,7 @@ def accuracy_name(task: str) -> str:
 
 def png(figure: Figure) -> bytes:
     """The same bytes for the same figure."""
-    for dpi in (110, 80):
+    for dpi in (110, 90, 70):
         stream = io.BytesIO()
         figure.savefig(stream, format="png", dpi=dpi, metadata={"Software": None})
         if len(stream.getvalue()) < _MOST_BYTES:
@@ -260,28 +266,29 @@ def _band(
 def _budget_axis(panel: Axes, unit: str) -> None:
     panel.set_xscale("log")
     panel.set_xlabel(unit)
-    if unit == FLOPS:
-        panel.xaxis.set_minor_formatter(NullFormatter())
-        low, high = panel.get_xlim()
-        if math.log10(high / low) < 1.3:
-            _log_ticks(panel.xaxis, low, high, form=lambda value: f"{value:.0e}")
-    else:
-        _log_ticks(panel.xaxis, *panel.get_xlim(), form=lambda value: f"{value:,.4g}")
+    form = _power if unit == FLOPS else lambda value: f"{value:,.4g}"
+    _log_ticks(panel.xaxis, *panel.get_xlim(), form=form)
     panel.grid(**_GRID)
 
 
 def _log_ticks(axis: Any, low: float, high: float, *, form: Callable[[float], str]) -> None:
-    """Few ticks, in words: matplotlib's own have powers of ten alone, or too many."""
-    decades = math.log10(high / low) if high > low > 0 else 1.0
-    subs: tuple[float, ...] = (1,) if decades > 3 else (1, 3) if decades > 1.5 else (1, 2, 5)
-    if decades < 0.5:
-        subs = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if decades > 0.15 else ()
-    if subs:
-        axis.set_major_locator(LogLocator(subs=subs))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
-    else:
-        axis.set_major_formatter(ScalarFormatter())
+    """At least three, of round numbers: matplotlib's own may be one, or crowd."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks: list[float] = []
+    for steps in _STEPS:
+        found = (float(f"{step}e{power}") for power in powers for step in steps)
+        ticks = [value for value in found if low <= value <= high]
+        if len(ticks) >= 3:
+            break
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _power(value: float) -> str:
+    step, power = f"{value:.3e}".split("e")
+    ten = f"10^{{{int(power)}}}"
+    return f"${ten}$" if float(step) == 1 else f"${float(step):g}\\times{ten}$"
 
 
 def _color(name: str) -> str:
@@ -317,5 +324,5 @@ def _legend(figure: Figure, names: Iterable[str], *, chance: bool = False) -> No
 
 
 def _below(figure: Figure, handles: Sequence[Any]) -> None:
-    columns = min(5, len(handles))
+    columns = math.ceil(len(handles) / math.ceil(len(handles) / 5))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)

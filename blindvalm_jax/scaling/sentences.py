@@ -31,10 +31,8 @@ def supported(analysis: Analysis) -> list[str]:
             found.append(f"Nothing can be said at equal {unit}: {_why(analysis, unit)}.")
             continue
         last = seen[-1]
-        found += [_loss(analysis, last, name) for name in last.versus]
-        found += _lowest(analysis.first[unit], last)
-        for task in analysis.tasks():
-            found += _accuracy(analysis, last, task)
+        found += [_loss(analysis, last), *_lowest(analysis.first[unit], last)]
+        found += [text for task in analysis.tasks() if (text := _accuracy(analysis, last, task))]
     return found
 
 
@@ -45,22 +43,24 @@ def _why(analysis: Analysis, unit: str) -> str:
     return "; ".join(f"{label(name)}: {why}" for name, why in seen[-1].without.items()) or "no law"
 
 
-def _loss(analysis: Analysis, at: AtBudget, name: str) -> str:
-    comparison = at.versus[name].comparison
-    first, second = (label(one) for one in comparison.names)
-    difference, where = comparison.difference, _where(at)
-    told = nats(difference, signed=True)
-    if not sign(difference):
-        text = f"{where}, {second} and {first} cannot be told apart in loss ({told} nats a token)."
-        return text + _doubts(analysis, at, comparison)
-    word = "lower" if sign(difference) < 0 else "higher"
-    needs = f"{comparison.multiplier} times the {at.unit}"
-    text = f"{where}, {second} has a {word} loss than {first} ({told} nats a token); it needs"
-    text += f" {needs} for the loss of {first}."
-    return text + _doubts(analysis, at, comparison)
+def _loss(analysis: Analysis, at: AtBudget) -> str:
+    """How each family stands to the reference, in one sentence, and what to doubt of it."""
+    parts, doubts = [], {}
+    reference = label(analysis.reference or "")
+    for name, versus in at.versus.items():
+        difference = versus.comparison.difference
+        told = f"{nats(difference, signed=True)} nats a token"
+        if sign(difference):
+            word = "lower" if sign(difference) < 0 else "higher"
+            needs = f"needs {versus.comparison.multiplier} times the {at.unit} for its loss"
+            parts.append(f"{label(name)} has a {word} loss than {reference} ({told}; {needs})")
+        else:
+            parts.append(f"{label(name)} and {reference} cannot be told apart in loss ({told})")
+        doubts.update(dict.fromkeys(_doubts(analysis, at, versus.comparison)))
+    return f"{_where(at)}: {'; '.join(parts)}." + (f" But {'; '.join(doubts)}." if doubts else "")
 
 
-def _doubts(analysis: Analysis, at: AtBudget, comparison: Comparison) -> str:
+def _doubts(analysis: Analysis, at: AtBudget, comparison: Comparison) -> list[str]:
     """What speaks against taking a difference at its word."""
     texts = []
     apart = abs(comparison.difference.value)
@@ -73,7 +73,7 @@ def _doubts(analysis: Analysis, at: AtBudget, comparison: Comparison) -> str:
     for name in comparison.names:
         if outside := at.reached[name].outside:
             texts.append(f"the best {label(name)} is unlike any trained: {', '.join(outside)}")
-    return f" But {'; '.join(texts)}." if texts else ""
+    return texts
 
 
 def _lowest(comparisons: Sequence[Comparison], at: AtBudget) -> list[str]:
@@ -83,28 +83,28 @@ def _lowest(comparisons: Sequence[Comparison], at: AtBudget) -> list[str]:
     lowest = label(comparisons[0].names[0])
     apart = [label(one.names[1]) for one in comparisons if sign(one.difference) > 0]
     level = [label(one.names[1]) for one in comparisons if sign(one.difference) <= 0]
-    text = f"{_where(at)}, the lowest loss of all is that of {lowest}"
+    text = f"{_where(at)}: the lowest loss of all is that of {lowest}"
     if not level:
         return [f"{text}, told apart from each other family."]
     told = f"told apart from {', '.join(apart)} and" if apart else "but"
     return [f"{text}, {told} not from {', '.join(level)}."]
 
 
-def _accuracy(analysis: Analysis, at: AtBudget, task: str) -> list[str]:
+def _accuracy(analysis: Analysis, at: AtBudget, task: str) -> str:
+    """How the accuracy of each family stands to that of the reference; "" where none is known."""
     reference = label(analysis.reference or "")
-    found = []
+    parts = []
     for name, versus in at.versus.items():
         if task not in versus.accuracy:
             continue
         difference = versus.accuracy[task]
-        points = percent(difference, signed=True)
+        told = f"{percent(difference, signed=True)} points"
         if sign(difference):
             word = "higher" if sign(difference) > 0 else "lower"
-            said = f"{label(name)} has a {word} accuracy than {reference}"
+            parts.append(f"{label(name)} has a {word} accuracy than {reference} ({told})")
         else:
-            said = f"{label(name)} and {reference} cannot be told apart in accuracy"
-        found.append(f"{_where(at)}, task {task}: {said} ({points} points).")
-    return found
+            parts.append(f"{label(name)} and {reference} cannot be told apart in accuracy ({told})")
+    return f"{_where(at)}, task {task}: {'; '.join(parts)}." if parts else ""
 
 
 def _where(at: AtBudget) -> str:

@@ -10,9 +10,9 @@ from blindvalm_jax.scaling.results import FLOPS
 _LABELS = {
     "gpt2": "GPT-2",
     "blind": "BLIND-VALM",
-    "eos": "BLIND-VALM, eos",
+    "eos": "BLIND-VALM (eos)",
     "valm": "VALM",
-    "valm_eos": "VALM, eos",
+    "valm_eos": "VALM (eos)",
     "random_tower": "random tower",
     "shuffled": "shuffled",
 }
