@@ -10,10 +10,11 @@ a worker; start as many as there are devices for, on any machines that see DIR. 
 that nobody has and trains it in DIR/runs/NAME; when a worker dies, or is silent for
 --lease_seconds, another goes on with its run. --index=I trains the Ith run alone, as a task of a
 job array. The same command goes on where workers stopped. --retry opens failed and diverged runs
-again. DIR/manifest.jsonl keeps what happened. report: what the runs that are done say of their
-families at equal budget, in DIR/report or --out (docs/scaling_experiments.md). cost: FLOPs,
-parameters and bytes of a sweep's runs, or of any training config by part, before there is data
-(docs/costs.md).
+again. DIR/manifest.jsonl keeps what happened. cost: FLOPs, parameters and bytes of a sweep's runs,
+or of any training config by part, before there is data (docs/costs.md).
+
+report: what the runs that are done say of their families at equal budget, in model FLOPs and in
+device-seconds (docs/scaling_experiments.md), in DIR/report or --out.
 
 Exit codes: 0 all done, 1 error, or a run failed or diverged, 42 preempted and saved.
 """
@@ -31,7 +32,7 @@ from ml_collections import config_flags
 from blindvalm_jax import config, metrics
 from blindvalm_jax.config import Config
 from blindvalm_jax.errors import UserError, run_main
-from blindvalm_jax.sweep import cost, plans, report, trunks, worker
+from blindvalm_jax.sweep import cost, trunks, worker
 from blindvalm_jax.sweep.leases import Lease
 from blindvalm_jax.sweep.manifest import Manifest
 
@@ -58,9 +59,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--workdir=DIR is needed")
     workdir = Path(_WORKDIR.value)
     if argv[1] == "report":
-        runs = plans.planned(_given("--config=configs/sweeps/NAME.py is needed"))
-        report.write(workdir, runs, out=Path(_OUT.value or workdir / "report"))
-        return 0
+        return _report(workdir)
     return _status(workdir) if argv[1] == "status" else _run(workdir)
 
 
@@ -81,6 +80,15 @@ def _run(workdir: Path) -> int:
             if manifest.states()[name].ended in ("failed", "diverged"):
                 manifest.add(name, "reopened")
     return worker.work(workdir, runs, lease_seconds=_LEASE.value)
+
+
+def _report(workdir: Path) -> int:
+    # Matplotlib, which workers need not have loaded.
+    from blindvalm_jax.sweep import plans, report
+
+    runs = plans.planned(_given("--config=configs/sweeps/NAME.py is needed"))
+    report.write(workdir, runs, out=Path(_OUT.value or workdir / "report"))
+    return 0
 
 
 def _cost() -> int:
