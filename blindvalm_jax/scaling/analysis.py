@@ -17,7 +17,10 @@ from blindvalm_jax.scaling.family_fits import UNITS, FamilyFit, best, fit_family
 from blindvalm_jax.scaling.points import Array
 from blindvalm_jax.scaling.results import FLOPS, Result, left_out, usable
 
-FAMILIES = ("gpt2", "blind", "eos", "valm", "valm_eos", "random_tower", "shuffled")
+FAMILIES = (
+    *("gpt2", "blind", "eos", "valm", "valm_eos"),
+    *("random_tower", "random_tower_eos", "shuffled", "shuffled_eos"),
+)
 _WITHIN = 1.02  # of a budget: runs of its group cost within 1 % of it
 _SAME = 1.05  # budgets of two groups that are one
 _SPACED = 4  # budgets, where the runs have none in common

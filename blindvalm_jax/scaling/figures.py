@@ -32,10 +32,12 @@ _COLORS = {
     "valm": "#56B4E9",
     "valm_eos": "#0072B2",
     "random_tower": "#CC79A7",
+    "random_tower_eos": "#7A2F5B",
     "shuffled": "#009E73",
+    "shuffled_eos": "#00503A",
 }
-_OTHERS = ("#000000", "#8C6D1F", "#7A2F5B", "#00503A")
-_MARKERS = "osD^vPX"
+_OTHERS = ("#000000", "#8C6D1F", "#8F8FD0")
+_MARKERS = "osD^vPpX*"
 _WIDTH = 8.6  # inches
 _GRID: dict[str, Any] = {"color": "0.9", "linewidth": 0.7}
 _MOST_BYTES = 120_000

@@ -14,7 +14,9 @@ _LABELS = {
     "valm": "VALM",
     "valm_eos": "VALM (eos)",
     "random_tower": "random tower",
+    "random_tower_eos": "random tower (eos)",
     "shuffled": "shuffled",
+    "shuffled_eos": "shuffled (eos)",
 }
 _STEPS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 NOTHING = "–"
