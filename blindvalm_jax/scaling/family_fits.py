@@ -57,7 +57,9 @@ class FamilyFit:
 
     def off(self, unit: str) -> float:
         """How far runs are from what a token costs at their size, as a share (rms)."""
-        return timing.off(_points(self.runs, unit), self.costs[unit].cost)
+        points = _points(self.runs, unit)
+        apart = np.log(points.budget / points.d / self.costs[unit].cost(points.n))
+        return float(np.sqrt(np.mean(apart**2)))
 
     def exponent(self, unit: str) -> Estimate:
         """How N* grows with the budget, from the least to the largest seen, at what tokens cost.
@@ -83,7 +85,7 @@ def best(family: Family, budget: float) -> tuple[optima.Optimum, optima.Optimum]
     """
     seen = family.draws.fit.seen
     of_fit = optima.best(family.draws.fit, budget, cost=family.cost, seen=seen)
-    return of_fit, optima.best(family.draws.law, budget, cost=family.cost, seen=seen)
+    return of_fit, optima.best(family.draws.law, budget, cost=family.cost_of_draws, seen=seen)
 
 
 def fit_family(
@@ -129,8 +131,12 @@ def _family(name: str, law: Draws, runs: Sequence[Result], unit: str) -> Family:
         raise UserError(f"none of its runs says what it cost in {unit}")
     points = _points(runs, unit)
     fit = dataclasses.replace(law.fit, seen=fits.Seen.of(points))
-    cost = optima.as_run(points) if unit == FLOPS else timing.smooth(points)
-    return Family(name, dataclasses.replace(law, fit=fit), cost)
+    law = dataclasses.replace(law, fit=fit)
+    if unit == FLOPS:
+        return Family(name, law, optima.as_run(points))
+    # Drawn apart from those of the law, and of other families.
+    drawn = timing.drawn(points, draws=len(law), seed=(law.seed, *name.encode()))
+    return Family(name, law, timing.smooth(points), drawn)
 
 
 def _points(runs: Sequence[Result], unit: str) -> Points:
