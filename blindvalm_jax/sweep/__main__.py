@@ -2,6 +2,7 @@ r"""Trains many runs with any number of workers that share a directory.
 
     python -m blindvalm_jax.sweep run --config=configs/sweeps/NAME.py --workdir=DIR
     python -m blindvalm_jax.sweep status --workdir=DIR
+    python -m blindvalm_jax.sweep report --config=configs/sweeps/NAME.py --workdir=DIR [--out=DIR]
     python -m blindvalm_jax.sweep cost --config=CONFIG.py [--mfu=0.4] [--json=FILE]
 
 A sweep's config returns a ConfigDict whose `runs` holds the settings of each run by its name, or a
@@ -12,6 +13,9 @@ DIR/runs/NAME; when a worker dies, or is silent for --lease_seconds, another goe
 stopped. --retry opens failed and diverged runs again. What runs make of data lies in DIR/data,
 unless data.cache says where. DIR/manifest.jsonl keeps what happened. cost: FLOPs, parameters and
 bytes of a sweep's runs, or of any training config by part, before there is data (docs/costs.md).
+
+report: what the runs that are done say of their families at equal budget, in model FLOPs and in
+device-seconds (docs/scaling_experiments.md), in DIR/report or --out.
 
 Exit codes: 0 all done, 1 error, or a run failed or diverged, 42 preempted and saved.
 """
@@ -38,19 +42,23 @@ _RETRY = flags.DEFINE_bool("retry", False, "run: failed and diverged runs again"
 _LEASE = flags.DEFINE_float(
     "lease_seconds", 120.0, "run: how long a silent worker keeps its run", lower_bound=1.0
 )
+_OUT = flags.DEFINE_string("out", "", "report: where to write it, in place of DIR/report")
 _MFU = flags.DEFINE_float("mfu", 0.4, "cost: share of the peak that device-hours are given for")
 _JSON = flags.DEFINE_string("json", "", "cost: also as JSON in this file")
 
 
 def main(argv: Sequence[str]) -> int:
     """Does what the command line says; returns the exit code."""
-    if len(argv) != 2 or argv[1] not in ("run", "status", "cost"):
-        raise UserError(f"expected run, status or cost, got {' '.join(argv[1:]) or 'nothing'}")
+    if len(argv) != 2 or argv[1] not in ("run", "status", "report", "cost"):
+        got = " ".join(argv[1:]) or "nothing"
+        raise UserError(f"expected run, status, report or cost, got {got}")
     if argv[1] == "cost":
         return _cost()
     if not _WORKDIR.value:
         raise UserError("--workdir=DIR is needed")
     workdir = Path(_WORKDIR.value)
+    if argv[1] == "report":
+        return _report(workdir)
     return _status(workdir) if argv[1] == "status" else _run(workdir)
 
 
@@ -71,6 +79,15 @@ def _run(workdir: Path) -> int:
             if manifest.states()[name].ended in ("failed", "diverged"):
                 manifest.add(name, "reopened")
     return worker.work(workdir, runs, lease_seconds=_LEASE.value)
+
+
+def _report(workdir: Path) -> int:
+    # Matplotlib, which workers need not have loaded.
+    from blindvalm_jax.sweep import report
+
+    runs = plans.planned(_given("--config=configs/sweeps/NAME.py is needed"))
+    report.write(workdir, runs, out=Path(_OUT.value or workdir / "report"))
+    return 0
 
 
 def _cost() -> int:
