@@ -271,6 +271,7 @@ class CheckpointConfig:
     keep: int = field(3, "latest checkpoints kept", low=1)
     keep_every: int = field(0, "checkpoints at multiples of it are kept for ever; 0: none", low=0)
     keep_best: int = field(0, "checkpoints kept for the lowest eval/loss; 0: none", low=0)
+    keep_steps: tuple[int, ...] = field((), "steps also saved, and kept for ever")
     failures: int = field(3, "saves in a row that fail and end the run", low=1)
     timeout_seconds: int = field(1200, "a save that takes longer has failed", low=1)
 

@@ -200,6 +200,8 @@ def _check_kept(config: Config) -> None:
             f"checkpoint.keep_every {kept.keep_every} is no multiple of checkpoint.every_steps "
             f"{saved}: nothing is saved at most of its steps"
         )
+    if not all(type(step) is int and step > 0 for step in kept.keep_steps):
+        raise UserError(f"checkpoint.keep_steps must be steps above 0, got {kept.keep_steps}")
     if kept.keep_best and (asked == 0 or saved % asked):
         raise UserError(
             f"checkpoint.keep_best needs an eval/loss with each checkpoint: eval.every_steps "

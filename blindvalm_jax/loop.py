@@ -156,7 +156,9 @@ class _Between:
             and at(settings.eval.every_steps)
             and not stopping,
             asked=self.tasks is not None and at(settings.eval.tasks_every_steps),
-            saved=stopping or at(settings.checkpoint.every_steps),
+            saved=stopping
+            or at(settings.checkpoint.every_steps)
+            or done in settings.checkpoint.keep_steps,
         )
 
     def report(self, due: _Due, scalars: Mapping[str, jax.Array], *, waited: float) -> str | None:

@@ -21,7 +21,7 @@ def start(
 ) -> int:
     """Trains in `workdir`, see `trainer.train`, with all that settings name on this machine.
 
-    Before, inputs that lie in a store are brought, and what is named `toyworld` is made.
+    Before, what is named `toyworld` is made, and inputs that lie in a store are brought.
 
     Raises:
       UserError: as `trainer.train`; several processes cannot do what settings ask for.
@@ -33,14 +33,14 @@ def start(
         runs.held(workdir),  # before parts are made in its data/
         inputs.released(),
     ):
-        branch = distributed.all_or_none if ownership.apart() else distributed.first_then_others
-        branch(lambda: branching.begin(settings, workdir, dry_run=dry_run, allowed=allow_changed))
-        kept = _read_no_more(workdir, settings)
-        settings = distributed.first_then_others(lambda: brought(settings, but=kept))
         if supply.wanted(settings):
             if not dry_run:  # rather than after hours
                 sinks.check(settings.log, workdir)
             settings = supply.complete(settings, workdir, train=train, dry_run=dry_run)
+        branch = distributed.all_or_none if ownership.apart() else distributed.first_then_others
+        branch(lambda: branching.begin(settings, workdir, dry_run=dry_run, allowed=allow_changed))
+        kept = _read_no_more(workdir, settings)
+        settings = distributed.first_then_others(lambda: brought(settings, but=kept))
         return train(settings, workdir, dry_run=dry_run, allow_changed=allow_changed)
 
 

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from ml_collections import ConfigDict
 
 from blindvalm_jax import compilation, config, ladder, optim, partitioning, presets
 from blindvalm_jax.config import Config
@@ -27,8 +28,6 @@ from blindvalm_jax.models.vision import VisionConfig
 from blindvalm_jax.objectives.contrastive_model import Model
 from blindvalm_jax.objectives.shapes import Shapes
 from blindvalm_jax.sweep import cost
-from blindvalm_jax.toyworld import recipes
-from blindvalm_jax.toyworld.world import WorldConfig
 
 ROWS, LENGTH = 64, 64
 VARIANTS = ("gpt2", "blind", "eos", "valm", "valm_eos")
@@ -340,13 +339,7 @@ def test_what_cannot_be_reported_is_refused(given: Any, mfu: float, to: str, mes
     if given is not None:
         given.grounding.source = "none"
     with pytest.raises(UserError, match=message):
-        cost.report(given, None, mfu=mfu, to=to)
-
-
-@pytest.mark.parametrize("variant", ["valm", "blind_valm"])
-def test_what_a_toy_world_makes_has_no_size_yet(variant: str) -> None:
-    with pytest.raises(UserError, match="are made with it"):
-        cost.report(recipes.language(WorldConfig(), variant), None, mfu=0.4, to="")
+        cost.report(given, mfu=mfu, to=to)
 
 
 def test_a_config_file_that_is_not_there_is_named() -> None:
@@ -355,6 +348,6 @@ def test_a_config_file_that_is_not_there_is_named() -> None:
 
 
 def test_a_run_of_a_sweep_that_has_no_account_is_named() -> None:
-    runs = {"fine": settings("gpt2", "small"), "bare": config.parse(config.default())}
+    runs = {"bare": config.default()}
     with pytest.raises(UserError, match=r"run bare: grounding.tower is needed"):
-        cost.report(None, runs, mfu=0.4, to="")
+        cost.report(ConfigDict({"runs": runs}), mfu=0.4, to="")

@@ -101,7 +101,7 @@ def test_a_branch_of_a_trunk_that_failed_fails(
     ("branch", "of_trunk", "message"),
     [
         ("run:other@4", {}, "run short branches from other, which is no run of the sweep"),
-        ("run:trunk@4", {}, "which that keeps no checkpoint: it has 10 steps and .*keep_every=0"),
+        ("run:trunk@4", {}, "which that keeps no checkpoint: it has 10 steps, .*keep_every=0 and"),
         ("run:trunk@12", {"checkpoint__keep_every": 4}, "at step 12, of which that keeps no"),
         ("run:trunk", {}, "expected RUN@STEP"),
     ],

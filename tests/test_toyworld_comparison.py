@@ -20,6 +20,8 @@ import pytest
 from blindvalm_jax import config, trained, trainer
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import clip_model
+from blindvalm_jax.tasks import evaluation
+from blindvalm_jax.tasks.scoring import Scorer
 from blindvalm_jax.toyworld import (
     comparison,
     language,
@@ -176,6 +178,24 @@ def test_answers_do_not_depend_on_order_or_number(
     np.testing.assert_allclose(answers.share, backwards.share[::-1], atol=1e-6)
     few = probing.ask(blind, probes[7:20])
     np.testing.assert_array_equal(answers.said[7:20], few.said)
+
+
+@pytest.mark.slow
+def test_tasks_ask_what_probes_ask(
+    blind: trained.TrainedModel, probes: list[language.Probe], tmp_path: Path
+) -> None:
+    """Of attributes all of whose values some held-out object has."""
+    supply.make_questions(WORLD, supply.Parts(tmp_path))
+    scorer = Scorer(blind)
+    for attribute in ("shape", "size"):
+        own = [p for p in probes if p.attribute == attribute and p.wording == "seen"]
+        said = probing.ask(blind, own).said
+        right = np.mean([answer == p.answer for answer, p in zip(said, own, strict=True)])
+        [asked] = evaluation.read([f"toyworld_{attribute}"], "corrected", tmp_path)
+        entry = asked.run(scorer, blind.tokenizer).entry
+        assert entry["n"] == WORLD.heldout_objects
+        assert entry["score"] == pytest.approx(right)
+        assert entry["random"] == pytest.approx(1 / len(own[0].candidates))
 
 
 @pytest.mark.slow

@@ -24,6 +24,8 @@ def reasons(
         found[step] = ["newest"] if step in newest else []
         if config.keep_every and step % config.keep_every == 0:
             found[step].append(f"every {config.keep_every}")
+        if step in config.keep_steps:
+            found[step].append("keep_steps")
         if step in best:
             found[step].append("best")
     return found

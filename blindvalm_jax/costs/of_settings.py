@@ -13,13 +13,12 @@ from blindvalm_jax.config import Config
 from blindvalm_jax.costs import language, parameters, products, searching
 from blindvalm_jax.costs.account import HOST_SEARCH, USEFUL, Account
 from blindvalm_jax.costs.products import FORWARD, Product
-from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding.faiss_engine import PAPER_NPROBE, default_settings
 from blindvalm_jax.models.clip import TowerConfig
 from blindvalm_jax.models.vision import VisionConfig
 from blindvalm_jax.objectives import contrastive_shapes
 from blindvalm_jax.objectives.shapes import ALIGNED, tower_of, vectors_of, vocabulary
-from blindvalm_jax.toyworld import recipes
+from blindvalm_jax.toyworld import recipes, sizes
 
 _CLIP_IMAGE = 224  # pixels
 
@@ -30,15 +29,23 @@ def account(settings: Config) -> Account:
     Raises:
       UserError: a tower or index that settings name cannot be read.
     """
-    grounding = settings.grounding
-    if recipes.OWN in (grounding.tower, grounding.index):
-        raise UserError(
-            f"the tower and index of a {recipes.OWN} are made with it: name them as they are in "
-            "its run, or their sizes (docs/costs.md)"
-        )
-    if settings.train.objective == "contrastive":
-        return _contrastive(settings)
-    return _language(settings)
+    told = sizes.told(settings)
+    if told.train.objective == "contrastive":
+        return _contrastive(told)
+    made = _language(told)
+    return dataclasses.replace(made, once={**_of_world(settings, told), **made.once})
+
+
+def _of_world(settings: Config, told: Config) -> dict[str, float]:
+    """FLOPs of a toy world's CLIP and of its images' embeddings, where settings name them."""
+    if recipes.OWN not in (settings.grounding.tower, settings.grounding.index):
+        return {}
+    clip = _contrastive(sizes.told(sizes.clip(settings)))
+    found = {"the toy world's CLIP": clip.budget}
+    if settings.grounding.index == recipes.OWN:
+        image = sum(one.forward for one in clip.products if one.part == "image tower")
+        found["its images embedded"] = image * vectors_of(told.grounding)
+    return found
 
 
 def _contrastive(settings: Config) -> Account:

@@ -62,8 +62,13 @@ def of_run(account: Account, *, mfu: float) -> list[str]:
     ]
 
 
-def of_sweep(accounts: Mapping[str, Account], *, mfu: float) -> list[str]:
-    """A line a run and their sum; what is done once is named once, however many runs need it."""
+def of_sweep(
+    accounts: Mapping[str, Account], shares: Mapping[str, float], *, mfu: float
+) -> list[str]:
+    """A line a run and their sum; what is done once is named once, however many runs need it.
+
+    shares: of each run, how much it trains itself and not its trunk: what the sum counts.
+    """
     rows = [
         (
             name,
@@ -71,19 +76,47 @@ def of_sweep(accounts: Mapping[str, Account], *, mfu: float) -> list[str]:
             mega(one.training),
             f"{one.units:.3e}",
             f"{one.budget:.3e}",
+            f"{one.budget * shares[name]:.3e}",
         )
         for name, one in accounts.items()
     ]
-    total = sum(one.budget for one in accounts.values())
-    rows.append(("all", "", "", "", f"{total:.3e}"))
-    head = ("run", "trained parameters", "MFLOPs a unit", "units", "FLOPs")
-    lines = markdown.aligned(head, rows, numbers=4)
-    once = {what: cost for one in accounts.values() for what, cost in one.once.items()}
+    whole, computed = _sums(accounts, shares)
+    rows.append(("all", "", "", "", f"{whole:.3e}", f"{computed:.3e}"))
+    head = ("run", "trained parameters", "MFLOPs a unit", "units", "FLOPs", "without its trunk's")
+    lines = markdown.aligned(head, rows, numbers=5)
     lines += [
-        f"once, outside of the budget: {what}: {cost:.3e} FLOPs" for what, cost in once.items()
+        f"once, outside of the budget: {what}: {cost:.3e} FLOPs"
+        for what, cost in _once(accounts).items()
     ]
-    computed = sum(one.device_budget for one in accounts.values())
-    return [*lines, *_hours(computed, mfu=mfu)]
+    return [*lines, *_hours(_on_devices(accounts, shares), mfu=mfu)]
+
+
+def sweep_as_json(
+    accounts: Mapping[str, Account], shares: Mapping[str, float], *, mfu: float
+) -> dict[str, Any]:
+    """A sweep as JSON values: each run as `as_json`, and the sums."""
+    budget, computed = _sums(accounts, shares)
+    return {
+        "runs": {name: as_json(one, mfu=mfu) for name, one in accounts.items()},
+        "budget_flops": budget,
+        "computed_flops": computed,
+        "mfu": mfu,
+        "device_hours": device_hours(_on_devices(accounts, shares), mfu=mfu),
+    }
+
+
+def _sums(accounts: Mapping[str, Account], shares: Mapping[str, float]) -> tuple[float, float]:
+    """FLOPs of all runs, each as if it shared nothing; and what is computed for them."""
+    whole = sum(one.budget for one in accounts.values())
+    return whole, sum(one.budget * shares[name] for name, one in accounts.items())
+
+
+def _on_devices(accounts: Mapping[str, Account], shares: Mapping[str, float]) -> float:
+    return sum(one.device_budget * shares[name] for name, one in accounts.items())
+
+
+def _once(accounts: Mapping[str, Account]) -> dict[str, float]:
+    return {what: cost for one in accounts.values() for what, cost in one.once.items()}
 
 
 def as_json(account: Account, *, mfu: float) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import json
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +27,7 @@ from blindvalm_jax.stores import places
 _COMPRESSIONS = (".gz", ".zst", ".xz")
 _FORMATS = (".txt", ".jsonl")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_EXAMPLES_AT_ONCE = 1024
 Advance = Callable[[int], None]
 
 
@@ -195,8 +196,7 @@ def tfds_documents(
     """
     _, examples = open_tfds(name, split, data_dir)
     empty = True
-    for index in range(len(examples)):
-        example = examples[index]
+    for index, example in enumerate(_in_order(examples)):
         if text_field not in example:
             raise UserError(
                 f"TFDS {name} has no field {text_field!r} (data.text_field); it has "
@@ -218,6 +218,13 @@ def tfds_documents(
             yield text
     if empty:
         raise UserError(f"no document with text in TFDS {name}, split {split}")
+
+
+def _in_order(examples: Any) -> Iterator[Mapping[str, Any]]:
+    """All examples; many at once, since each read unpacks the records around it too."""
+    for first in range(0, len(examples), _EXAMPLES_AT_ONCE):
+        last = min(first + _EXAMPLES_AT_ONCE, len(examples))
+        yield from examples.__getitems__(range(first, last))
 
 
 def open_tfds(name: str, split: str, data_dir: str) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from blindvalm_jax import config, fitting, flops, partitioning, system
 from blindvalm_jax.console import say
-from blindvalm_jax.data import pipeline
+from blindvalm_jax.data import pipeline, tokenizers
 from blindvalm_jax.data.manifest import TokenizerRecord
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import images, retrieval
@@ -202,8 +202,14 @@ class Shapes(ShapesAlone):
 
 
 def vocabulary(named: config.TokenizerConfig, *, entries: int = 0) -> TokenizerRecord:
-    """A vocabulary of this kind; entries: of it, 0: as many as the kind has, or is to learn."""
+    """A vocabulary of this kind; entries: of it, 0: as many as the kind has, or is to learn.
+
+    Raises:
+      UserError: a tokenizer that was learned before is named, and cannot be read.
+    """
     kind = named.kind
+    if not entries and kind == "train" and named.path:
+        entries = tokenizers.load(kind, named.path).vocab_size
     return TokenizerRecord(
         kind=kind,
         vocab_size=entries or _VOCABULARIES.get(kind) or named.train_vocab_size,

@@ -16,11 +16,20 @@ from blindvalm_jax.scaling.points import Numbers
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A family's draws (with its fit), and what a token costs it in the unit of its budgets."""
+    """A family's draws (with its fit), and what a token costs it in the unit of its budgets.
+
+    drawn_cost: of each draw (see `timing.Smooth`), where costs are not known exactly.
+    """
 
     name: str
     draws: Draws
     cost: optima.Cost
+    drawn_cost: optima.Cost | None = None
+
+    @property
+    def cost_of_draws(self) -> optima.Cost:
+        """The cost that goes with the laws of the draws."""
+        return self.drawn_cost or self.cost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,32 +105,34 @@ def compare(
         if n is not None:
             optima.refuse(f"{family.name}, N", n, seen.n, extrapolate=extrapolate)
 
-    def loss(family: Family, law: Law) -> Numbers:
+    def loss(family: Family, law: Law, cost: optima.Cost) -> Numbers:
         if n is not None:
-            return law.loss(n, budget / float(family.cost(np.array(n))))
+            each = cost(np.array(n))
+            return law.loss(n, budget / (each.reshape(-1) if each.ndim else float(each)))
         seen = family.draws.fit.seen
-        return optima.best(law, budget, cost=family.cost, seen=seen, extrapolate=extrapolate).loss
+        return optima.best(law, budget, cost=cost, seen=seen, extrapolate=extrapolate).loss
 
     fits = first.draws.fit, second.draws.fit
     # Bootstraps with one seed draw the same runs of both: shifted, they have nothing in common.
     laws = first.draws.law, Law(**{k: np.roll(v, 1) for k, v in vars(second.draws.law).items()})
-    values = loss(first, fits[0]), loss(second, fits[1])
-    drawn = loss(first, laws[0]), loss(second, laws[1])
+    values = loss(first, fits[0], first.cost), loss(second, fits[1], second.cost)
+    costs = first.cost_of_draws, second.cost_of_draws
+    drawn = loss(first, laws[0], costs[0]), loss(second, laws[1], costs[1])
     budgets = fits[1].seen.budget
     decade = 10**optima.DECADES
     trusted = (0.0, math.inf)
     if not extrapolate:
         trusted = (budgets[0] / decade / budget, budgets[1] * decade / budget)
     times = _cut(optima.needed(fits[1], values[0], cost=second.cost, n=n) / budget, trusted)
-    drawn_times = _cut(optima.needed(laws[1], drawn[0], cost=second.cost, n=n) / budget, trusted)
+    drawn_times = _cut(optima.needed(laws[1], drawn[0], cost=costs[1], n=n) / budget, trusted)
     low, high = interval(drawn_times)
     return Comparison(
         names=(first.name, second.name),
         budget=budget,
         unit=fits[0].seen.unit,
         n=n,
-        losses=(_estimate(values[0], drawn[0]), _estimate(values[1], drawn[1])),
-        difference=_estimate(values[1] - values[0], drawn[1] - drawn[0]),
+        losses=(estimate(values[0], drawn[0]), estimate(values[1], drawn[1])),
+        difference=estimate(values[1] - values[0], drawn[1] - drawn[0]),
         multiplier=Multiplier(
             value=float(times),
             low=low,
@@ -132,7 +143,8 @@ def compare(
     )
 
 
-def _estimate(value: Numbers, drawn: Numbers) -> Estimate:
+def estimate(value: Numbers, drawn: Numbers) -> Estimate:
+    """The value of a fit with the interval of what its draws say."""
     low, high = interval(np.asarray(drawn))
     return Estimate(value=float(value), low=low, high=high)
 

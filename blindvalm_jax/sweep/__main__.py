@@ -2,19 +2,25 @@ r"""Trains many runs with any number of workers that share a directory.
 
     python -m blindvalm_jax.sweep run --config=configs/sweeps/NAME.py --workdir=DIR
     python -m blindvalm_jax.sweep status --workdir=DIR
+    python -m blindvalm_jax.sweep report --config=configs/sweeps/NAME.py --workdir=DIR [--out=DIR]
     python -m blindvalm_jax.sweep launch --config=SWEEP.py --workdir=DIR --scheduler=slurm
         [--workers=N] [-- FLAGS OF THE SCHEDULER'S SCRIPT]
     python -m blindvalm_jax.sweep cost --config=CONFIG.py [--mfu=0.4] [--json=FILE]
 
-A sweep's config returns a ConfigDict whose `runs` holds the settings of each run by its name. run:
-a worker; start as many as there are devices for, on any machines that see DIR. Each takes a run
-that nobody has and trains it in DIR/runs/NAME; when a worker dies, or is silent for
---lease_seconds, another goes on with its run. --index=I trains the Ith run alone, as a task of a
-job array. The same command goes on where workers stopped. --retry opens failed and diverged runs
-again. DIR/manifest.jsonl keeps what happened. launch: prints the commands that train the sweep with
-a scheduler of launch/ (slurm, gke, tpu_vm, sky, local), N workers at once, and runs none. cost:
-FLOPs, parameters and bytes of a sweep's runs, or of any training config by part, before there is
-data (docs/costs.md).
+A sweep's config returns a ConfigDict whose `runs` holds the settings of each run by its name, or a
+grid of families, sizes and budgets (sweep/grids.py). run: a worker; start as many as there are
+devices for, on any machines that see DIR. Each takes a run that nobody has and trains it in
+DIR/runs/NAME; when a worker dies, or is silent for --lease_seconds, another goes on with its run.
+--index=I trains the Ith run alone, as a task of a job array. The same command goes on where workers
+stopped. --retry opens failed and diverged runs again. What runs make of data lies in DIR/data,
+unless data.cache says where. DIR/manifest.jsonl keeps what happened. cost: FLOPs, parameters and
+bytes of a sweep's runs, or of any training config by part, before there is data (docs/costs.md).
+
+report: what the runs that are done say of their families at equal budget, in model FLOPs and in
+device-seconds (docs/scaling_experiments.md), in DIR/report or --out.
+
+launch: prints the commands that train the sweep with a scheduler of launch/ (slurm, gke, tpu_vm,
+sky, local), N workers at once, and runs none.
 
 Exit codes: 0 all done, 1 error, or a run failed or diverged, 42 preempted and saved.
 """
@@ -26,14 +32,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from blindvalm_jax import config
-from blindvalm_jax.config import Config
 from blindvalm_jax.errors import UserError, run_main
-from blindvalm_jax.sweep import cost, launching, status, trunks, worker
+from blindvalm_jax.sweep import cost, launching, plans, status, worker
 from blindvalm_jax.sweep.manifest import Manifest
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The sweep.", lock_config=True)
@@ -49,6 +52,7 @@ _SCHEDULER = flags.DEFINE_enum(
 _WORKERS = flags.DEFINE_integer(
     "workers", None, "launch: how many at once; else 1, of slurm as many as there are runs"
 )
+_OUT = flags.DEFINE_string("out", "", "report: where to write it, in place of DIR/report")
 _MFU = flags.DEFINE_float("mfu", 0.4, "cost: share of the peak that device-hours are given for")
 _JSON = flags.DEFINE_string("json", "", "cost: also as JSON in this file")
 
@@ -57,10 +61,9 @@ def main(argv: Sequence[str]) -> int:
     """Does what the command line says; returns the exit code."""
     if argv[1:2] == ["launch"]:
         return _launch(argv[2:])
-    if len(argv) != 2 or argv[1] not in ("run", "status", "cost"):
-        raise UserError(
-            f"expected run, status, launch or cost, got {' '.join(argv[1:]) or 'nothing'}"
-        )
+    if len(argv) != 2 or argv[1] not in ("run", "status", "report", "cost"):
+        got = " ".join(argv[1:]) or "nothing"
+        raise UserError(f"expected run, status, report, launch or cost, got {got}")
     if argv[1] == "cost":
         return _cost()
     if not _WORKDIR.value:
@@ -69,11 +72,13 @@ def main(argv: Sequence[str]) -> int:
     if argv[1] == "status":
         print("\n".join(status.lines(workdir, lease_seconds=_LEASE.value)))
         return 0
+    if argv[1] == "report":
+        return _report(workdir)
     return _run(workdir)
 
 
 def _run(workdir: Path) -> int:
-    runs = read_runs()
+    runs = plans.settings_of(_given("--config=configs/sweeps/NAME.py is needed"))
     try:
         manifest = Manifest(workdir)
         manifest.plan(runs)
@@ -91,7 +96,7 @@ def _run(workdir: Path) -> int:
 
 def _launch(given: Sequence[str]) -> int:
     """given: flags of the scheduler's script, behind --."""
-    runs = read_runs()
+    runs = plans.settings_of(_given("--config=configs/sweeps/NAME.py is needed"))
     scheduler = _SCHEDULER.value
     if not _WORKDIR.value or scheduler is None:
         raise UserError("launch needs --workdir=DIR and --scheduler=NAME")
@@ -108,34 +113,19 @@ def _launch(given: Sequence[str]) -> int:
     return 0
 
 
-def _cost() -> int:
-    given = _given("--config=CONFIG.py is needed: a sweep's, or any that is trained with")
-    runs = read_runs() if isinstance(given, ml_collections.ConfigDict) and "runs" in given else None
-    cost.report(given, runs, mfu=_MFU.value, to=_JSON.value)
+def _report(workdir: Path) -> int:
+    # Matplotlib, which workers need not have loaded.
+    from blindvalm_jax.sweep import report
+
+    runs = plans.planned(_given("--config=configs/sweeps/NAME.py is needed"))
+    report.write(workdir, runs, out=Path(_OUT.value or workdir / "report"))
     return 0
 
 
-def read_runs() -> dict[str, Config]:
-    """The runs of the sweep that --config names, parsed before any is trained.
-
-    Raises:
-      UserError: the file gives no runs, or settings that do not fit.
-    """
-    given = _given("--config=configs/sweeps/NAME.py is needed")
-    if not isinstance(given, ml_collections.ConfigDict) or "runs" not in given or not given.runs:
-        raise UserError("get_config() of a sweep must return a ConfigDict with its runs in `runs`")
-    runs = {}
-    for name, settings in given.runs.items():
-        if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name[0] == ".":
-            raise UserError(
-                f"a run is called {name!r}: names are letters, digits, - _ and ., not first"
-            )
-        try:
-            runs[name] = config.parse(settings)
-        except UserError as error:
-            raise UserError(f"run {name}: {error}") from error
-    trunks.check(runs)
-    return runs
+def _cost() -> int:
+    given = _given("--config=CONFIG.py is needed: a sweep's, or any that is trained with")
+    cost.report(given, mfu=_MFU.value, to=_JSON.value)
+    return 0
 
 
 def _given(needed: str) -> Any:

@@ -26,28 +26,34 @@ def of(settings: Config) -> Place | None:
     return Place.named(named.removeprefix(_PREFIX))
 
 
+def name(run: str, step: int) -> str:
+    """What `train.branch_from` is for a branch of a run of the sweep."""
+    return f"{_PREFIX}{run}@{step}"
+
+
 def check(runs: Mapping[str, Config]) -> None:
     """Refuses branches that could never begin, before anything is trained.
 
     Raises:
       UserError: there is no such trunk in the sweep, or it does not keep a checkpoint of the step.
     """
-    for name, settings in runs.items():
+    for run, settings in runs.items():
         trunk = of(settings)
         if trunk is None:
             continue
         if trunk.run not in runs:
-            raise UserError(f"run {name} branches from {trunk.run}, which is no run of the sweep")
+            raise UserError(f"run {run} branches from {trunk.run}, which is no run of the sweep")
         of_trunk = runs[trunk.run]
         kept = of_trunk.checkpoint
-        if trunk.step > of_trunk.train.steps or (
-            trunk.step != of_trunk.train.steps
-            and not (kept.keep_every and trunk.step % kept.keep_every == 0)
-        ):
+        last = of_trunk.train.steps
+        kept_there = trunk.step in (last, *kept.keep_steps) or (
+            kept.keep_every and trunk.step % kept.keep_every == 0
+        )
+        if trunk.step > last or not kept_there:
             raise UserError(
-                f"run {name} branches from {trunk.run} at step {trunk.step}, of which that keeps "
-                f"no checkpoint: it has {of_trunk.train.steps} steps and checkpoint.keep_every="
-                f"{kept.keep_every}"
+                f"run {run} branches from {trunk.run} at step {trunk.step}, of which that keeps "
+                f"no checkpoint: it has {last} steps, checkpoint.keep_every={kept.keep_every} and "
+                f"checkpoint.keep_steps={kept.keep_steps}"
             )
 
 

@@ -16,7 +16,7 @@ from blindvalm_jax.config import Config
 from blindvalm_jax.errors import DIVERGED, Preempted, UserError, first_line, print_error
 from blindvalm_jax.runs import held
 from blindvalm_jax.survival import preemption
-from blindvalm_jax.sweep import outcome, trunks
+from blindvalm_jax.sweep import outcome, plans, trunks
 from blindvalm_jax.sweep.leases import Leases
 from blindvalm_jax.sweep.manifest import Manifest, State
 
@@ -125,7 +125,7 @@ def _attempt(manifest: Manifest, name: str, settings: Config, workdir: Path) -> 
     manifest.add(name, "started", process=process, step=newest)
     about = ""
     try:
-        code = starting.start(trunks.placed(settings, workdir.parent), workdir)
+        code = starting.start(plans.placed(settings, workdir.parents[1]), workdir)
     except UserError as error:
         code, about = 1, str(error)
         print_error(f"{name}: {error}")

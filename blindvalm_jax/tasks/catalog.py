@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.tasks import last_word, perplexity, texts, topics, visual
+from blindvalm_jax.tasks import last_word, perplexity, texts, topics, visual, visual_world
 from blindvalm_jax.tasks.last_word import LastWordTask
 from blindvalm_jax.tasks.perplexity import TextTask
 from blindvalm_jax.tasks.questions import Question
 from blindvalm_jax.tasks.task import GROUPS, ChoiceTask
 from blindvalm_jax.tasks.texts import OwnTexts
 
-TASKS = {task.name: task for task in (*visual.TASKS, *topics.TASKS)}
+TASKS = {task.name: task for task in (*visual.TASKS, *topics.TASKS, *visual_world.TASKS)}
 TEXTS = {task.name: task for task in texts.TASKS}
 Task = ChoiceTask | TextTask | LastWordTask | OwnTexts
 

@@ -2,11 +2,13 @@
 
 datasets/   images, sentences and probes (TFDS)        tokenizer/   a BPE of whole words
 clip/       the run that trains CLIP on the images     index/       its embeddings of them
+questions/  held-out objects, for eval.tasks
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from blindvalm_jax.config import Config
 from blindvalm_jax.data import byte_level_bpe, images, output
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import clip_model, run_directory
+from blindvalm_jax.tasks import visual_world
 from blindvalm_jax.toyworld import language, recipes
 from blindvalm_jax.toyworld.recipes import OWN
 from blindvalm_jax.toyworld.world import (
@@ -30,7 +33,7 @@ from blindvalm_jax.toyworld.world import (
 )
 
 Train = Callable[[Config, Path], int]
-_BPE_ENTRIES = 8192  # more than there are words: learning stops by itself
+BPE_ENTRIES = 8192  # more than there are words: learning stops by itself
 _BATCH = 256  # images at once, at least
 
 
@@ -56,6 +59,11 @@ class Parts:
         return self.root / "tokenizer"
 
     @property
+    def questions(self) -> Path:
+        """Directory of what `eval.tasks` ask about."""
+        return self.root / "questions"
+
+    @property
     def clip(self) -> Path:
         """The run of CLIP."""
         return self.root / "clip"
@@ -69,7 +77,8 @@ class Parts:
 def wanted(settings: Config) -> bool:
     """Whether settings name a part of a toy world."""
     grounding = settings.grounding
-    return OWN in (settings.tokenizer.path, grounding.tower, grounding.index)
+    named = (settings.tokenizer.path, grounding.tower, grounding.index, settings.eval.tasks_data)
+    return OWN in named
 
 
 def complete(settings: Config, workdir: Path, *, train: Train, dry_run: bool = False) -> Config:
@@ -81,19 +90,14 @@ def complete(settings: Config, workdir: Path, *, train: Train, dry_run: bool = F
     Raises:
       UserError: `data.tfds` names no toy world, or a part cannot be made.
     """
-    dataset, _, name = settings.data.tfds.partition("/")
-    kind = dataset.removeprefix("toyworld_")
-    if kind == dataset or kind not in ("images", "sentences"):
-        raise UserError(
-            "`toyworld` as tokenizer, tower or index goes with data.tfds=toyworld_sentences/... or "
-            f"toyworld_images/..., got {settings.data.tfds!r}"
-        )
+    kind, world = world_of(settings)
     parts = Parts(Path(settings.data.cache or workdir / "data"))
-    world = parse_dataset_name(name or "default", kind)
     if kind == "sentences":
         world = _with_its_images(world, parts)
     make_datasets(world, parts)
     make_tokenizer(world, parts)
+    if settings.eval.tasks_data == OWN:
+        make_questions(world, parts)
     if settings.grounding.tower == OWN:
         if dry_run and not run_directory.is_run(parts.clip):
             raise UserError(
@@ -104,6 +108,22 @@ def complete(settings: Config, workdir: Path, *, train: Train, dry_run: bool = F
     if settings.grounding.index == OWN:
         make_index(parts)
     return placed(settings, parts)
+
+
+def world_of(settings: Config) -> tuple[str, WorldConfig]:
+    """The dataset that `data.tfds` names, images or sentences, and the world it is of.
+
+    Raises:
+      UserError: it names no toy world.
+    """
+    dataset, _, name = settings.data.tfds.partition("/")
+    kind = dataset.removeprefix("toyworld_")
+    if kind == dataset or kind not in ("images", "sentences"):
+        raise UserError(
+            "`toyworld` as tokenizer, tower or index goes with data.tfds=toyworld_sentences/... or "
+            f"toyworld_images/..., got {settings.data.tfds!r}"
+        )
+    return kind, parse_dataset_name(name or "default", kind)
 
 
 def _with_its_images(world: WorldConfig, parts: Parts) -> WorldConfig:
@@ -133,6 +153,12 @@ def placed(settings: Config, parts: Parts) -> Config:
             grounding,
             tower=str(parts.clip) if grounding.tower == OWN else grounding.tower,
             index=str(parts.index) if grounding.index == OWN else grounding.index,
+        ),
+        eval=dataclasses.replace(
+            settings.eval,
+            tasks_data=str(parts.questions)
+            if settings.eval.tasks_data == OWN
+            else settings.eval.tasks_data,
         ),
     )
 
@@ -164,8 +190,16 @@ def make_tokenizer(world: WorldConfig, parts: Parts) -> None:
             texts = language.vocabulary_text(world, objects(world))
             partial = parts.tokenizer.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
-            byte_level_bpe.train(texts, vocab_size=_BPE_ENTRIES).save(partial)
+            byte_level_bpe.train(texts, vocab_size=BPE_ENTRIES).save(partial)
             os.replace(partial, parts.tokenizer)
+
+
+def make_questions(world: WorldConfig, parts: Parts) -> None:
+    """Held-out objects and what they look like: the file that `tasks.visual_world` reads."""
+    heldout = [thing for thing in objects(world) if thing.split == "heldout"]
+    lines = [json.dumps(dataclasses.asdict(thing)) + "\n" for thing in heldout]
+    parts.questions.mkdir(parents=True, exist_ok=True)
+    files.write_bytes(parts.questions / visual_world.FILE, "".join(lines).encode())
 
 
 def make_clip(world: WorldConfig, parts: Parts, *, train: Train, steps: int = 0) -> None:

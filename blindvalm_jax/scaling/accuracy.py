@@ -1,0 +1,157 @@
+"""Accuracy of a task as a function of N and D, and how sure an accuracy is.
+
+accuracy = chance + (1 - chance) sigmoid(a + b log N + c log D), at the highest posterior of a
+binomial likelihood. Runs differ by more than the chance of their questions: intervals come from
+runs drawn again, not from that likelihood.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import optimize, special, stats
+
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.scaling.fits import one_thread
+from blindvalm_jax.scaling.points import Array, Numbers
+from blindvalm_jax.scaling.results import Result, Score
+
+# Deviation of the normal prior, of mean 0, of a (at the runs' mean log N and log D) and of b and c
+# (a deviation of log N or log D): it keeps them finite where all runs guess, or all know.
+PRIOR = 5.0
+_RUNS = 6
+_PARAMETERS = 3
+_SLOPES = ((0.0, 0.0), (1.0, 1.0), (-1.0, -1.0))  # starts: with a floor there may be two maxima
+_Z = float(stats.norm.ppf(0.975))
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    """The response of a family to size and length in a task.
+
+    coefficients: a, b, c `[3]`, with log N and log D less `centre`, over `scale`; drawn:
+    `[draws, 3]`. deviance: residual, over runs less 3; about 1 where runs differ by the chance of
+    questions alone. rms, by_chance: of accuracies less the response, and what chance alone gives.
+    """
+
+    coefficients: Array
+    drawn: Array
+    centre: Array
+    scale: Array
+    chance: float
+    runs: int
+    deviance: float
+    rms: float
+    by_chance: float
+
+    def at(self, n: float, d: float) -> float:
+        """The accuracy of a model of N parameters after D tokens."""
+        return float(self._of(self.coefficients[None], n, d)[0])
+
+    def of_draws(self, n: Numbers, d: Numbers) -> Array:
+        """The same of each draw, at one N and D or at those of each draw: `[draws]`."""
+        return self._of(self.drawn, n, d)
+
+    def _of(self, coefficients: Array, n: Numbers, d: Numbers) -> Array:
+        x = (np.stack(np.broadcast_arrays(np.log(n), np.log(d)), axis=-1) - self.centre) / (
+            self.scale
+        )
+        eta = coefficients[:, 0] + (coefficients[:, 1:] * x).sum(axis=-1)
+        return np.asarray(self.chance + (1 - self.chance) * special.expit(eta))
+
+
+def respond(runs: Sequence[Result], task: str, counts: Array) -> Response:
+    """The response of these runs, those that were asked; counts: `[draws, runs]`, how often drawn.
+
+    Raises:
+      UserError: too few of them were asked, or not all the same.
+    """
+    asked = [place for place, run in enumerate(runs) if task in run.scores]
+    if len(asked) < _RUNS:
+        raise UserError(f"a response needs {_RUNS} runs with an accuracy, got {len(asked)}")
+    scores = [runs[place].scores[task] for place in asked]
+    if len({round(score.chance, 9) for score in scores}) > 1:
+        raise UserError("its runs were asked different questions: chance is not the same in all")
+    logs = np.log([[runs[place].n, runs[place].tokens] for place in asked])
+    centre, scale = logs.mean(axis=0), logs.std(axis=0)
+    scale = np.where(scale > 0, scale, 1.0)
+    problem = _Problem(
+        x=np.column_stack([np.ones(len(asked)), (logs - centre) / scale]),
+        right=np.array([score.accuracy * score.questions for score in scores]),
+        questions=np.array([float(score.questions) for score in scores]),
+        chance=scores[0].chance,
+    )
+    ones = np.ones(len(asked))
+    with one_thread():
+        found = [problem.minimum(start, ones) for start in problem.starts()]
+        best, _ = min(found, key=lambda pair: pair[1])
+        drawn = [problem.minimum(best, counts[draw, asked])[0] for draw in range(len(counts))]
+    p = problem.accuracy(best)
+    apart = np.array([score.accuracy for score in scores]) - p
+    return Response(
+        coefficients=best,
+        drawn=np.array(drawn),
+        centre=centre,
+        scale=scale,
+        chance=problem.chance,
+        runs=len(asked),
+        deviance=problem.deviance(p) / (len(asked) - _PARAMETERS),
+        rms=float(np.sqrt(np.mean(apart**2))),
+        by_chance=float(np.sqrt(np.mean(p * (1 - p) / problem.questions))),
+    )
+
+
+def wilson(score: Score) -> tuple[float, float]:
+    """The 95 % interval of an accuracy, by Wilson's score."""
+    p, count = score.accuracy, score.questions
+    share = _Z**2 / count
+    middle = p + share / 2
+    half = math.sqrt(p * (1 - p) * share + share**2 / 4)
+    return max(0.0, (middle - half) / (1 + share)), min(1.0, (middle + half) / (1 + share))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """The negative log posterior; x: `[runs, 3]`, right and questions: `[runs]`."""
+
+    x: Array
+    right: Array
+    questions: Array
+    chance: float
+
+    def value_and_gradient(self, theta: Array, weights: Array) -> tuple[float, Array]:
+        eta = self.x @ theta
+        share = special.expit(eta)
+        p = self.chance + (1 - self.chance) * share
+        wrong = self.questions - self.right
+        floor = math.log(self.chance) if self.chance > 0 else -math.inf
+        above = math.log1p(-self.chance)
+        log_p = np.logaddexp(floor, above + special.log_expit(eta))
+        log_q = above + special.log_expit(-eta)
+        value = -float(weights @ (self.right * log_p + wrong * log_q))
+        slope = weights * (wrong * share - self.right * (1 - self.chance) * share * (1 - share) / p)
+        prior = theta / PRIOR**2
+        return value + float(theta @ prior) / 2, self.x.T @ slope + prior
+
+    def minimum(self, start: Array, weights: Array) -> tuple[Array, float]:
+        found = optimize.minimize(
+            self.value_and_gradient, start, args=(weights,), jac=True, method="L-BFGS-B"
+        )
+        return found.x, float(found.fun)
+
+    def starts(self) -> list[Array]:
+        mean = float(self.right.sum() / self.questions.sum())
+        lifted = np.clip((mean - self.chance) / (1 - self.chance), 0.02, 0.98)
+        return [np.array([special.logit(lifted), *slopes]) for slopes in _SLOPES]
+
+    def accuracy(self, theta: Array) -> Array:
+        return np.asarray(self.chance + (1 - self.chance) * special.expit(self.x @ theta))
+
+    def deviance(self, p: Array) -> float:
+        right, wrong = self.right, self.questions - self.right
+        of_right = special.xlogy(right, right / (self.questions * p))
+        of_wrong = special.xlogy(wrong, wrong / (self.questions * (1 - p)))
+        return float(2 * (of_right + of_wrong).sum())

@@ -1,0 +1,236 @@
+"""The tables of a report on families at equal budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.scaling.accuracy import wilson
+from blindvalm_jax.scaling.analysis import Analysis, AtBudget
+from blindvalm_jax.scaling.document import Block, Items, Table, Text
+from blindvalm_jax.scaling.families import Estimate
+from blindvalm_jax.scaling.family_fits import UNITS, FamilyFit
+from blindvalm_jax.scaling.fits import Law
+from blindvalm_jax.scaling.points import Numbers
+from blindvalm_jax.scaling.results import FLOPS, SECONDS, Score
+from blindvalm_jax.scaling.wording import NOTHING, budget, count, counts, label, nats, percent
+
+T = TypeVar("T")
+_LAW = ("E", "A", "B", "alpha", "beta", "n_exponent")
+
+
+def losses(analysis: Analysis, unit: str) -> list[Block]:
+    """Loss of each family at each budget, against the reference."""
+    seen = analysis.seen(unit)
+    if not any(at.reached for at in seen):
+        return [Text(f"Nothing to compare: {_why(analysis, seen)}.")]
+    base = label(analysis.reference or "")
+    head = [unit, "family", "loss", f"less {base}", f"times the {unit} of {base}"]
+    rows, lines = [], []
+    for at in seen:
+        for name, reached in at.reached.items():
+            row = [budget(at.budget, unit), label(name), nats(reached.loss)]
+            versus = at.versus.get(name)
+            if versus is None:
+                rows.append([*row, NOTHING, NOTHING])
+                continue
+            found = versus.comparison
+            rows.append([*row, nats(found.difference, signed=True), str(found.multiplier)])
+        lines += [f"{budget(at.budget, unit)} {unit}: {x}" for x in _refused(at)]
+    about = f"Multiplier: how many times the budget a family needs for the loss of {base}. "
+    about += "A > or < says that it lies over a decade beyond the budgets seen; infinite, that the "
+    about += "loss lies below the family's floor E."
+    return [Table(head, rows), Text(about), *([Items(lines)] if lines else [])]
+
+
+def accuracies(analysis: Analysis, task: str, unit: str) -> list[Block]:
+    """Accuracy of the compute-optimal models at each budget, against the reference."""
+    base = label(analysis.reference or "")
+    rows = []
+    for at in analysis.seen(unit):
+        for name, reached in at.reached.items():
+            if task not in reached.accuracy:
+                continue
+            versus = at.versus.get(name)
+            apart = versus.accuracy.get(task) if versus else None
+            told = NOTHING if apart is None else percent(apart, signed=True)
+            row = [budget(at.budget, unit), label(name), percent(reached.accuracy[task])]
+            rows.append([*row, told])
+    if not rows:
+        return [Text(f"No family has a response at equal {unit}.")]
+    return [Table([unit, "family", "accuracy, %", f"less {base}, points"], rows)]
+
+
+def responses(analysis: Analysis, task: str) -> list[Block]:
+    """How well the response describes the runs."""
+    rows, lines = [], []
+    for name, fit in analysis.families.items():
+        if task in fit.without:
+            lines.append(f"{label(name)}: {fit.without[task]}")
+        if task not in fit.responses:
+            continue
+        found = fit.responses[task]
+        rms, chance = (f"{100 * x:.2f}" for x in (found.rms, found.by_chance))
+        row = [label(name), f"{found.runs}", f"{found.deviance:.2f}", rms, chance]
+        rows.append([*row, f"{100 * found.chance:.1f}"])
+    blocks: list[Block] = []
+    if rows:
+        head = ["family", "runs", "deviance / freedom", "off by (rms), points"]
+        head += ["by questions alone, points", "chance, %"]
+        about = "How far runs are from the response accuracy = chance + (1 - chance) sigmoid(a + b "
+        about += "log N + c log D): the deviance would be about 1 if only the draw of questions "
+        about += "made them differ."
+        blocks += [Text(about), Table(head, rows)]
+    return [*blocks, *([Items(lines)] if lines else [])]
+
+
+def best_runs(analysis: Analysis) -> list[Block]:
+    """The run of lowest loss within each budget: no law, no response."""
+    tasks = analysis.tasks()
+    about = "Of each family the run of lowest loss that cost no more than the budget, and its "
+    about += "accuracies with the 95 % interval of its questions (Wilson's), in %."
+    blocks: list[Block] = [Text(about)]
+    for unit in UNITS:
+        rows = [
+            [
+                *(budget(at.budget, unit), label(name), run.name, f"{run.held_out:.4f}"),
+                *(_score(run.scores.get(task)) for task in tasks),
+            ]
+            for at in analysis.seen(unit)
+            for name, run in at.runs.items()
+        ]
+        if rows:
+            blocks.append(Table([unit, "family", "run", "loss", *tasks], rows))
+        else:
+            blocks.append(Text(f"No budget in {unit} is common to the families."))
+    return blocks
+
+
+def optima(analysis: Analysis, unit: str) -> list[Block]:
+    """Best size and length at each budget, and a decade beyond."""
+    rows = [
+        [
+            f"{budget(at.budget, unit)}{' (a decade beyond)' if at.beyond else ''}",
+            *(label(name), counts(reached.n), counts(reached.d), nats(reached.loss)),
+            "; ".join(reached.outside),
+        ]
+        for at in analysis.at[unit]
+        for name, reached in at.reached.items()
+    ]
+    lines = [f"a decade beyond: {x}" for at in analysis.at[unit] if at.beyond for x in _refused(at)]
+    if not rows:
+        return [Text(f"Nothing is known at equal {unit}.")]
+    head = [unit, "family", "N* (parameters)", "D* (tokens)", "loss", "outside"]
+    return [Table(head, rows), *([Items(lines)] if lines else [])]
+
+
+def laws(analysis: Analysis) -> list[Block]:
+    """The five numbers of each law, and how far the runs are from it."""
+    if not analysis.families:
+        return [Text("No family has one.")]
+    rows, off, lines = [], [], []
+    for name, fit in analysis.families.items():
+        drawn = fit.draws
+        rows.append([label(name), f"{len(fit.runs)}", *(_interval(fit, x) for x in _LAW)])
+        run, residual = fit.worst
+        row = [label(name), f"{fit.rms:.4f}", f"{residual:+.4f}", run.name]
+        timed = f"{100 * fit.off(SECONDS):.1f} %" if SECONDS in fit.costs else NOTHING
+        off.append([*row, f"{len(drawn)}", timed])
+        lines += [f"{label(name)}: {text}" for text in drawn.fit.warnings]
+    head = ["family", "runs", "E", "A", "B", "alpha", "beta", "N* exponent, C = k N D"]
+    return [
+        Text("L(N, D) = E + A N^-alpha + B D^-beta, in nats a token."),
+        Table(head, rows),
+        Text(
+            "Loss less that of the law, in nats a token: where this is as large as a difference "
+            "between families, the law does not tell them apart."
+        ),
+        Table(
+            ["family", "rms", "worst", "its run", "draws", "seconds of a token, off by (rms)"], off
+        ),
+        *([Items(lines)] if lines else []),
+    ]
+
+
+def parabolas(analysis: Analysis) -> list[Block]:
+    """Approach 2 beside the exponent of the law."""
+    rows, lines = [], []
+    for name, fit in analysis.families.items():
+        found = fit.parabolas
+        parabola = NOTHING if math.isnan(found.exponent) else f"{found.exponent:.3f}"
+        try:
+            along = str(fit.exponent(FLOPS))
+        except UserError as error:
+            along = NOTHING
+            lines.append(f"{label(name)}: {error}")
+        minima = "; ".join(
+            f"{count(one.n)} at {budget(one.budget, FLOPS)}"
+            for one in found.parabolas
+            if math.isfinite(one.n)
+        )
+        rows.append([label(name), parabola, along, minima or NOTHING])
+        lines += [f"{label(name)}: {text}" for text in found.warnings]
+    if not rows:
+        return [Text("No family has a law to check.")]
+    head = ["family", "N* exponent, parabolas", "by the law, over these budgets", "minima (N)"]
+    return [Table(head, rows), *([Items(lines)] if lines else [])]
+
+
+def once(costs: Mapping[str, float]) -> list[Block]:
+    """What is done once, outside of the budgets."""
+    if not costs:
+        return [Text("Nothing that these runs need is done once outside of their budgets.")]
+    about = "In FLOPs, in no budget above: it is shared by all runs that need it."
+    return [Text(about), Table(["what", "FLOPs"], [[k, f"{v:.3g}"] for k, v in costs.items()])]
+
+
+def runs(analysis: Analysis) -> list[Block]:
+    """Every run, as results.csv has it."""
+    tasks = analysis.tasks()
+    head = ["run", "family", "size", "N", "tokens", FLOPS, SECONDS, "loss", *tasks, "ended"]
+    rows = [
+        [
+            *(run.name, label(run.family), run.size, count(run.n), count(run.tokens)),
+            *(budget(run.flops, FLOPS), _or(run.seconds, lambda x: budget(x, SECONDS))),
+            _or(run.loss, lambda x: f"{x:.4f}"),
+            *(
+                _or(run.scores.get(task), lambda score: f"{100 * score.accuracy:.1f}")
+                for task in tasks
+            ),
+            run.ended or "unfinished",
+        ]
+        for run in analysis.results
+    ]
+    return [Table(head, rows)]
+
+
+def _interval(fit: FamilyFit, what: str) -> str:
+    def value(law: Law) -> Numbers:
+        found: Numbers = getattr(law, what)
+        return found
+
+    return str(Estimate(float(value(fit.draws.fit)), *fit.draws.interval(value)))
+
+
+def _score(score: Score | None) -> str:
+    if score is None:
+        return NOTHING
+    return percent(Estimate(score.accuracy, *wilson(score)))
+
+
+def _refused(at: AtBudget) -> list[str]:
+    return [f"{label(name)}: {why}" for name, why in at.without.items()]
+
+
+def _why(analysis: Analysis, seen: Sequence[AtBudget]) -> str:
+    if not analysis.families:
+        return "no family has a law"
+    if not seen:
+        return "there is no budget that all families have seen"
+    return "; ".join(_refused(seen[-1]))
+
+
+def _or(value: T | None, form: Callable[[T], str]) -> str:
+    return NOTHING if value is None else form(value)

@@ -1,0 +1,126 @@
+"""What came of the runs of a sweep, read from its directory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from blindvalm_jax import files, metrics
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.scaling.results import Result, Score
+from blindvalm_jax.sweep import worker
+from blindvalm_jax.sweep.grids import Planned
+from blindvalm_jax.sweep.manifest import Manifest, State
+
+_TASK = "eval/tasks/"
+
+
+def read(workdir: Path, runs: Mapping[str, Planned]) -> list[Result]:
+    """A result of each run that was planned, in their order, whatever became of it.
+
+    Raises:
+      UserError: there is no sweep, or a file of a run is not what it should be.
+    """
+    if not (workdir / "manifest.jsonl").exists():
+        raise UserError(f"{workdir} holds no sweep: it has no manifest.jsonl")
+    states = Manifest(workdir).states()
+    return [
+        _result(name, plan, states.get(name, State()), worker.runs_of(workdir) / name)
+        for name, plan in runs.items()
+    ]
+
+
+def notes(workdir: Path, results: Sequence[Result]) -> list[str]:
+    """What a reader of the results must know of where and on what the runs were trained.
+
+    Raises:
+      UserError: the record of a run lacks something.
+    """
+    used = [worker.runs_of(workdir) / result.name for result in results if not result.unusable]
+    records = [_record(directory) for directory in used]
+    devices = sorted({record.devices for record in records})
+    lines = []
+    if devices:
+        lines.append(f"Trained on {', '.join(f'{count} x {kind}' for kind, count in devices)}.")
+    if len({kind for kind, _ in devices}) > 1:
+        lines.append("Seconds of one device are not those of another: do not compare by them.")
+    if len({record.tokenizer for record in records}) > 1:
+        lines.append("Runs have different tokenizers: their losses a token cannot be compared.")
+    return lines
+
+
+def _result(name: str, plan: Planned, state: State, directory: Path) -> Result:
+    lines, last = metrics.records(directory / "metrics.jsonl"), plan.settings.train.steps
+    at_end: dict[str, Any] = {}
+    for line in lines:
+        if line["step"] == last:
+            at_end |= line
+    loss = at_end.get("eval/loss") if state.ended == "done" else None
+    return Result(
+        name=name,
+        family=plan.family,
+        size=plan.size,
+        budget=plan.budget,
+        n=plan.n,
+        tokens=plan.tokens,
+        flops=plan.flops,
+        seconds=_seconds(lines, last, directory),
+        loss=None if loss is None else float(loss),
+        scores=_scores(at_end, directory) if state.ended == "done" else {},
+        ended=state.ended,
+        about=state.about,
+    )
+
+
+def _seconds(lines: Sequence[Mapping[str, Any]], steps: int, directory: Path) -> float | None:
+    """Device-seconds of the whole run; None before it has updates.
+
+    The first line, with what starting took, is left out where there are others.
+    """
+    each = [float(x["perf/step_seconds"]) for x in lines if x.get("perf/step_seconds") is not None]
+    if not each:
+        return None
+    _, count = _record(directory).devices
+    return median(each[1:] or each) * steps * count
+
+
+def _scores(at_end: Mapping[str, Any], directory: Path) -> dict[str, Score]:
+    """Accuracies of the last update; how many questions, and chance, as its answers say."""
+    asked = {
+        name.removeprefix(_TASK): float(value)
+        for name, value in at_end.items()
+        if name.startswith(_TASK)
+    }
+    if not asked:
+        return {}
+    path = directory / "eval" / "results.json"
+    entries = files.read_object(path, hint="it says how many questions a task has")["tasks"]
+    if missing := sorted(asked.keys() - entries.keys()):
+        raise UserError(f"{path} lacks {', '.join(missing)}, which metrics.jsonl has scores of")
+    # Prompts about one item are not so many questions: those that hang together count once.
+    return {
+        task: Score(accuracy, int(entry.get("clusters", entry["n"])), float(entry["random"] or 0))
+        for task, accuracy in asked.items()
+        if (entry := entries[task])["metric"] == "accuracy"
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """What run.json says of where a run was trained: kind and number of devices, tokenizer."""
+
+    devices: tuple[str, int]
+    tokenizer: str
+
+
+def _record(directory: Path) -> _Record:
+    path = directory / "run.json"
+    record = files.read_object(path, hint="the record of a run that has metrics")
+    try:
+        kind, count = record["devices"]
+        return _Record((str(kind), int(count)), str(record["tokenizer"]["fingerprint"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not say devices and tokenizer: {error!r}") from error

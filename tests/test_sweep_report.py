@@ -1,0 +1,197 @@
+"""The report on a sweep: what is read from its directory, and the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blindvalm_jax import config
+from blindvalm_jax.errors import UserError
+from blindvalm_jax.scaling import results
+from blindvalm_jax.scaling.results import Result, Score
+from blindvalm_jax.sweep import collected, plans, report, worker
+from blindvalm_jax.sweep.grids import Planned
+from blindvalm_jax.sweep.manifest import Manifest
+from tests import small_models, small_tasks, small_text, test_train
+
+ROOT = Path(__file__).resolve().parents[1]
+_CONFIG = """
+from pathlib import Path
+import ml_collections
+from tests import test_sweep_report
+def get_config():
+    return test_sweep_report.sweep(Path({files!r}))
+"""
+
+
+def sweep(files: Path) -> Any:
+    """A run of BLIND-VALM, and one of GPT-2 whose text is not there."""
+    import ml_collections
+
+    common = {"train__steps": 4, "checkpoint__every_steps": 4, "eval__every_steps": 4}
+    tasks = {"eval__tasks": "memory_colors", "eval__tasks_data": str(files / "tasks")}
+    tasks |= {"eval__tasks_protocol": "published", "data__cache": str(files / "cache")}
+    given = ml_collections.ConfigDict({"runs": {}})
+    for name, text, source in (
+        ("good", "text.txt", {}),
+        ("bad", "none.txt", {"grounding__source": "none", "grounding__tower": ""}),
+    ):
+        changes: dict[str, Any] = {**common, **tasks, **source}
+        given.runs[name] = test_train.settings(files / text, **changes)
+    return given
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """sweep/ whose runs have ended, and the files it was trained on."""
+    directory = tmp_path_factory.mktemp("sweep_report")
+    small_text.write_text(directory / "text.txt", small_text.documents(120))
+    small_tasks.write(directory / "tasks")
+    runs = {name: plan.settings for name, plan in plans.planned(sweep(directory)).items()}
+    Manifest(directory / "sweep").plan(runs)
+    with small_models.quick_compilation():
+        assert worker.work(directory / "sweep", runs, lease_seconds=60) == 1
+    return directory
+
+
+def lines_of(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_results_are_what_the_runs_wrote(trained: Path) -> None:
+    runs = plans.planned(sweep(trained))
+    bad, found = collected.read(trained / "sweep", runs)
+    assert [one.family for one in (found, bad)] == ["blind", "gpt2"]
+    assert (bad.ended, bad.loss, bad.scores, bad.seconds) == ("failed", None, {}, None)
+    assert "none.txt" in bad.unusable
+    directory = trained / "sweep" / "runs" / found.name
+    lines = lines_of(directory)
+    (loss,) = (line["eval/loss"] for line in lines if "eval/loss" in line)
+    assert (found.ended, found.loss, found.unusable) == ("done", loss, "")
+    seconds = [line["perf/step_seconds"] for line in lines if "perf/step_seconds" in line]
+    assert len(seconds) == 4
+    assert found.seconds == pytest.approx(4 * 8 * statistics.median(seconds[1:]))
+    assert found.tokens == 4 * 8 * 32
+    record = json.loads((directory / "run.json").read_text())
+    assert found.flops == pytest.approx(record["flops_per_token"]["total"] * found.tokens)
+    tasks = json.loads((directory / "eval" / "results.json").read_text())["tasks"]
+    score, entry = found.scores["memory_colors"], tasks["memory_colors"]
+    assert (score.accuracy, score.chance) == (entry["score"], entry["random"])
+    assert score.questions == entry["clusters"] < entry["questions"]
+    assert collected.notes(trained / "sweep", [found, bad]) == ["Trained on 8 x cpu."]
+
+
+def test_the_command_writes_the_report(trained: Path) -> None:
+    path = trained / "config.py"
+    path.write_text(_CONFIG.format(files=str(trained)))
+    command = [sys.executable, "-m", "blindvalm_jax.sweep", "report", f"--config={path}"]
+    command += [f"--workdir={trained / 'sweep'}", f"--out={trained / 'out'}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "No two families can be compared by their laws" in done.stdout
+    assert "left out: bad: failed: " in done.stdout
+    assert "left out: blind: a fit needs 6 runs or more, got 1" in done.stdout
+    kept = results.from_csv((trained / "out" / "results.csv").read_text())
+    assert kept == collected.read(trained / "sweep", plans.planned(sweep(trained)))
+    text = (trained / "out" / "report.md").read_text()
+    assert "1 of 2 runs are done and used" in text
+
+
+def planned(**changes: Any) -> Planned:
+    settings = config.default()
+    settings.train.steps = 10
+    values: dict[str, Any] = {"settings": config.parse(settings), "family": "gpt2", "size": "1x8"}
+    values |= {"budget": 1e9, "n": 1000, "tokens": 2000, "flops": 1.001e9}
+    return Planned(**{**values, **changes})
+
+
+def written(sweep_: Path, metrics: list[dict[str, Any]], *, name: str = "a", **tasks: Any) -> Path:
+    """A run that is done, as if it had been trained on two devices."""
+    directory = sweep_ / "runs" / name
+    (directory / "eval").mkdir(parents=True)
+    (directory / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in metrics))
+    record = {"devices": ["H100", 2], "tokenizer": {"fingerprint": name}}
+    (directory / "run.json").write_text(json.dumps(record))
+    if tasks:
+        (directory / "eval" / "results.json").write_text(json.dumps({"tasks": tasks}))
+    manifest = Manifest(sweep_)
+    manifest.plan({name: planned().settings})
+    manifest.add(name, "done")
+    return directory
+
+
+def read(sweep_: Path) -> Result:
+    (found,) = collected.read(sweep_, {"a": planned()})
+    return found
+
+
+def test_seconds_are_of_all_updates_and_devices_without_the_start(tmp_path: Path) -> None:
+    lines = [{"step": i, "perf/step_seconds": t} for i, t in ((5, 9.0), (7, 1.0), (10, 2.0))]
+    written(tmp_path, [*lines, {"step": 5, "eval/loss": 1.0}, {"step": 10, "eval/loss": 3.0}])
+    found = read(tmp_path)
+    assert (found.seconds, found.loss) == (1.5 * 10 * 2, 3.0)
+    written(tmp_path / "b", [{"step": 10, "perf/step_seconds": 9.0, "eval/loss": 1.0}])
+    assert read(tmp_path / "b").seconds == 9.0 * 10 * 2
+    written(tmp_path / "c", [{"step": 5, "perf/step_seconds": 9.0, "eval/loss": 1.0}])
+    assert read(tmp_path / "c").unusable == "done, and has no held-out loss of its last update"
+
+
+def test_scores_are_accuracies_of_the_last_update(tmp_path: Path) -> None:
+    last = {"step": 10, "eval/loss": 3.0, "eval/tasks/colors": 0.5, "eval/tasks/text": 40.0}
+    lines = [{"step": 5, "eval/tasks/colors": 0.9}, last]
+    colors = {"metric": "accuracy", "n": 40, "clusters": 30, "random": 0.25}
+    text = {"metric": "perplexity", "n": 7, "random": None}
+    directory = written(tmp_path, lines, colors=colors, text=text)
+    assert read(tmp_path).scores == {"colors": Score(0.5, 30, 0.25)}
+    (directory / "eval" / "results.json").write_text(json.dumps({"tasks": {"text": text}}))
+    with pytest.raises(UserError, match=r"results\.json lacks colors, which metrics\.jsonl has"):
+        read(tmp_path)
+    (directory / "eval" / "results.json").unlink()
+    with pytest.raises(UserError, match="is missing: it says how many questions"):
+        read(tmp_path)
+
+
+def test_readers_are_told_what_is_not_alike(tmp_path: Path) -> None:
+    line = {"step": 10, "perf/step_seconds": 1.0, "eval/loss": 3.0}
+    other = written(tmp_path, [line], name="b")
+    written(tmp_path, [line])
+    found = collected.read(tmp_path, {"a": planned(), "b": planned()})
+    said = collected.notes(tmp_path, found)
+    assert said == [
+        "Trained on 2 x H100.",
+        "Runs have different tokenizers: their losses a token cannot be compared.",
+    ]
+    record = {"devices": ["A100", 2], "tokenizer": {"fingerprint": "a"}}
+    (other / "run.json").write_text(json.dumps(record))
+    said = collected.notes(tmp_path, found)
+    assert said[0] == "Trained on 2 x A100, 2 x H100."
+    assert "Seconds of one device are not those of another" in said[1]
+    (other / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="does not say devices and tokenizer"):
+        collected.notes(tmp_path, found)
+
+
+def test_a_run_nobody_began_and_a_directory_without_a_sweep(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no sweep"):
+        collected.read(tmp_path, {})
+    Manifest(tmp_path).plan({"a": planned().settings})
+    assert read(tmp_path).unusable == "unfinished"
+
+
+def test_what_is_done_once_is_told_for_each_family() -> None:
+    settings = config.default()
+    settings.grounding.source = "images"
+    settings.grounding.index, settings.grounding.random.projection = "vectors:1000", 768
+    costs = report.once({"x": planned(settings=config.parse(settings), family="valm")})
+    assert costs.keys() == {"VALM: images encoded with vit_l14"}
+    assert costs["VALM: images encoded with vit_l14"] > 1e14
