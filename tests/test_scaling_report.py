@@ -18,6 +18,7 @@ from blindvalm_jax.errors import UserError
 from blindvalm_jax.scaling import (
     accuracy,
     analysis,
+    families,
     figures,
     fits,
     optima,
