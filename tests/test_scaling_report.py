@@ -85,6 +85,13 @@ def multiplier_coverage(sets: int, *, draws: int) -> dict[tuple[str, float], int
     return held
 
 
+def test_families_compare_at_one_size_in_seconds_too(found: Analysis) -> None:
+    both = (found.families[name].costs[SECONDS] for name in ("gpt2", "blind"))
+    at_size = families.compare(*both, budget=200.0, n=3e5).multiplier
+    assert at_size.low < TIME / WORTH < at_size.high
+    assert at_size.value == pytest.approx(TIME / WORTH, rel=0.1)
+
+
 def test_a_planted_multiplier_lies_within_its_intervals() -> None:
     """Of 10 sets 0.95 would hold 9.5: under 7 has a chance of 0.001 at each budget."""
     held = multiplier_coverage(10, draws=80)
