@@ -18,6 +18,7 @@ from blindvalm_jax.errors import UserError
 from blindvalm_jax.scaling import (
     accuracy,
     analysis,
+    families,
     figures,
     fits,
     optima,
@@ -82,6 +83,13 @@ def multiplier_coverage(sets: int, *, draws: int) -> dict[tuple[str, float], int
             found = families.compare(*both, budget=budget).multiplier
             held[unit, budget] += found.low <= times <= found.high
     return held
+
+
+def test_families_compare_at_one_size_in_seconds_too(found: Analysis) -> None:
+    both = (found.families[name].costs[SECONDS] for name in ("gpt2", "blind"))
+    at_size = families.compare(*both, budget=200.0, n=3e5).multiplier
+    assert at_size.low < TIME / WORTH < at_size.high
+    assert at_size.value == pytest.approx(TIME / WORTH, rel=0.1)
 
 
 def test_a_planted_multiplier_lies_within_its_intervals() -> None:

@@ -99,6 +99,10 @@ def test_branches_leave_the_longest_run_where_their_rate_falls() -> None:
     order = list(runs)
     firsts = [order.index(name) for name, run in runs.items() if trunks.of(run.settings) is None]
     assert max(firsts) == len(firsts) - 1  # trunks come first
+    for first in range(0, len(order), len(FAMILIES)):  # and families take turns
+        turn = [runs[name] for name in order[first : first + len(FAMILIES)]]
+        assert sorted(run.family for run in turn) == sorted(FAMILIES)
+        assert len({(run.size, run.budget) for run in turn}) == 1
 
 
 def test_without_branches_every_run_is_whole() -> None:

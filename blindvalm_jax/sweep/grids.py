@@ -91,7 +91,9 @@ def variants(base: ConfigDict, names: tuple[str, ...]) -> ConfigDict:
 
 
 def expand(given: Mapping[str, Any]) -> dict[str, Planned]:
-    """The runs of a grid, whole ones first: branches of runs named before them.
+    """The runs of a grid: whole ones, by size, then branches of these, by budget.
+
+    Families take turns, so that a machine that slows down for a while does so for all of them.
 
     Raises:
       UserError: fields or settings do not fit, or a budget cannot be met.
@@ -100,7 +102,7 @@ def expand(given: Mapping[str, Any]) -> dict[str, Planned]:
     _check(grid, given["families"])
     whole: dict[str, Planned] = {}
     branches: dict[str, Planned] = {}
-    for (family, changes), size in itertools.product(given["families"].items(), grid.sizes):
+    for size, (family, changes) in itertools.product(grid.sizes, given["families"].items()):
         runs = _of_size(grid, given["base"], family, changes, size)
         names = list(runs)
         longest = names[-1:]
@@ -114,7 +116,8 @@ def expand(given: Mapping[str, Any]) -> dict[str, Planned]:
                 branches[name] = _branch(runs[name], trunk=names[-1], step=step)
     if not whole:
         raise UserError("the grid has no runs: grid.tokens_a_parameter leaves out all sizes")
-    return {**whole, **branches}
+    by_budget = sorted(branches.items(), key=lambda item: item[1].budget)
+    return {**whole, **dict(by_budget)}
 
 
 def _check(grid: Grid, families: Mapping[str, Any]) -> None:
