@@ -133,7 +133,8 @@ class _Between:
         if lacks_evaluation(self.settings, self.workdir, first):
             say(f"held-out data was not evaluated at step {first} before the run ended: now")
             self._evaluate(state, first)
-        due = first and first % self.settings.eval.tasks_every_steps == 0
+        every, last = self.settings.eval.tasks_every_steps, self.settings.train.steps
+        due = first and (first == last or first % every == 0)
         if self.tasks is not None and due and self.tasks.lacks(first):
             say(f"tasks of step {first} were not answered before the run was cut off: asked now")
             self._ask(self.tasks, state, first)

@@ -44,7 +44,7 @@ from blindvalm_jax.objectives.language import Language
 from blindvalm_jax.objectives.objective import Objective, Start
 from blindvalm_jax.objectives.shapes import check_index, without_data
 from blindvalm_jax.survival import preemption
-from blindvalm_jax.tasks.training import TrainingTasks, unanswered
+from blindvalm_jax.tasks.training import TrainingTasks, cut_off, unanswered
 
 _OBJECTIVES: dict[str, type[Language | Contrastive]] = {
     "language": Language,
@@ -96,6 +96,7 @@ def _train(
     if saved is not None:
         runs.check_data(workdir, about)
         lacking = saved < settings.train.steps or loop.lacks_evaluation(settings, workdir, saved)
+        lacking |= cut_off(settings, workdir, step=saved)
         if not lacking and not dry_run:
             if is_first():
                 runs.keep_places(workdir, about, resolved=objective.resolved())

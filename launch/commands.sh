@@ -63,6 +63,17 @@ kept_at_address() {
   case $workdir in gs://* | s3://*) ;; *) return 1 ;; esac
 }
 
+# What is started with the words behind --, as the words of `python`: a training, or with `sweep` in
+# front a worker of a sweep, which is one process.
+# shellcheck disable=SC2034 # who reads this file reads it
+python_words() {
+  if [ "${1-}" = sweep ]; then
+    program=(-m blindvalm_jax.sweep "${@:2}")
+  else
+    program=(-m blindvalm_jax.train --distributed=auto "$@")
+  fi
+}
+
 # Prints words so that any shell reads them back as they are.
 quoted() {
   local word space='' escaped="'\\''"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on Google Kubernetes Engine, as a JobSet or through xpk.
 #
-# launch/gke.sh COMMAND [FLAGS] -- ARGUMENTS OF TRAIN
+# launch/gke.sh COMMAND [FLAGS] -- ARGUMENTS OF TRAIN, or sweep run and those of a worker
 #   manifest   print the JobSet
 #   create     create it with kubectl; the cluster needs the JobSet controller
 #   babysit    create it where there is none, tell what becomes of it, and end with the exit code of
@@ -47,7 +47,6 @@ set -euo pipefail
 . "$(dirname "$0")/commands.sh"
 
 PORT=12321 # of the first pod; 8476 and 8482 are the TPU library's and JAX's own
-TRAIN=(python -m blindvalm_jax.train)
 
 main() {
   case ${1-} in
@@ -104,7 +103,9 @@ main() {
   check_length
   case $command in manifest | create | babysit | xpk)
     needed "$image" --image GKE_IMAGE
-    [ $# -gt 0 ] || bad_usage "arguments of train are needed behind --, such as -- --config=..." ;;
+    [ $# -gt 0 ] || bad_usage "arguments of train are needed behind --, such as -- --config=..."
+    [ "$1" != sweep ] || [ "$hosts:$slices" = 1:1 ] ||
+      bad_usage "a worker of a sweep is one process: --hosts=1 --slices=1" ;;
   esac
   case $command in manifest | create | babysit) check_manifest "$@" ;; esac
   "do_$command" "$@"
@@ -230,11 +231,12 @@ do_xpk() {
     esac
     given+=(--env="$variable")
   done
+  python_words "$@"
   run xpk workload create --workload="$name" --project="$project" --zone="$zone" \
     --cluster="$cluster" --device-type="$type" --num-slices="$slices" --docker-image="$image" \
     ${storage:+--storage="$storage"} --max-restarts="$restarts" --restart-on-exit-codes=42 \
     --termination-grace-period-seconds="$grace" ${given[@]+"${given[@]}"} \
-    --command="$(quoted "${TRAIN[@]}" --distributed=auto "$@")"
+    --command="$(quoted python "${program[@]}")"
 }
 
 # A word as a string of JSON, which YAML reads.
@@ -267,7 +269,7 @@ values() {
 # JobSet starts all again.
 do_manifest() {
   local annotations='' selector resource start environment='' tolerations=''
-  local fuse='' mount='' volume=''
+  local fuse='' mount='' volume='' module=blindvalm_jax.train
   if [ -n "$tpu" ]; then
     annotations="
   annotations:
@@ -276,11 +278,13 @@ do_manifest() {
     selector="cloud.google.com/gke-tpu-accelerator: $(json "$tpu")
               cloud.google.com/gke-tpu-topology: $(json "$topology")"
     resource=google.com/tpu
-    start=$(items --distributed=auto) # GKE tells each pod its slice and its place
+    start="
+$(items --distributed=auto)" # GKE tells each pod its slice and its place
   else
     selector="cloud.google.com/gke-accelerator: $(json "$gpu")"
     resource=nvidia.com/gpu
-    start="              - \"--distributed=$name-train-0-0.$name:$PORT\"
+    start="
+              - \"--distributed=$name-train-0-0.$name:$PORT\"
               - \"--processes=$hosts\"
               - \"--process=\$(PROCESS)\""
     environment="
@@ -290,6 +294,10 @@ do_manifest() {
                     fieldPath: metadata.annotations['batch.kubernetes.io/job-completion-index']"
     tolerations="
             - {key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}"
+  fi
+  if [ "${1-}" = sweep ]; then
+    module=blindvalm_jax.sweep start=''
+    shift
   fi
   environment="$(values ${variables[@]+"${variables[@]}"})$environment"
   if [ "$spot" = 1 ]; then
@@ -363,9 +371,8 @@ spec:
             containers:
             - name: train
               image: $(json "$image")
-              command: ["python", "-m", "blindvalm_jax.train"]
-              args:
-$start
+              command: ["python", "-m", "$module"]
+              args:$start
 $(items "$@")${environment:+
               env:$environment}
               resources:

@@ -3,6 +3,9 @@ r"""Trains in several processes of this machine, as on several machines.
     python launch/local.py --processes=2 [--devices=4] -- \
         --config=configs/text.py --config.data.files='texts/*.txt' --workdir=DIR
 
+With `sweep run` in front of the arguments of train the processes are workers of a sweep, which know
+nothing of each other: one that fails ends no other.
+
 Lines of output begin with the number of their process. SIGTERM and Ctrl-C go to all processes. When
 one fails the others are ended. What is there --grace seconds later is killed. The exit code is the
 worst: 43 diverged, then any other error, then 42 preempted and saved, then 0; what a signal ended
@@ -23,11 +26,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
+from typing import NamedTuple
 
 SAVED, DIVERGED = 42, 43
-_TRAIN = shlex.join([sys.executable, "-m", "blindvalm_jax.train"])
+_PROGRAMS = {name: [sys.executable, "-m", f"blindvalm_jax.{name}"] for name in ("train", "sweep")}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,7 +43,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--devices", type=int, help="simulated CPU devices of each; else as it is")
     parser.add_argument("--grace", type=float, default=30, help="seconds from SIGTERM to SIGKILL")
     parser.add_argument("--port", type=int, help="of the first process; else a free one")
-    parser.add_argument("--command", default=_TRAIN, help="what each process runs")
+    parser.add_argument(
+        "--gpus", type=int, help="of each: process K sees those from K times so many on"
+    )
+    parser.add_argument("--command", help="what each process runs, in place of train or sweep")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run none")
     parser.add_argument("arguments", nargs="*", help="of train, behind --")
     given = parser.parse_args(argv)
@@ -47,31 +54,43 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--processes must be at least 1, got {given.processes}")
     if given.devices is not None and given.devices < 1:
         parser.error(f"--devices must be at least 1, got {given.devices}")
+    if given.gpus is not None and given.gpus < 1:
+        parser.error(f"--gpus must be at least 1, got {given.gpus}")
     if not given.grace >= 0:
         parser.error(f"--grace must be at least 0, got {given.grace:g}")
     if given.port is not None and not 0 < given.port < 2**16:
         parser.error(f"--port must be from 1 to 65535, got {given.port}")
-    program = _words(given.command)
+    apart = given.arguments[:1] == ["sweep"]
+    named = _PROGRAMS["sweep" if apart else "train"]
+    program = named if given.command is None else _words(given.command)
     if not program or not (given.dry_run or shutil.which(program[0])):
         parser.error(f"--command={given.command}: there is no such program")
     port = given.port or free_port()
-    commands = [
-        [
-            *program,
-            *(f"--distributed=localhost:{port}", f"--processes={given.processes}"),
-            *(f"--process={process}", *given.arguments),
-        ]
-        for process in range(given.processes)
-    ]
-    added = {}
-    if given.devices:
-        added = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(given.devices)}
+    commands = []
+    for process in range(given.processes):
+        added = {}
+        if given.devices:
+            added = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(given.devices)}
+        if given.gpus:
+            first = process * given.gpus
+            added["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(first, first + given.gpus)))
+        meeting = [f"--distributed=localhost:{port}", f"--processes={given.processes}"]
+        meeting.append(f"--process={process}")
+        words = given.arguments[1:] if apart else [*meeting, *given.arguments]
+        commands.append(Command([*program, *words], added))
     for command in commands:
-        setting = [f"{name}={value}" for name, value in added.items()]
-        print(f"+ {shlex.join([*setting, *command])}", flush=True)
+        setting = [f"{name}={value}" for name, value in command.environment.items()]
+        print(f"+ {shlex.join([*setting, *command.words])}", flush=True)
     if given.dry_run:
         return 0
-    return Group(commands, added, grace=given.grace).wait()
+    return Group(commands, grace=given.grace, apart=apart).wait()
+
+
+class Command(NamedTuple):
+    """A process to start; environment: added to this process's own."""
+
+    words: Sequence[str]
+    environment: Mapping[str, str]
 
 
 def _words(command: str) -> list[str]:
@@ -93,14 +112,12 @@ def free_port() -> int:
 class Group:
     """Processes that live and end together."""
 
-    def __init__(
-        self, commands: Sequence[Sequence[str]], environment: dict[str, str], *, grace: float
-    ) -> None:
+    def __init__(self, commands: Sequence[Command], *, grace: float, apart: bool) -> None:
         """Starts the commands.
 
-        environment: added to this process's own; grace: seconds between SIGTERM and SIGKILL.
+        grace: seconds between SIGTERM and SIGKILL; apart: one that fails ends no other.
         """
-        self._grace = grace
+        self._grace, self._apart = grace, apart
         self._ended: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._deadline: float | None = None
         self._processes: list[subprocess.Popen[str]] = []
@@ -109,8 +126,8 @@ class Group:
             signal.signal(number, self._forward)
         for command in commands:
             process = subprocess.Popen(
-                command,
-                env={**os.environ, **environment},
+                command.words,
+                env={**os.environ, **command.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -144,7 +161,8 @@ class Group:
             if failed and (code == 128 + signal.SIGTERM or index in killed):
                 continue
             codes.append(code)
-            if code not in (0, SAVED) and not failed and not self._asked_to_stop:
+            ends_others = not (self._apart or failed or self._asked_to_stop)
+            if code not in (0, SAVED) and ends_others:
                 failed = True
                 print(f"[{index}] ended with exit code {code}: the others are ended", flush=True)
                 self._deadline = time.monotonic() + self._grace

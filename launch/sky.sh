@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on machines of any cloud that SkyPilot finds, and goes on after preemptions.
 #
-# launch/sky.sh COMMAND [FLAGS] [-- ARGUMENTS OF TRAIN]
+# launch/sky.sh COMMAND [FLAGS] [-- ARGUMENTS OF TRAIN, or sweep run and those of a worker]
 #   launch   submit launch/sky_tpu.yaml or launch/sky_gpu.yaml as a managed job; it goes on without
 #            this terminal
 #   logs     follow what it prints
@@ -66,6 +66,7 @@ check_launch() {
   whole --nodes "$nodes" 1
   [ -z "$tpu" ] || [ "$nodes" = 1 ] || bad_usage "--nodes are for GPUs: name a larger slice"
   check_extras "$extras"
+  [ "${1-}" != sweep ] || [ "$nodes" = 1 ] || bad_usage "a worker of a sweep is one process: --nodes=1"
   kept_at_address "$@" || needed "$bucket" --bucket SKY_BUCKET
   local word
   for word in ${variables[@]+"${variables[@]}"}; do

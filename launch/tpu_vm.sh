@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU VM or on all workers of a pod slice, through preemptions.
 #
-# launch/tpu_vm.sh COMMAND [FLAGS] [-- ARGUMENTS OF TRAIN]
+# launch/tpu_vm.sh COMMAND [FLAGS] [-- ARGUMENTS OF TRAIN, or sweep run and those of a worker]
 #   create    make the TPU; with --queued, ask for it
 #   install   put the package and configs/ on every worker
 #   run       start training on every worker; it goes on without this terminal
@@ -150,7 +150,8 @@ uv pip install --quiet --python venv/bin/python --constraints constraints.txt \"
 do_run() {
   local train given=()
   [ ${#variables[@]} = 0 ] || given=(env "${variables[@]}")
-  train=$(quoted ${given[@]+"${given[@]}"} venv/bin/python -m blindvalm_jax.train --distributed=auto "$@")
+  python_words "$@"
+  train=$(quoted ${given[@]+"${given[@]}"} venv/bin/python "${program[@]}")
   on_workers "set -e
 cd blindvalm
 rm -f exit_code

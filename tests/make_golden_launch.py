@@ -22,6 +22,7 @@ _SET = ("--env=JAX_COORDINATOR_PORT=8476", "--env=NOTE=it's $HOME: $(PROCESS) 1"
 _IMAGE = ("--name=first", "--image=example.org/blindvalm:1")
 _POD = (*_IMAGE, "--claim=runs")
 _XPK = (*_IMAGE, "--project=my-project", "--zone=us-central1-a", "--cluster=my-cluster")
+_SWEEP = ("sweep", "run", "--config=configs/sweeps/one.py", "--workdir=/runs/the sweep")
 _STORED = (_TRAIN[0], "--workdir=gs://my-bucket/first")
 
 CASES: dict[str, tuple[str, ...]] = {
@@ -89,12 +90,21 @@ CASES: dict[str, tuple[str, ...]] = {
         *("--secret=WANDB_API_KEY", "--grace=60", "--", *_STORED),
     ),
     "slurm": ("launch/slurm.sbatch", *_TRAIN),
+    "slurm_sweep": ("launch/slurm.sbatch", *_SWEEP),
+    "gke_create_sweep": (
+        *("launch/gke.sh", "create", *_POD, "--gpu=nvidia-h100-80gb", "--chips=8", "--", *_SWEEP),
+    ),
+    "local_sweep": (
+        *("launch/local.py", "--processes=2", "--gpus=2", "--command=python -m it", "--", *_SWEEP),
+    ),
     "local": (
         *("launch/local.py", "--processes=2", "--devices=4", "--port=12321"),
         *("--command=python -m blindvalm_jax.train", "--", *_TRAIN),
     ),
 }
+_ARRAY = {"SLURM_JOB_ID": "19", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "2"}
 VARIABLES = {
+    "slurm_sweep": _ARRAY,
     "slurm": {"SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "17"},
     "sky_launch_gpu": {"WANDB_API_KEY": "hidden"},
     "container_run_gpu": {"WANDB_API_KEY": "hidden"},

@@ -95,6 +95,31 @@ def test_a_worse_end_of_one_that_was_asked_to_end_counts(
     assert launch(command, "--processes=2", "--", *words).returncode == 43
 
 
+def test_workers_of_a_sweep_have_gpus_of_their_own_and_end_alone(tmp_path: Path) -> None:
+    program = tmp_path / "worker.py"
+    program.write_text(
+        "import os, sys\n"
+        "gpus = os.environ['CUDA_VISIBLE_DEVICES']\n"
+        "print(gpus, *sys.argv[1:])\n"
+        "sys.exit(gpus == '0,1')\n"
+    )
+    fake = shlex.join([sys.executable, "-IS", str(program)])
+    words = (
+        "--processes=3",
+        "--gpus=2",
+        f"--command={fake}",
+        "--",
+        "sweep",
+        "run",
+        "--workdir=a b",
+    )
+    done = launch([sys.executable, "launch/local.py"], *words)
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("+ ")]
+    expected = [f"[{i}] {2 * i},{2 * i + 1} run --workdir=a b" for i in range(3)]
+    assert sorted(lines) == expected  # and no line that says that others are ended
+    assert done.returncode == 1
+
+
 def test_one_that_does_not_end_when_asked_is_killed(command: list[str], tmp_path: Path) -> None:
     words = ("--do=0:stubborn,1:1", f"--ready={tmp_path}/ready/")
     done = launch(command, "--processes=2", "--grace=0.2", "--", *words)
@@ -150,6 +175,7 @@ def test_one_that_ignores_a_signal_to_the_launcher_is_killed(
         (["--processes=0"], "--processes must be at least 1, got 0"),
         (["--processes=1", "--devices=0"], "--devices must be at least 1, got 0"),
         (["--processes=1", "--devices=-1"], "--devices must be at least 1, got -1"),
+        (["--processes=1", "--gpus=0"], "--gpus must be at least 1, got 0"),
         (["--processes=1", "--grace=-1"], "--grace must be at least 0, got -1"),
         (["--processes=1", "--port=0"], "--port must be from 1 to 65535, got 0"),
         (["--processes=1", "--port=65536"], "--port must be from 1 to 65535, got 65536"),

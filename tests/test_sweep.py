@@ -5,19 +5,23 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from blindvalm_jax import config, starting
+from blindvalm_jax.checkpoints import layout
 from blindvalm_jax.config import Config
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.sweep import worker
+from blindvalm_jax.sweep import outcome, status, worker
 from blindvalm_jax.sweep.leases import Leases
 from blindvalm_jax.sweep.manifest import Manifest, State
 from tests import small_models, small_text, test_train
+from tests.faults import small_sweep
 
 
 def settings(**changes: object) -> Config:
@@ -129,6 +133,104 @@ def test_manifest_tells_what_became_of_runs(tmp_path: Path) -> None:
     assert manifest.states()["c"].open
 
 
+def test_attempts_that_left_a_newer_checkpoint_are_no_cuts_in_a_row(tmp_path: Path) -> None:
+    """A preempted machine says nothing; an older manifest says of no attempt where it began."""
+    manifest = Manifest(tmp_path)
+    manifest.plan({"a": settings()})
+
+    def cut(**began: int) -> tuple[int, int]:
+        manifest.add("a", "started", **began)
+        state = manifest.states()["a"]
+        return state.cut_at(10), state.cut_at(20)
+
+    assert cut(step=0) == (0, 0)
+    assert cut(step=10) == (1, 0)
+    assert cut(step=10) == (2, 0)
+    assert cut(step=15) == (1, 0)
+    assert cut() == (2, 2)
+    assert cut(step=20) == (3, 3)
+    manifest.add("a", "preempted")
+    assert cut(step=20) == (1, 1)
+
+
+def test_a_run_that_comes_further_each_time_is_not_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, sweep = {"far": settings(), "stuck": settings()}, tmp_path / "sweep"
+    manifest = Manifest(sweep)
+    manifest.plan(runs)
+    for step in range(0, 40, 10):
+        manifest.add("far", "started", step=step)
+        manifest.add("stuck", "started", step=30)
+    for name in runs:
+        (worker.runs_of(sweep) / name / "checkpoints" / "30").mkdir(parents=True)
+    (worker.runs_of(sweep) / "far" / "checkpoints" / "40").mkdir()
+    for name in runs:
+        (worker.runs_of(sweep) / name / ".blindvalm_run").touch()
+    monkeypatch.setattr(starting, "start", lambda given, workdir: 0)
+    assert worker.work(sweep, runs, lease_seconds=60) == 1
+    assert {name: state.ended for name, state in manifest.states().items()} == {
+        "far": "done",
+        "stuck": "failed",
+    }
+    assert [x["step"] for x in manifest.lines() if x["event"] == "started"][-1] == 40
+
+
+def test_contents_are_what_runs_ended_with_however_they_came_there(tmp_path: Path) -> None:
+    one, two = Manifest(tmp_path / "one"), Manifest(tmp_path / "two")
+    ends: dict[str, Any] = {"step": 6, "loss": 0.1 + 0.2, "scores": {"colors": 0.5}}
+    for manifest in (one, two):
+        manifest.plan({"a": settings(seed=1), "b": settings()})
+    one.add("a", "started", process="here:1", step=0)
+    one.add("a", "done", **ends)
+    one.add("b", "diverged", about="at step 3: train/loss is nan")
+    two.add("b", "diverged", about="at step 3: train/loss is nan")
+    for step in (0, 2, 4):
+        two.add("a", "started", process="there:2", step=step)
+    assert two.contents() != one.contents()
+    two.add("a", "done", **ends)
+    assert two.contents() == one.contents()
+    assert one.contents()["a"] == {"settings": {"seed": 1}, "ended": "done", "about": "", **ends}
+    two.add("a", "done", **{**ends, "loss": 0.3})  # 0.1 + 0.2 differs from it in the last bit
+    assert two.contents() != one.contents()
+
+
+def test_a_run_ends_with_what_its_last_update_says(tmp_path: Path) -> None:
+    assert outcome.of(tmp_path) == {"step": None, "loss": None, "scores": {}}
+    lines: list[dict[str, Any]] = [
+        {"step": 2, "eval/loss": 9.0, "eval/tasks/sst2": 0.1},
+        {"step": 4, "train/loss": 3.0},
+        {"step": 4, "eval/loss": 2.5},
+        {"step": 4, "eval/tasks/colors": 0.75, "eval/tasks/ptb": None},
+    ]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 6, "eval/lo')
+    ended = {"step": 4, "loss": 2.5, "scores": {"colors": 0.75, "ptb": None}}
+    assert outcome.of(tmp_path) == ended
+
+
+def test_what_is_said_of_a_run_names_no_place_of_the_sweep(tmp_path: Path) -> None:
+    said = f"{tmp_path}/runs/a/checkpoints/4: it is empty; /data/x.txt is missing"
+    assert outcome.about(said, tmp_path) == (
+        "runs/a/checkpoints/4: it is empty; /data/x.txt is missing"
+    )
+
+
+def test_status_tells_how_a_run_ended_though_its_lease_was_left(tmp_path: Path) -> None:
+    """By a worker that was killed behind the line of its end."""
+    Manifest(tmp_path).plan({name: settings() for name in "abc"})
+    for name in "ab":
+        worker.leases_of(tmp_path, seconds=60).take(name)
+    Manifest(tmp_path).add("a", "diverged")
+    run = worker.runs_of(tmp_path) / "a"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 1000, "train/loss": null}\n')
+    a, b, c = status.lines(tmp_path, lease_seconds=60)
+    assert a.split() == ["a", "diverged", "step", "1,000", "loss", "not", "finite"]
+    assert b.split()[:3] == ["b", "training", "by"]
+    assert c.split() == ["c", "waiting"]
+
+
 def test_half_a_line_of_a_dead_worker_is_replaced(tmp_path: Path) -> None:
     manifest = Manifest(tmp_path)
     manifest.plan({"a": settings()})
@@ -148,7 +250,7 @@ def test_a_worker_trains_what_is_open_and_names_what_failed(
 ) -> None:
     text = tmp_path / "text.txt"
     small_text.write_text(text, small_text.documents(60))
-    common = {"train__steps": 2, "eval__every_steps": 0, "data__cache": str(tmp_path / "cache")}
+    common = {"train__steps": 2, "data__cache": str(tmp_path / "cache")}
     good = config.parse(test_train.settings(text, **common))
     bad = config.parse(test_train.settings(tmp_path / "none.txt", **common))
     runs = {"good": good, "bad": bad, "dying": good}
@@ -163,11 +265,10 @@ def test_a_worker_trains_what_is_open_and_names_what_failed(
     assert "1 of 3 runs are done" in said.out
     assert "bad failed: " in said.err
     assert "dying failed: 3 attempts in a row were cut off" in said.err
-    losses = [
-        json.loads(line)["train/loss"]
-        for line in (sweep / "runs" / "good" / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert len(losses) == 2
+    found = test_train.read_metrics(sweep / "runs" / "good")
+    assert sorted(found["train/loss"]) == [1, 2]
+    ended = manifest.states()["good"]
+    assert (ended.step, ended.loss, ended.scores) == (2, found["eval/loss"][2], {})
     before = manifest.lines()
     assert worker.work(sweep, {"good": good}, lease_seconds=60) == 0
     assert manifest.lines() == before  # what is done is not done again
@@ -219,3 +320,24 @@ def test_a_directory_out_of_reach_for_long_is_a_lost_lease(
     monkeypatch.setattr(own, "renew", renew)
     with own.kept("run", lost=lost.set):
         assert lost.wait(30)
+
+
+def test_a_sweep_whose_worker_was_killed_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    """And left half a line of its manifest; tests/faults kills many, at random."""
+    runs = {"trunk": small_sweep.six_runs(tmp_path)["trunk"]}
+    given = small_sweep.write_config(tmp_path, runs)
+    undisturbed = small_sweep.Workers(given, tmp_path / "undisturbed")
+    disturbed = small_sweep.Workers(given, tmp_path / "disturbed", lease_seconds=1.5)
+    try:
+        killed, whole = disturbed.start(dies_at="+35"), undisturbed.start()
+        assert disturbed.end(killed) == -signal.SIGKILL, disturbed.logs()
+        assert undisturbed.end(whole) == 0, undisturbed.logs()
+        assert 0 < layout.steps(disturbed.workdir / "runs" / "trunk")[-1] < 40
+        manifest = disturbed.workdir / "manifest.jsonl"
+        manifest.write_bytes(manifest.read_bytes()[:-20])
+        last = [disturbed.start(), disturbed.start()]
+        assert [disturbed.end(process) for process in last] == [0, 0], disturbed.logs()
+    finally:
+        undisturbed.close()
+        disturbed.close()
+    small_sweep.check_same(undisturbed.workdir, disturbed.workdir)

@@ -45,6 +45,36 @@ def test_branches_wait_for_their_trunk_whatever_comes_first(
     assert worker.work(tmp_path / "moved", runs, lease_seconds=60) == 0
 
 
+def test_a_worker_of_one_branch_trains_its_trunk_where_nobody_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a task of an array whose others wait in the queue: it would wait for ever."""
+    begun = []
+
+    def start(given: Config, workdir: Path) -> int:
+        begun.append(workdir.name)
+        step = layout.directory(workdir) / str(given.train.steps)
+        (step / "x").mkdir(parents=True)
+        return 0
+
+    monkeypatch.setattr(starting, "start", start)
+    monkeypatch.setattr(layout, "fault", lambda place: None if place.is_dir() else "missing")
+    shape = {"checkpoint__keep_every": 4}
+    text = tmp_path / "text.txt"
+    runs = {
+        "leaf": settings(text, 12, train__branch_from="run:middle@8"),
+        "middle": settings(text, 8, train__branch_from="run:trunk@4", **shape),
+        "other": settings(text, 5),
+        "trunk": settings(text, 4, **shape),
+    }
+    trunks.check(runs)
+    assert trunks.levels(runs) == {"leaf": 2, "middle": 1, "other": 0, "trunk": 0}
+    Manifest(tmp_path).plan(runs)
+    assert worker.work(tmp_path, runs, lease_seconds=60, only=["leaf"]) == 0
+    assert begun == ["trunk", "middle", "leaf"]
+    assert Manifest(tmp_path).states()["other"] == State()
+
+
 def test_a_branch_of_a_trunk_that_failed_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,3 +123,13 @@ def test_a_run_that_is_no_branch_waits_for_nothing(tmp_path: Path) -> None:
     assert trunks.of(plain) is None
     assert trunks.ready(plain, tmp_path)
     assert trunks.placed(plain, tmp_path) is plain
+
+
+def test_runs_that_branch_from_each_other_are_refused(tmp_path: Path) -> None:
+    shape = {"checkpoint__keep_every": 4}
+    runs = {
+        "one": settings(tmp_path, 12, train__branch_from="run:two@4", **shape),
+        "two": settings(tmp_path, 12, train__branch_from="run:one@8", **shape),
+    }
+    with pytest.raises(UserError, match="runs branch from each other: one, two"):
+        worker.work(tmp_path, runs, lease_seconds=60)

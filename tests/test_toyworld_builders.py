@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 
 from blindvalm_jax.data.corpora import TfdsSource
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.toyworld import builders, language, render
+from blindvalm_jax.toyworld import builders, language, render, supply
 from blindvalm_jax.toyworld.world import TEXT_SPLITS, Object, WorldConfig, objects, stream
 
 CONFIG = WorldConfig(
@@ -223,3 +223,21 @@ def test_the_command_makes_a_world_and_refuses_bad_knobs(tmp_path: Path) -> None
         assert refused.returncode == 1
         assert refused.stderr.startswith(message)
         assert refused.stderr.count("\n") == 1
+
+
+def test_what_says_which_world_it_is_is_written_once_and_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other workers of a sweep read it meanwhile; one of before was left empty by a kill."""
+    monkeypatch.setattr(builders, "build", lambda world, place: None)
+    parts = supply.Parts(tmp_path)
+    parts.marker.touch()
+    assert supply._with_its_images(WorldConfig(seed=3), parts) == WorldConfig(seed=3)
+    supply.make_datasets(WorldConfig(seed=3), parts)
+    assert parts.marker.read_text() == "seed3\n"
+    first = parts.marker.stat()
+    supply.make_datasets(WorldConfig(seed=3), parts)
+    again = parts.marker.stat()
+    assert (again.st_ino, again.st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
+    with pytest.raises(UserError, match="holds the world 'seed3', not 'seed4'"):
+        supply.make_datasets(WorldConfig(seed=4), parts)

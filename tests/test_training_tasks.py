@@ -92,6 +92,14 @@ def test_asking_changes_no_update_and_is_what_the_run_says_afterwards(
     assert results.read(files / "asked")[0]["step"] == 3
     assert not (files / "asked" / "eval" / "before").exists()
 
+    # Cut off while it asked at its last step, of which the checkpoint is there.
+    lines = path.read_text().splitlines(keepends=True)
+    kept_lines = [x for x in lines if "eval/tasks" not in x or '"step": 3' not in x]
+    assert len(kept_lines) == len(lines) - 1
+    path.write_text("".join(kept_lines))
+    assert test_train.run(asking(files), files / "asked")["eval/tasks/memory_colors"] == scores
+    assert "tasks of step 3 were not answered before" in capfd.readouterr().out
+
 
 def test_what_goes_wrong_with_tasks_ends_no_training(
     files: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -3,6 +3,8 @@ r"""Trains many runs with any number of workers that share a directory.
     python -m blindvalm_jax.sweep run --config=configs/sweeps/NAME.py --workdir=DIR
     python -m blindvalm_jax.sweep status --workdir=DIR
     python -m blindvalm_jax.sweep report --config=configs/sweeps/NAME.py --workdir=DIR [--out=DIR]
+    python -m blindvalm_jax.sweep launch --config=SWEEP.py --workdir=DIR --scheduler=slurm
+        [--workers=N] [-- FLAGS OF THE SCHEDULER'S SCRIPT]
     python -m blindvalm_jax.sweep cost --config=CONFIG.py [--mfu=0.4] [--json=FILE]
 
 A sweep's config returns a ConfigDict whose `runs` holds the settings of each run by its name, or a
@@ -17,11 +19,15 @@ bytes of a sweep's runs, or of any training config by part, before there is data
 report: what the runs that are done say of their families at equal budget, in model FLOPs and in
 device-seconds (docs/scaling_experiments.md), in DIR/report or --out.
 
+launch: prints the commands that train the sweep with a scheduler of launch/ (slurm, gke, tpu_vm,
+sky, local), N workers at once, and runs none.
+
 Exit codes: 0 all done, 1 error, or a run failed or diverged, 42 preempted and saved.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,10 +35,8 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from blindvalm_jax import metrics
 from blindvalm_jax.errors import UserError, run_main
-from blindvalm_jax.sweep import cost, plans, worker
-from blindvalm_jax.sweep.leases import Lease
+from blindvalm_jax.sweep import cost, launching, plans, status, worker
 from blindvalm_jax.sweep.manifest import Manifest
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The sweep.", lock_config=True)
@@ -42,6 +46,12 @@ _RETRY = flags.DEFINE_bool("retry", False, "run: failed and diverged runs again"
 _LEASE = flags.DEFINE_float(
     "lease_seconds", 120.0, "run: how long a silent worker keeps its run", lower_bound=1.0
 )
+_SCHEDULER = flags.DEFINE_enum(
+    "scheduler", None, launching.SCHEDULERS, "launch: what starts the workers"
+)
+_WORKERS = flags.DEFINE_integer(
+    "workers", None, "launch: how many at once; else 1, of slurm as many as there are runs"
+)
 _OUT = flags.DEFINE_string("out", "", "report: where to write it, in place of DIR/report")
 _MFU = flags.DEFINE_float("mfu", 0.4, "cost: share of the peak that device-hours are given for")
 _JSON = flags.DEFINE_string("json", "", "cost: also as JSON in this file")
@@ -49,17 +59,22 @@ _JSON = flags.DEFINE_string("json", "", "cost: also as JSON in this file")
 
 def main(argv: Sequence[str]) -> int:
     """Does what the command line says; returns the exit code."""
+    if argv[1:2] == ["launch"]:
+        return _launch(argv[2:])
     if len(argv) != 2 or argv[1] not in ("run", "status", "report", "cost"):
         got = " ".join(argv[1:]) or "nothing"
-        raise UserError(f"expected run, status, report or cost, got {got}")
+        raise UserError(f"expected run, status, report, launch or cost, got {got}")
     if argv[1] == "cost":
         return _cost()
     if not _WORKDIR.value:
         raise UserError("--workdir=DIR is needed")
     workdir = Path(_WORKDIR.value)
+    if argv[1] == "status":
+        print("\n".join(status.lines(workdir, lease_seconds=_LEASE.value)))
+        return 0
     if argv[1] == "report":
         return _report(workdir)
-    return _status(workdir) if argv[1] == "status" else _run(workdir)
+    return _run(workdir)
 
 
 def _run(workdir: Path) -> int:
@@ -71,14 +86,31 @@ def _run(workdir: Path) -> int:
         raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
     if _INDEX.value >= len(runs) or _INDEX.value < -1:
         raise UserError(f"--index={_INDEX.value}: the sweep has runs 0 to {len(runs) - 1}")
-    if _INDEX.value >= 0:
-        name = list(runs)[_INDEX.value]
-        runs = {name: runs[name]}
+    only = list(runs) if _INDEX.value < 0 else [list(runs)[_INDEX.value]]
     if _RETRY.value:
-        for name in runs:
+        for name in only:
             if manifest.states()[name].ended in ("failed", "diverged"):
                 manifest.add(name, "reopened")
-    return worker.work(workdir, runs, lease_seconds=_LEASE.value)
+    return worker.work(workdir, runs, lease_seconds=_LEASE.value, only=only)
+
+
+def _launch(given: Sequence[str]) -> int:
+    """given: flags of the scheduler's script, behind --."""
+    runs = plans.settings_of(_given("--config=configs/sweeps/NAME.py is needed"))
+    scheduler = _SCHEDULER.value
+    if not _WORKDIR.value or scheduler is None:
+        raise UserError("launch needs --workdir=DIR and --scheduler=NAME")
+    if _INDEX.value != -1:
+        raise UserError(f"--index={_INDEX.value}: launch is for all runs, leave it out")
+    lines = launching.commands(
+        runs,
+        scheduler=scheduler,
+        workers=_WORKERS.value,
+        worker=launching.flags_of_worker(sys.argv[1:], without=("scheduler", "workers")),
+        given=given,
+    )
+    print("\n".join(lines))
+    return 0
 
 
 def _report(workdir: Path) -> int:
@@ -106,24 +138,5 @@ def _given(needed: str) -> Any:
     return _CONFIG.value
 
 
-def _status(workdir: Path) -> int:
-    if not (workdir / "manifest.jsonl").exists():
-        raise UserError(f"{workdir} holds no sweep: it has no manifest.jsonl")
-    leases = worker.leases_of(workdir, seconds=_LEASE.value)
-    for name, state in Manifest(workdir).states().items():
-        lines = metrics.records(worker.runs_of(workdir) / name / "metrics.jsonl")
-        last = next((line for line in reversed(lines) if "train/loss" in line), None)
-        at = f"step {last['step']:,}  loss {last['train/loss']:.4f}" if last else ""
-        print(f"{name:30} {_word(state.ended, leases.holder(name)):40} {at}")
-    return 0
-
-
-def _word(ended: str, lease: Lease | None) -> str:
-    if lease is not None:
-        silent = ", silent for too long" if lease.expired else ""
-        return f"{'dropped' if lease.expired else 'training'} by {lease.worker}{silent}"
-    return ended or "waiting"
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, takes_addresses=["argument"])

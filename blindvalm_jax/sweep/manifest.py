@@ -25,18 +25,29 @@ ENDS = ("done", "diverged", "failed", "preempted")
 class State:
     """What the manifest says of a run.
 
-    ended: how the last attempt that ended did, "" if none has; cut: attempts since then that were
-    begun and never ended; about: what was said at the end.
+    ended: how the last attempt that ended did, "" if none has; cut: attempts in a row since then
+    that never ended, each of which found no newer checkpoint than the one before; began: the step
+    from which the last of them went on, None where it does not say; about: what was said at the
+    end; step, loss, scores: of its last update, once it is done (`outcome.of`).
     """
 
     ended: str = ""
     cut: int = 0
     about: str = ""
+    began: int | None = None
+    step: int | None = None
+    loss: float | None = None
+    scores: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
 
     @property
     def open(self) -> bool:
         """Whether there is still something to train."""
         return self.ended in ("", "preempted")
+
+    def cut_at(self, newest: int | None) -> int:
+        """`cut`, or 0 where the newest checkpoint is now of a later step than `began`."""
+        known = self.began is not None and newest is not None
+        return 0 if known and newest > self.began else self.cut  # type: ignore[operator]
 
 
 class Manifest:
@@ -104,13 +115,32 @@ class Manifest:
         for line in self.lines():
             state, event = states.get(line["run"], State()), line["event"]
             if event == "started":
-                state = dataclasses.replace(state, cut=state.cut + 1)
+                began = line.get("step")
+                state = dataclasses.replace(state, cut=state.cut_at(began) + 1, began=began)
             elif event in ENDS:
-                state = State(event, 0, str(line.get("about", "")))
+                state = _ended(event, line)
             elif event == "reopened":
                 state = State()
             states[line["run"]] = state
         return states
+
+    def contents(self) -> dict[str, dict[str, Any]]:
+        """What it says of each run but for times, processes and attempts, in the order planned.
+
+        The same sweep ends with the same, to the last bit of a loss, however often workers were
+        killed on the way.
+        """
+        planned = {
+            line["run"]: line["settings"] for line in self.lines() if line["event"] == "planned"
+        }
+        return {
+            name: {
+                "settings": planned[name],
+                **{"ended": state.ended, "about": state.about},
+                **{"step": state.step, "loss": state.loss, "scores": dict(state.scores)},
+            }
+            for name, state in self.states().items()
+        }
 
     def _append(self, line: Mapping[str, Any]) -> None:
         """Adds a line behind the last whole one."""
@@ -123,6 +153,11 @@ class Manifest:
             stream.write((json.dumps({"time": at, **line}) + "\n").encode())
             stream.flush()
             os.fsync(stream.fileno())
+
+
+def _ended(event: str, line: Mapping[str, Any]) -> State:
+    known = {name: line[name] for name in ("about", "step", "loss", "scores") if name in line}
+    return State(event, **known)
 
 
 def _ends_line(stream: Any, size: int) -> bool:

@@ -74,3 +74,22 @@ def placed(settings: Config, runs: Path) -> Config:
     return dataclasses.replace(
         settings, train=dataclasses.replace(settings.train, branch_from=place)
     )
+
+
+def levels(runs: Mapping[str, Config]) -> dict[str, int]:
+    """How many runs each one has before it: its trunk, the trunk of that, and so on.
+
+    Raises:
+      UserError: runs branch from each other.
+    """
+
+    def before(name: str) -> int:
+        above: list[str] = []
+        while (trunk := of(runs[name])) is not None:
+            if name in above:
+                raise UserError(f"runs branch from each other: {', '.join(sorted(above))}")
+            above.append(name)
+            name = trunk.run
+        return len(above)
+
+    return {name: before(name) for name in runs}

@@ -11,15 +11,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from blindvalm_jax import files, starting
+from blindvalm_jax.checkpoints import layout
 from blindvalm_jax.config import Config
 from blindvalm_jax.errors import DIVERGED, Preempted, UserError, first_line, print_error
 from blindvalm_jax.runs import held
 from blindvalm_jax.survival import preemption
-from blindvalm_jax.sweep import plans, trunks
+from blindvalm_jax.sweep import outcome, plans, trunks
 from blindvalm_jax.sweep.leases import Leases
-from blindvalm_jax.sweep.manifest import Manifest
+from blindvalm_jax.sweep.manifest import Manifest, State
 
-_MOST_CUTS = 3  # attempts in a row that never ended, before a run is called failed
+# Attempts in a row that never ended and left no newer checkpoint, before a run is called failed.
+_MOST_CUTS = 3
 _POLL_SECONDS = 1.0
 
 
@@ -34,40 +36,68 @@ def leases_of(workdir: Path, *, seconds: float) -> Leases:
     return Leases(workdir / "leases", worker=worker, seconds=seconds)
 
 
-def work(workdir: Path, runs: Mapping[str, Config], *, lease_seconds: float) -> int:
+def work(
+    workdir: Path,
+    runs: Mapping[str, Config],
+    *,
+    lease_seconds: float,
+    only: Sequence[str] | None = None,
+) -> int:
     """Trains until no run is open, also those that other workers drop; returns the exit code.
 
-    0: all are done; 1: some failed or diverged, each named.
+    0: all are done; 1: some failed or diverged, each named. only: the runs that matter, and are
+    trained with those that they branch from, as far as nobody else trains these.
 
     Raises:
+      UserError: runs branch from each other.
       Preempted: SIGTERM ended it, and its run is saved.
     """
+    trunks.levels(runs)
     with preemption.noticed():
-        return _work(workdir, runs, lease_seconds)
+        return _work(workdir, runs, list(runs) if only is None else only, lease_seconds)
 
 
-def _work(workdir: Path, runs: Mapping[str, Config], lease_seconds: float) -> int:
+def _work(
+    workdir: Path, runs: Mapping[str, Config], wanted: Sequence[str], lease_seconds: float
+) -> int:
     manifest, leases = Manifest(workdir), leases_of(workdir, seconds=lease_seconds)
-    waiting = False
+    told: list[str] = []
     while True:
         states = manifest.states()
-        left = [name for name in runs if states[name].open]
+        left = [name for name in wanted if states[name].open]
         if not left:
-            return _conclude(manifest, list(runs))
-        if not any(_done_by_this(name, leases, manifest, runs, workdir) for name in left):
-            if not waiting:
-                print(f"waiting: others train {', '.join(left)}", flush=True)
-            waiting = True
-            time.sleep(_POLL_SECONDS)
-        else:
-            waiting = False
+            return _conclude(manifest, wanted)
+        # several may wait for the same one
+        left = list(dict.fromkeys(_first_of(name, states, runs, runs_of(workdir)) for name in left))
+        if any(_done_by_this(name, leases, manifest, runs, workdir) for name in left):
+            told = []
+            continue
+        if told != left:
+            print(f"waiting: others train {', '.join(left)}", flush=True)
+        told = left
+        time.sleep(_POLL_SECONDS)
+
+
+def _first_of(
+    name: str, states: Mapping[str, State], runs: Mapping[str, Config], place: Path
+) -> str:
+    """A run, or the one to train before it can begin: its trunk, if that has not come so far.
+
+    place: of the directories of the runs.
+    """
+    trunk = trunks.of(runs[name])
+    if trunk is None or trunks.ready(runs[name], place):
+        return name
+    if not states[trunk.run].open:  # it never will
+        return name
+    return _first_of(trunk.run, states, runs, place)
 
 
 def _done_by_this(
     name: str, leases: Leases, manifest: Manifest, runs: Mapping[str, Config], workdir: Path
 ) -> bool:
     """Trains a run, if nobody else does."""
-    if not _may_begin(name, manifest, runs, workdir) or leases.take(name) is not None:
+    if leases.take(name) is not None:
         return False
     directory = runs_of(workdir) / name
     with leases.kept(name, lost=_end_at_once):
@@ -81,23 +111,18 @@ def _done_by_this(
     return True
 
 
-def _may_begin(name: str, manifest: Manifest, runs: Mapping[str, Config], workdir: Path) -> bool:
-    """Whether a run need not wait for its trunk: that has come so far, or never will."""
-    trunk = trunks.of(runs[name])
-    if trunk is None or trunks.ready(runs[name], runs_of(workdir)):
-        return True
-    return not manifest.states()[trunk.run].open
-
-
 def _attempt(manifest: Manifest, name: str, settings: Config, workdir: Path) -> None:
     """Trains a run and writes down how it ended; what ends it ends no other run."""
-    cut = manifest.states()[name].cut
+    newest = max(layout.steps(workdir), default=0)
+    cut = manifest.states()[name].cut_at(newest)
     if cut >= _MOST_CUTS:
-        manifest.add(name, "failed", about=f"{cut} attempts in a row were cut off")
-        print_error(f"{name}: {cut} attempts in a row were cut off; given up")
+        about = f"{cut} attempts in a row were cut off, and left no newer checkpoint"
+        manifest.add(name, "failed", about=about)
+        print_error(f"{name}: {about}; given up")
         return
-    print(f"{name}: {'taken over' if cut else 'begun'}", flush=True)
-    manifest.add(name, "started", process=f"{socket.gethostname()}:{os.getpid()}")
+    print(f"{name}: {f'goes on at step {newest}' if newest else 'begun'}", flush=True)
+    process = f"{socket.gethostname()}:{os.getpid()}"
+    manifest.add(name, "started", process=process, step=newest)
     about = ""
     try:
         code = starting.start(plans.placed(settings, workdir.parents[1]), workdir)
@@ -112,8 +137,13 @@ def _attempt(manifest: Manifest, name: str, settings: Config, workdir: Path) -> 
         with preemption.kept():
             manifest.add(name, "preempted")
         raise
-    event = {0: "done", DIVERGED: "diverged"}.get(code, "failed")
-    manifest.add(name, event, **({"about": about} if about else {}))
+    if code == 0:
+        manifest.add(name, "done", **outcome.of(workdir))
+        return
+    if code == DIVERGED:
+        about = outcome.of_divergence(workdir)
+    about = outcome.about(about, workdir.parent.parent)
+    manifest.add(name, "diverged" if code == DIVERGED else "failed", about=about)
 
 
 def _conclude(manifest: Manifest, names: Sequence[str]) -> int:

@@ -13,13 +13,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from blindvalm_jax import metrics, trained
+from blindvalm_jax import events, metrics, runs, trained
 from blindvalm_jax.config import Config, EvalConfig
 from blindvalm_jax.errors import UserError, print_error
 from blindvalm_jax.objectives.language import Language
 from blindvalm_jax.tasks import catalog, evaluation, identity, results, standing
 from blindvalm_jax.tasks.scoring import Scorer
 from blindvalm_jax.tasks.task import ChoiceTask
+
+_UNANSWERED = "unanswered"  # of events.jsonl
 
 
 class TrainingTasks:
@@ -70,6 +72,7 @@ class TrainingTasks:
                 )
         except (UserError, OSError) as error:
             print_error(f"tasks of step {step} are not answered: {error}; training goes on")
+            events.record(self._workdir, _UNANSWERED, step=step, reason=str(error))
             return
         report(step, scores({one.name: found["tasks"][one.name] for one in self._asked}))
 
@@ -91,6 +94,25 @@ def _metric(task: str) -> str:
     return f"eval/tasks/{task}"
 
 
+def cut_off(settings: Config, workdir: Path, *, step: int) -> bool:
+    """Whether a run with all its updates done was ended before their tasks were answered.
+
+    False where they could not be answered, or settings named others then.
+
+    Raises:
+      UserError: there is no such task.
+    """
+    ended = step == settings.train.steps and (workdir / "metrics.jsonl").exists()
+    if not settings.eval.tasks or not ended:
+        return False
+    if runs.given_before(workdir)["eval"].get("tasks") != settings.eval.tasks:
+        return False
+    if {_metric(name) for name in _wanted(settings)} <= metrics.names_at(workdir, step):
+        return False
+    tried = (entry for entry in events.read(workdir) if entry["event"] == _UNANSWERED)
+    return not any(entry["step"] == step for entry in tried)
+
+
 def unanswered(settings: Config, workdir: Path, *, step: int) -> str:
     """The command that asks a run what it was not asked at its last step; "" if nothing is left.
 
@@ -98,16 +120,7 @@ def unanswered(settings: Config, workdir: Path, *, step: int) -> str:
       UserError: there is no such task.
     """
     tasks, protocol = settings.eval, settings.eval.tasks_protocol
-    try:
-        chosen = catalog.chosen(_names(tasks))
-    except UserError as error:
-        raise _of_settings(error, tasks) from error
-    wanted = [
-        task.name
-        for task in chosen
-        if not isinstance(task, ChoiceTask) or protocol in task.protocols
-    ]
-    if {*wanted} <= _answered(workdir / "eval", step=step, protocol=protocol):
+    if _wanted(settings) <= _answered(workdir / "eval", step=step, protocol=protocol):
         return ""
     given = {
         **{"workdir": workdir, "tasks": ",".join(_names(tasks)), "data": tasks.tasks_data},
@@ -117,6 +130,24 @@ def unanswered(settings: Config, workdir: Path, *, step: int) -> str:
         f"--{name}={shlex.quote(str(value))}" for name, value in given.items() if value
     )
     return f"python -m blindvalm_jax.evaluate {flags}"
+
+
+def _wanted(settings: Config) -> set[str]:
+    """The tasks that settings name and their protocol has.
+
+    Raises:
+      UserError: there is no such task.
+    """
+    try:
+        chosen = catalog.chosen(_names(settings.eval))
+    except UserError as error:
+        raise _of_settings(error, settings.eval) from error
+    protocol = settings.eval.tasks_protocol
+    return {
+        task.name
+        for task in chosen
+        if not isinstance(task, ChoiceTask) or protocol in task.protocols
+    }
 
 
 def _answered(directory: Path, *, step: int, protocol: str) -> set[str]:

@@ -54,6 +54,11 @@ class Parts:
         return self.root / "world.txt"
 
     @property
+    def world(self) -> str:
+        """What it says, "" where there is none; one of before could be left empty."""
+        return self.marker.read_text().strip() if self.marker.exists() else ""
+
+    @property
     def tokenizer(self) -> Path:
         """Directory of the tokenizer."""
         return self.root / "tokenizer"
@@ -128,9 +133,9 @@ def world_of(settings: Config) -> tuple[str, WorldConfig]:
 
 def _with_its_images(world: WorldConfig, parts: Parts) -> WorldConfig:
     """The world with the images that are there: the name of its sentences tells nothing of them."""
-    if not parts.marker.exists():
+    if not parts.world:
         return world
-    made = parse_dataset_name(parts.marker.read_text().strip(), "images")
+    made = parse_dataset_name(parts.world, "images")
     of_images = [k.name for k in dataclasses.fields(world) if k.metadata["datasets"] == ("images",)]
     return dataclasses.replace(world, **{name: getattr(made, name) for name in of_images})
 
@@ -173,13 +178,14 @@ def make_datasets(world: WorldConfig, parts: Parts) -> None:
     from blindvalm_jax.toyworld import builders
 
     with output.locked(parts.root):
-        name = f"{dataset_name(world, 'images')}\n"
-        if parts.marker.exists() and parts.marker.read_text() != name:
+        name = dataset_name(world, "images")
+        if parts.world not in ("", name):
             raise UserError(
-                f"{parts.root} holds the world {parts.marker.read_text().strip()!r}, not "
-                f"{name.strip()!r}: take another directory for this one"
+                f"{parts.root} holds the world {parts.world!r}, not {name!r}: take another "
+                "directory for this one"
             )
-        parts.marker.write_text(name)
+        if not parts.world:  # others read it meanwhile
+            files.write_bytes(parts.marker, f"{name}\n".encode())
         builders.build(world, parts.datasets)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
+import random
+import shutil
+import signal
 import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,9 @@ import pytest
 from blindvalm_jax.sweep import worker
 from blindvalm_jax.sweep.manifest import Manifest
 from tests import small_text
-from tests.faults import small_run
+from tests.faults import dying_worker, small_sweep
+from tests.faults.small_sweep import DEADLINE, Workers, check_same, wait_until_said
 
-ROOT = Path(__file__).resolve().parents[2]
-DEADLINE = 240.0  # seconds
 _SWEEP = """
 import ml_collections
 from tests import test_train
@@ -41,46 +42,19 @@ def metrics(workdir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-class Workers:
-    """Workers of one sweep, in processes of their own."""
-
-    def __init__(self, config: Path, workdir: Path) -> None:
-        self.command = [
-            *(sys.executable, "-m", "blindvalm_jax.sweep", "run", f"--config={config}"),
-            *(f"--workdir={workdir}", "--lease_seconds=3"),
-        ]
-        self.workdir = workdir
-        self.running: list[subprocess.Popen[str]] = []
-
-    def start(self) -> subprocess.Popen[str]:
-        """One more."""
-        quickly = small_run.quickly(self.workdir.parent, devices=1)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), **quickly}
-        log = (self.workdir.parent / f"worker{len(self.running)}.txt").open("w")
-        process = subprocess.Popen(
-            self.command, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True
-        )
-        log.close()
-        self.running.append(process)
-        return process
-
-    def logs(self) -> str:
-        """What all of them said."""
-        return "".join(p.read_text() for p in sorted(self.workdir.parent.glob("worker*.txt")))
-
-    def saved_by(self, worker: subprocess.Popen[str]) -> str:
-        """Waits until a worker has saved a run that it has not finished; the run's name."""
-        until = time.monotonic() + DEADLINE
-        while time.monotonic() < until:
-            for line in Manifest(self.workdir).lines():
-                own = str(line.get("process", "")).endswith(f":{worker.pid}")
-                run = self.workdir / "runs" / str(line["run"])
-                found = metrics(run) if own and (run / "checkpoints" / "10").exists() else []
-                if found and found[-1]["step"] < 50:
-                    return str(line["run"])
-            assert worker.poll() is None, self.logs()
-            time.sleep(0.05)
-        raise AssertionError(f"nothing saved in {DEADLINE:g} s: {self.logs()}")
+def saved_by(workers: Workers, worker: subprocess.Popen[str]) -> str:
+    """Waits until a worker has saved a run that it has not finished; the run's name."""
+    until = time.monotonic() + DEADLINE
+    while time.monotonic() < until:
+        for line in Manifest(workers.workdir).lines():
+            own = str(line.get("process", "")).endswith(f":{worker.pid}")
+            run = workers.workdir / "runs" / str(line["run"])
+            found = metrics(run) if own and (run / "checkpoints" / "10").exists() else []
+            if found and found[-1]["step"] < 50:
+                return str(line["run"])
+        assert worker.poll() is None, workers.logs()
+        time.sleep(0.05)
+    raise AssertionError(f"nothing saved in {DEADLINE:g} s: {workers.logs()}")
 
 
 @pytest.mark.faults
@@ -91,17 +65,14 @@ def test_a_killed_workers_run_is_finished_by_the_other_bit_for_bit(tmp_path: Pat
     names = f"TEXT, CACHE = {str(text)!r}, {str(tmp_path / 'cache')!r}\n"
     given.write_text(names + _SWEEP)
     workers = Workers(given, tmp_path / "sweep")
-    workers.workdir.mkdir()
     try:
         first, second = workers.start(), workers.start()
-        killed = workers.saved_by(first)
+        killed = saved_by(workers, first)
         first.kill()
-        assert first.wait(DEADLINE) < 0
-        assert second.wait(DEADLINE) == 0, workers.logs()
+        assert workers.end(first) < 0
+        assert workers.end(second) == 0, workers.logs()
     finally:
-        for process in workers.running:
-            process.kill()
-            process.wait()
+        workers.close()
     states = Manifest(workers.workdir).states()
     assert {state.ended for state in states.values()} == {"done"}, workers.logs()
     assert not list((workers.workdir / "leases").glob("*.json"))
@@ -111,9 +82,8 @@ def test_a_killed_workers_run_is_finished_by_the_other_bit_for_bit(tmp_path: Pat
     assert [start["step"] > 0 for start in record["starts"]] == [False, True]
 
     alone = Workers(given, tmp_path / "undisturbed")
-    alone.command.append(f"--index={killed.removeprefix('seed')}")
-    alone.workdir.mkdir()
-    assert alone.start().wait(DEADLINE) == 0, alone.logs()
+    alone.arguments.append(f"--index={killed.removeprefix('seed')}")
+    assert alone.end(alone.start()) == 0, alone.logs()
     losses = [
         [(line["step"], line["train/loss"]) for line in metrics(root / "runs" / killed)]
         for root in (workers.workdir, alone.workdir)
@@ -132,12 +102,84 @@ def test_sigterm_ends_a_worker_that_waits(tmp_path: Path) -> None:
         leases.take(f"seed{seed}")
     try:
         waiting = workers.start()
-        until = time.monotonic() + DEADLINE
-        while "waiting: others train" not in workers.logs() and time.monotonic() < until:
-            time.sleep(0.05)
+        wait_until_said(workers, waiting, "waiting: others train")
         waiting.terminate()
-        assert waiting.wait(DEADLINE) == 42, workers.logs()
+        assert workers.end(waiting) == 42, workers.logs()
     finally:
-        for process in workers.running:
+        workers.close()
+
+
+@pytest.mark.faults
+def test_a_sweep_killed_at_random_points_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    """To the last bit; some kills leave half a line of the manifest, or half a checkpoint."""
+    given = small_sweep.write_config(tmp_path, small_sweep.six_runs(tmp_path))
+    undisturbed = Workers(given, tmp_path / "undisturbed")
+    disturbed = Workers(given, tmp_path / "disturbed")
+    try:
+        assert undisturbed.end(undisturbed.start()) == 1  # one diverges, one fails
+        shutil.rmtree(tmp_path / "cache")  # is prepared again
+        killed = _disturb(disturbed, random.Random(0), kills=18)
+        print(f"killed at {', '.join(killed)}")
+        last = [disturbed.start(), disturbed.start()]
+        assert [disturbed.end(process) for process in last] == [1, 1], disturbed.logs()
+    finally:
+        undisturbed.close()
+        disturbed.close()
+    check_same(undisturbed.workdir, disturbed.workdir)
+    assert not list(disturbed.workdir.glob("runs/*/quarantine"))
+
+
+def _disturb(workers: Workers, source: random.Random, *, kills: int) -> list[str]:
+    """Keeps two workers at it until so many were killed, or all is done; where each was killed.
+
+    Half of them die at a moment of their own, the others some time after they have taken a run or
+    begun to wait for one.
+    """
+    killed: list[str] = []
+    alive: list[tuple[subprocess.Popen[str], str]] = []
+    timers: list[threading.Thread] = []
+    until = time.monotonic() + 2 * DEADLINE
+    while len(killed) < kills and not _ended(workers):
+        while len(alive) < 2:
+            if source.random() < 0.5:
+                moment = source.randint(1, 250)
+                alive.append((workers.start(dies_at=moment), f"moment {moment}"))
+            else:
+                seconds = source.uniform(0, 3)
+                process = workers.start()
+                alive.append((process, f"{seconds:.1f} s"))
+                timers.append(
+                    threading.Thread(target=_kill_after, args=(workers, process, seconds))
+                )
+                timers[-1].start()
+        for one in [one for one in alive if one[0].poll() is not None]:
+            alive.remove(one)
+            if one[0].returncode == -signal.SIGKILL:
+                killed.append(one[1])
+            elif not _ended(workers):  # the machine was too slow to keep a lease
+                assert "was taken over by another" in workers.said(one[0]), workers.logs()
+        assert time.monotonic() < until, workers.logs()
+        time.sleep(0.02)
+    for process, _ in alive:
+        process.kill()
+        process.wait()
+    for timer in timers:
+        timer.join()
+    return killed
+
+
+def _ended(workers: Workers) -> bool:
+    states = Manifest(workers.workdir).states().values()
+    return bool(states) and not any(state.open for state in states)
+
+
+def _kill_after(workers: Workers, process: subprocess.Popen[str], seconds: float) -> None:
+    """Not while it trains what was cut off so often that it would be given up the next time."""
+    wait_until_said(workers, process, ": begun", ": goes on", "waiting: ")
+    until = time.monotonic() + seconds
+    while process.poll() is None:
+        cuts = [x.cut for x in Manifest(workers.workdir).states().values() if x.open]
+        if time.monotonic() >= until and max(cuts, default=0) < dying_worker.MOST_CUTS:
             process.kill()
-            process.wait()
+            return
+        time.sleep(0.02)
