@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ from blindvalm_jax.errors import UserError
 from blindvalm_jax.scaling import rules
 from blindvalm_jax.scaling.rules import Rules
 from blindvalm_jax.sweep import grids, plans, trunks
-from blindvalm_jax.toyworld import recipes, sizes
+from blindvalm_jax.sweep.manifest import Manifest
+from blindvalm_jax.toyworld import recipes, sizes, supply
 from blindvalm_jax.toyworld.world import WorldConfig, objects
 
 FAMILIES = ("gpt2", "blind", "eos", "valm")
@@ -61,17 +63,23 @@ def test_families_differ_in_their_grounding_alone() -> None:
     for size in ("2x32", "4x128"):
         first, *others = (runs[f"{family}-{size}-3e12"].settings for family in FAMILIES)
         for other in others:
-            same = dataclasses.replace(
-                other,
-                grounding=first.grounding,
-                train=dataclasses.replace(other.train, steps=first.train.steps),
-                optimizer=dataclasses.replace(
-                    other.optimizer,
-                    warmup_steps=first.optimizer.warmup_steps,
-                    learning_rate=first.optimizer.learning_rate,
-                ),
-            )
-            assert same == first
+            train = dataclasses.replace(other.train, steps=first.train.steps)
+            assert dataclasses.replace(other, grounding=first.grounding, train=train) == first
+
+
+@pytest.mark.parametrize("branches", [True, False])
+def test_learning_rate_batch_and_warmup_of_a_size_are_those_of_all_families(branches: bool) -> None:
+    """The dearest family has the fewest updates, and so the least warm-up by its own length."""
+    found = given(branches=branches)
+    found.grid.rules.update(reference=5e4, batch_exponent=0.5, learning_rate_exponent=-0.3)
+    alike: dict[Any, set[Any]] = {}
+    for run in plans.planned(found).values():
+        key = run.size if branches else (run.size, run.budget)
+        optimizer = run.settings.optimizer
+        chosen = optimizer.learning_rate, run.settings.train.batch_size, optimizer.warmup_steps
+        alike.setdefault(key, set()).add(chosen)
+        assert optimizer.warmup_steps <= 0.1 * run.settings.train.steps
+    assert all(len(chosen) == 1 for chosen in alike.values())
 
 
 def test_branches_leave_the_longest_run_where_their_rate_falls() -> None:
@@ -139,8 +147,10 @@ def test_the_grid_follows_rules_and_the_command_line() -> None:
     one = given()
     one.grid.rules.update(reference=1e5, learning_rate=1e-2, learning_rate_exponent=-0.25)
     one.base.data.sequence_length = 16
-    for run in plans.planned(one).values():
-        wanted = 1e-2 * (run.n / 1e5) ** -0.25
+    runs = plans.planned(one)
+    for run in runs.values():
+        least = runs[f"gpt2-{run.size}-{grids.label(run.budget)}"].n  # the same for all families
+        wanted = 1e-2 * (least / 1e5) ** -0.25
         assert math.isclose(run.settings.optimizer.learning_rate, wanted, rel_tol=0.005)
         assert run.settings.data.sequence_length == 16
         warm = run.settings.optimizer.warmup_steps * run.settings.train.batch_size * 16
@@ -155,7 +165,11 @@ def test_the_grid_follows_rules_and_the_command_line() -> None:
         ({"budgets": (1e12, 1e11)}, "grid.budgets must ascend"),
         ({"budgets": ("much",)}, "must be numbers"),
         ({"sizes": ("2x32",)}, "expected LAYERSxWIDTHxHEADS, got '2x32'"),
-        ({"budgets": (1e9,)}, r"run gpt2-.*: 1?[0-9] updates of 256 tokens cost .* the budget is"),
+        ({"budgets": (1e9,)}, r"run gpt2-2x32-1e9: 1[0-9] updates of 256 .* \(and 2 more runs\)"),
+        ({"budgets": (math.inf,)}, "must be numbers"),
+        ({"sizes": (2,)}, "expected LAYERSxWIDTHxHEADS, got 2"),
+        ({"sizes": ("2x32x2", "2x32x4")}, "two runs of the grid are called gpt2-2x32-3e11"),
+        ({"budgets": (1e12, 1.001e12)}, "must differ in three digits"),
         ({"tokens_a_parameter": (1.0,)}, "a least and a most"),
         ({"tokens_a_parameter": (1e8, 1e9)}, "leaves out all sizes"),
     ],
@@ -189,6 +203,52 @@ def test_a_family_that_no_setting_fits_and_unknown_parts_are_refused() -> None:
         plans.planned(extra)
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("families.blind.optimizer", {"learning_rate": 1.0}, "learning_rate: the grid sets it"),
+        ("families.blind.train", {"steps": 5}, "families.blind.train.steps: the grid sets it"),
+        ("families.a/b", {}, "a family is called 'a/b'"),
+        ("families.blind", 3, "families.blind must be settings, got 3"),
+        ("base.train.branch_from", "a@5", "the runs of a grid begin anew"),
+        ("base.train.objective", "contrastive", "a grid is of language models"),
+        ("base.optimizer.cooldown_fraction", 1.0, "leaves no constant rate"),
+        ("base.grounding.tower", "gs://bucket/clip", "reads how large it is before anything is"),
+    ],
+)
+def test_what_no_grid_can_take_is_refused(path: str, value: Any, message: str) -> None:
+    found = given()
+    *sections, key = path.split(".")
+    place = found
+    for section in sections:
+        place = place[section]
+    with place.unlocked(), place.ignore_type():
+        place[key] = ConfigDict(value) if isinstance(value, dict) else value
+    with pytest.raises(UserError, match=message):
+        plans.planned(found)
+
+
+def test_a_search_is_that_of_families_with_images_alone() -> None:
+    found = given()
+    grounding = found.base.grounding
+    grounding.search, grounding.nprobe, grounding.rerank = "faiss", 64, 8
+    found.families = grids.variants(found.base, FAMILIES)
+    runs = plans.planned(found)
+    assert {run.settings.grounding.nprobe for run in runs.values() if run.family == "valm"} == {64}
+    assert {run.settings.grounding.nprobe for run in runs.values() if run.family != "valm"} == {0}
+
+
+def test_a_refused_sweep_leaves_no_trace(tmp_path: Path) -> None:
+    manifest = Manifest(tmp_path)
+    runs = {name: run.settings for name, run in plans.planned(given()).items()}
+    manifest.plan(runs)
+    before = manifest.lines()
+    more = {name: run.settings for name, run in plans.planned(given(budgets=(1e12, 5e12))).items()}
+    with pytest.raises(UserError, match="with other settings"):
+        manifest.plan(more)
+    assert manifest.lines() == before
+
+
 def test_runs_that_are_written_out_are_planned_as_they_are() -> None:
     runs = ConfigDict()
     for name, variant in (("a", "gpt2"), ("b", "blind_valm_eos"), ("c", "random_tower")):
@@ -208,6 +268,16 @@ def test_a_toy_world_tells_its_sizes_before_it_is_made() -> None:
     clip = config.parse(recipes.clip(world)).clip.text
     assert told.grounding.random == clip
     assert told.grounding.tower == "random"
+
+
+def test_a_tokenizer_of_ones_own_stays() -> None:
+    values = recipes.language(WorldConfig(), "gpt2")
+    values.tokenizer.path = "mine"
+    values.eval.tasks, values.eval.tasks_data = "toyworld_color", recipes.OWN
+    settings = config.parse(values)
+    placed = supply.placed(settings, supply.Parts(Path("world")))
+    assert placed.tokenizer.path == "mine"
+    assert placed.eval.tasks_data == "world/questions"
 
 
 def test_what_a_toy_world_takes_once_is_outside_of_the_budget() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from blindvalm_jax import config
+from blindvalm_jax.costs import of_settings
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.scaling import results
 from blindvalm_jax.scaling.results import Result, Score
@@ -107,12 +108,12 @@ def test_the_command_writes_the_report(trained: Path) -> None:
     assert "1 of 2 runs are done and used" in text
 
 
-def planned(**changes: Any) -> Planned:
+def planned() -> Planned:
     settings = config.default()
     settings.train.steps = 10
-    values: dict[str, Any] = {"settings": config.parse(settings), "family": "gpt2", "size": "1x8"}
-    values |= {"budget": 1e9, "n": 1000, "tokens": 2000, "flops": 1.001e9}
-    return Planned(**{**values, **changes})
+    settings.grounding.source = "none"
+    parsed = config.parse(settings)
+    return Planned.of(parsed, of_settings.account(parsed), family="gpt2")
 
 
 def written(sweep_: Path, metrics: list[dict[str, Any]], *, name: str = "a", **tasks: Any) -> Path:
@@ -192,6 +193,8 @@ def test_what_is_done_once_is_told_for_each_family() -> None:
     settings = config.default()
     settings.grounding.source = "images"
     settings.grounding.index, settings.grounding.random.projection = "vectors:1000", 768
-    costs = report.once({"x": planned(settings=config.parse(settings), family="valm")})
+    parsed = config.parse(settings)
+    plan = Planned.of(parsed, of_settings.account(parsed), family="valm")
+    costs = report.once({"x": plan})
     assert costs.keys() == {"VALM: images encoded with vit_l14"}
     assert costs["VALM: images encoded with vit_l14"] > 1e14

@@ -23,7 +23,7 @@ def report(given: Any, *, mfu: float, to: str) -> None:
         raise UserError(f"--mfu is a share of the peak, above 0 and up to 1, got {mfu}")
     if plans.is_sweep(given):
         runs = plans.planned(given)
-        found = {name: of_settings.account(run.settings) for name, run in runs.items()}
+        found = {name: run.account for name, run in runs.items()}
         shares = {name: run.share for name, run in runs.items()}
         lines = tables.of_sweep(found, shares, mfu=mfu)
         content = tables.sweep_as_json(found, shares, mfu=mfu)

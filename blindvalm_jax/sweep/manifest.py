@@ -67,10 +67,11 @@ class Manifest:
         """
         with self._lock:
             there = {line["run"]: line for line in self.lines() if line["event"] == "planned"}
+            new = {}
             for name, settings in runs.items():
                 chosen = _chosen(settings)
                 if name not in there:
-                    self._append({"run": name, "event": "planned", "settings": chosen})
+                    new[name] = chosen
                     continue
                 before = _now_complete(there[name]["settings"])
                 now = _now_complete(chosen)
@@ -81,6 +82,8 @@ class Manifest:
                         f"{self._path} has the run {name} with other settings: {differences}. "
                         "Give the same sweep to go on, or another --workdir"
                     )
+            for name, chosen in new.items():
+                self._append({"run": name, "event": "planned", "settings": chosen})
 
     def add(self, run: str, event: str, **about: Any) -> None:
         """Adds a line."""

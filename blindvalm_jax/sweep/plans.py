@@ -13,7 +13,7 @@ from blindvalm_jax.config import Config, GroundingConfig
 from blindvalm_jax.costs import of_settings
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.sweep import grids, trunks
-from blindvalm_jax.sweep.grids import Planned, counted
+from blindvalm_jax.sweep.grids import Planned
 
 
 def is_sweep(given: Any) -> bool:
@@ -36,10 +36,7 @@ def settings_of(given: Any) -> dict[str, Config]:
         )
     runs = {}
     for name, settings in given.runs.items():
-        if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name[0] == ".":
-            raise UserError(
-                f"a run is called {name!r}: names are letters, digits, - _ and ., not first"
-            )
+        grids.check_name(name, "a run")
         try:
             runs[name] = config.parse(settings)
         except UserError as error:
@@ -86,16 +83,7 @@ def _described(name: str, settings: Config) -> Planned:
         account = of_settings.account(settings)
     except UserError as error:
         raise UserError(f"run {name}: {error}") from error
-    decoder = settings.decoder
-    return Planned(
-        settings=settings,
-        family=family(settings.grounding),
-        size=f"{decoder.layers}x{decoder.width}",
-        budget=account.budget,
-        n=counted(account, settings),
-        tokens=account.units,
-        flops=account.budget,
-    )
+    return Planned.of(settings, account, family=family(settings.grounding))
 
 
 def family(grounding: GroundingConfig) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from blindvalm_jax.costs import of_settings
-from blindvalm_jax.errors import UserError
 from blindvalm_jax.scaling import analysis
 from blindvalm_jax.scaling import report as page
 from blindvalm_jax.scaling.bootstrap import DRAWS
@@ -34,12 +32,8 @@ def write(workdir: Path, runs: Mapping[str, Planned], *, out: Path, draws: int =
 def once(runs: Mapping[str, Planned]) -> dict[str, float]:
     """FLOPs of what is done once for each family, by what it is: the most of its runs."""
     costs: dict[str, float] = {}
-    for name, plan in runs.items():
-        try:
-            account = of_settings.account(plan.settings)
-        except UserError as error:
-            raise UserError(f"run {name}: {error}") from error
-        for what, flops in account.once.items():
+    for plan in runs.values():
+        for what, flops in plan.account.once.items():
             key = f"{label(plan.family)}: {what}"
             costs[key] = max(flops, costs.get(key, 0.0))
     return costs

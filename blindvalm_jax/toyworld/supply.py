@@ -149,11 +149,13 @@ def _steps_of(run: Path) -> int:
 
 def placed(settings: Config, parts: Parts) -> Config:
     """Settings with the paths of parts in the place of `toyworld`."""
-    grounding = settings.grounding
+    grounding, tokenizer = settings.grounding, settings.tokenizer
+    if tokenizer.path == OWN:
+        tokenizer = dataclasses.replace(tokenizer, path=str(parts.tokenizer))
     return dataclasses.replace(
         settings,
         data=dataclasses.replace(settings.data, tfds_dir=str(parts.datasets)),
-        tokenizer=dataclasses.replace(settings.tokenizer, path=str(parts.tokenizer)),
+        tokenizer=tokenizer,
         grounding=dataclasses.replace(
             grounding,
             tower=str(parts.clip) if grounding.tower == OWN else grounding.tower,
@@ -204,8 +206,11 @@ def make_questions(world: WorldConfig, parts: Parts) -> None:
     """Held-out objects and what they look like: the file that `tasks.visual_world` reads."""
     heldout = [thing for thing in objects(world) if thing.split == "heldout"]
     lines = [json.dumps(dataclasses.asdict(thing)) + "\n" for thing in heldout]
-    parts.questions.mkdir(parents=True, exist_ok=True)
-    files.write_bytes(parts.questions / visual_world.FILE, "".join(lines).encode())
+    path = parts.questions / visual_world.FILE
+    with output.locked(parts.root):
+        if not path.exists():
+            parts.questions.mkdir(parents=True, exist_ok=True)
+            files.write_bytes(path, "".join(lines).encode())
 
 
 def make_clip(world: WorldConfig, parts: Parts, *, train: Train, steps: int = 0) -> None:
