@@ -71,7 +71,7 @@ def test_families_differ_in_their_grounding_alone() -> None:
 def test_learning_rate_batch_and_warmup_of_a_size_are_those_of_all_families(branches: bool) -> None:
     """The dearest family has the fewest updates, and so the least warm-up by its own length."""
     found = given(branches=branches)
-    found.grid.rules.update(reference=5e4, batch_exponent=0.5, learning_rate_exponent=-0.3)
+    found.grid.rules.update(reference=2e5, batch_exponent=0.5, learning_rate_exponent=-0.3)
     alike: dict[Any, set[Any]] = {}
     for run in plans.planned(found).values():
         key = run.size if branches else (run.size, run.budget)
@@ -125,6 +125,15 @@ def test_sizes_with_too_few_or_too_many_tokens_a_parameter_are_left_out() -> Non
     assert runs
     assert all(2 <= run.tokens / run.n <= 30 for run in runs.values())
     assert len(runs) < len(FAMILIES) * len(SIZES) * len(BUDGETS)
+
+
+def test_too_few_or_too_close_sizes_are_told() -> None:
+    three = plans.planned(given())
+    lines = grids.thin(three.values())
+    assert len(lines) == len(FAMILIES) * len(BUDGETS)
+    assert "3 sizes over" in lines[0]
+    seven = ("2x24x2", "2x36x2", "3x40x4", "3x56x4", "4x64x4", "4x80x4", "4x104x4")
+    assert not grids.thin(plans.planned(given(sizes=seven)).values())
 
 
 def test_rules_are_powers_with_caps() -> None:

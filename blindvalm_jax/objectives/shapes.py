@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from blindvalm_jax.data.manifest import TokenizerRecord
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import images, retrieval
 from blindvalm_jax.grounding.index import load_manifest
+from blindvalm_jax.interop import clip_text
 from blindvalm_jax.models.clip import TowerConfig
 from blindvalm_jax.objectives import language
 from blindvalm_jax.objectives.language_model import Batch, Model
@@ -230,11 +232,18 @@ def tower_of(
     # An index is asked by its CLIP's tower: without one, the shape that settings give.
     if grounding.tower == "random" or (grounding.source == "images" and not grounding.tower):
         return system.tower_shape(grounding.random, vocabulary, setting="grounding.random"), False
-    tower = system.read_tower(settings, None)
-    if tower is None:
-        return None, False
-    shared = tower.shares_tokens or vocabulary.kind == "clip"
-    return tower.config, not shared
+    if not grounding.tower:
+        system.read_tower(settings, None)  # says what is missing
+    shape, shares_tokens = _named_tower(grounding.tower)
+    return shape, not (shares_tokens or vocabulary.kind == "clip")
+
+
+@functools.lru_cache(maxsize=8)
+def _named_tower(name: str) -> tuple[TowerConfig, bool]:
+    """Shape of a tower, and whether it shares its tokens; of a sweep each run asks anew."""
+    loaded = clip_text.load_tower(name)
+    tower = system.Tower(*loaded[:2], loaded.source, loaded.sha256, loaded.tokenizer)
+    return tower.config, tower.shares_tokens
 
 
 def vectors_of(grounding: config.GroundingConfig) -> int:

@@ -10,7 +10,7 @@ import ml_collections
 from blindvalm_jax import config, files
 from blindvalm_jax.costs import of_settings, tables
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.sweep import plans
+from blindvalm_jax.sweep import grids, plans
 
 
 def report(given: Any, *, mfu: float, to: str) -> None:
@@ -26,6 +26,8 @@ def report(given: Any, *, mfu: float, to: str) -> None:
         found = {name: run.account for name, run in runs.items()}
         shares = {name: run.share for name, run in runs.items()}
         lines = tables.of_sweep(found, shares, mfu=mfu)
+        if "grid" in given:
+            lines += [f"note: {line}" for line in grids.thin(runs.values())]
         content = tables.sweep_as_json(found, shares, mfu=mfu)
     else:
         if not isinstance(given, ml_collections.ConfigDict):

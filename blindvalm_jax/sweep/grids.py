@@ -14,7 +14,7 @@ import copy
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -27,7 +27,7 @@ from blindvalm_jax.costs import of_settings
 from blindvalm_jax.costs.account import Account
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.models.decoder import padded_vocab
-from blindvalm_jax.scaling import rules
+from blindvalm_jax.scaling import isoflop, rules
 from blindvalm_jax.sweep import trunks
 
 TOLERANCE = 0.01  # how far the FLOPs of a run may lie from its budget
@@ -166,6 +166,19 @@ def expand(given: Mapping[str, Any]) -> dict[str, Planned]:
     whole = {name: run for name, run in runs.items() if trunks.of(run.settings) is None}
     branches = [(name, run) for name, run in runs.items() if name not in whole]
     return {**whole, **dict(sorted(branches, key=lambda item: item[1].budget))}
+
+
+def thin(runs: Iterable[Planned]) -> list[str]:
+    """A line for each family and budget with fewer or closer sizes than an isoFLOP curve needs."""
+    groups: dict[tuple[str, float], set[int]] = {}
+    for run in runs:
+        groups.setdefault((run.family, run.budget), set()).add(run.n)
+    return [
+        f"{family} at {budget:.3g} FLOPs: {len(sizes)} sizes over {max(sizes) / min(sizes):.1f} x "
+        f"in N; {isoflop.SIZES} over {isoflop.SPAN:g} x tell where the best one lies"
+        for (family, budget), sizes in groups.items()
+        if len(sizes) < isoflop.SIZES or max(sizes) < isoflop.SPAN * min(sizes)
+    ]
 
 
 def counted(account: Account, settings: Config) -> int:

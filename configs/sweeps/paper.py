@@ -4,7 +4,7 @@
     python -m blindvalm_jax.sweep run --config=configs/sweeps/paper.py:CLIP,INDEX --workdir=DIR \
         --config.base.data.files='cc100/*.xz' --config.base.tokenizer.path=CLIP_BPE
 
-GPT-2, BLIND-VALM (with either readout) and VALM at seven sizes from 30 M to 535 M parameters, and
+GPT-2, BLIND-VALM (with either readout) and VALM at seven sizes from 30 M to 537 M parameters, and
 four budgets of which the third is about that of the paper's BLIND-VALM (1.0e19 FLOPs) and the last
 that of its medium one (2.5e19). Settings are those of configs/paper_small.py but for the schedule,
 a constant rate and a cooldown, so that lengths of a size share a trunk, and for learning rate and
@@ -24,7 +24,7 @@ from blindvalm_jax import ladder, presets
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.sweep import grids
 
-# From 30 M to 535 M parameters, with CLIP's vocabulary of 49,412.
+# From 30 M to 537 M parameters, with CLIP's vocabulary of 49,412.
 SIZES = (
     *("6x384x6", "8x512x8", "10x640x10", "12x768x12"),
     *("16x896x14", "20x1024x16", "24x1280x20"),
