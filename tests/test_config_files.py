@@ -13,11 +13,12 @@ import ml_collections
 import pytest
 
 from blindvalm_jax import config, optim, partitioning, presets
-from blindvalm_jax.data import tokenizer_files
+from blindvalm_jax.data import byte_level_bpe, tokenizer_files
 from blindvalm_jax.data.clip_bpe import ClipTokenizer
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.models.contrastive import ClipConfig
 from blindvalm_jax.objectives.contrastive import Contrastive
+from blindvalm_jax.sweep import grids, plans
 from tests import small_images
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +43,29 @@ CONFIGS = [
     *(f"clip:{size}" for size in presets.CLIP_SIZES),
     *(f"gpt2_small:{size}" for size in ("medium", "large", "xl")),
 ]
+
+
+@pytest.mark.parametrize("name", ["laptop_toyworld", "paper"])
+def test_a_shipped_sweep_tells_where_the_best_size_lies(name: str) -> None:
+    runs = plans.planned(read(f"sweeps/{name}"))
+    families = {run.family for run in runs.values()}
+    assert families == {"gpt2", "blind", "eos", "valm"}
+    assert len(runs) == len(families) * 7 * 4
+    assert not grids.thin(runs.values())
+
+
+def test_a_sweep_on_ones_own_text_takes_its_tower_and_index(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected BPE,CLIP,INDEX behind the colon, got 'bpe'"):
+        read("sweeps/laptop_text:bpe")
+    bpe = byte_level_bpe.train(iter(["a text to learn from " * 9]), vocab_size=300)
+    bpe.save(tmp_path / "bpe")
+    given = read(f"sweeps/laptop_text:{tmp_path / 'bpe'},random,vectors:64")
+    with given.unlocked():  # shapes are told, in the place of files
+        given.families.valm.grounding.tower = ""
+    given.grid.budgets = (6e11,)
+    runs = plans.planned(given)
+    assert {run.account.vocabulary for run in runs.values()} == {bpe.vocab_size}
+    assert not grids.thin(runs.values())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
