@@ -14,7 +14,8 @@ from blindvalm_jax.tasks.questions import Question
 from blindvalm_jax.tasks.task import GROUPS, ChoiceTask
 from blindvalm_jax.tasks.texts import OwnTexts
 
-TASKS = {task.name: task for task in (*visual.TASKS, *topics.TASKS, *visual_world.TASKS)}
+TASKS = {task.name: task for task in (*visual.TASKS, *topics.TASKS)}
+OF_WORLDS = {task.name: task for task in visual_world.TASKS}  # each world has files of its own
 TEXTS = {task.name: task for task in texts.TASKS}
 Task = ChoiceTask | TextTask | LastWordTask | OwnTexts
 
@@ -27,7 +28,7 @@ def chosen(names: Sequence[str]) -> list[Task]:
     Raises:
       UserError: nothing has such a name, or two texts of one's own are called alike.
     """
-    known: dict[str, Task] = {**TASKS, **TEXTS}
+    known: dict[str, Task] = {**TASKS, **TEXTS, **OF_WORLDS}
     given = {name: task for name in names if (task := texts.own(name)) is not None}
     unknown = [name for name in names if name not in (*known, *given, *GROUPS)]
     if unknown or not names:
