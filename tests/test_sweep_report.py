@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import statistics
@@ -137,14 +138,30 @@ def read(sweep_: Path) -> Result:
 
 
 def test_seconds_are_of_all_updates_and_devices_without_the_start(tmp_path: Path) -> None:
-    lines = [{"step": i, "perf/step_seconds": t} for i, t in ((5, 9.0), (7, 1.0), (10, 2.0))]
+    lines = [{"step": i, "perf/step_seconds": t} for i, t in ((5, 9.0), (6, 1.0), (10, 2.0))]
     written(tmp_path, [*lines, {"step": 5, "eval/loss": 1.0}, {"step": 10, "eval/loss": 3.0}])
     found = read(tmp_path)
-    assert (found.seconds, found.loss) == (1.5 * 10 * 2, 3.0)
+    assert (found.seconds, found.loss) == (2.0 * 10 * 2, 3.0)  # one update of 1 s, four of 2 s
     written(tmp_path / "b", [{"step": 10, "perf/step_seconds": 9.0, "eval/loss": 1.0}])
-    assert read(tmp_path / "b").seconds == 9.0 * 10 * 2
+    assert read(tmp_path / "b").seconds is None
     written(tmp_path / "c", [{"step": 5, "perf/step_seconds": 9.0, "eval/loss": 1.0}])
     assert read(tmp_path / "c").unusable == "done, and has no held-out loss of its last update"
+
+
+def test_runs_of_one_size_are_timed_together(tmp_path: Path) -> None:
+    """A short branch has few updates of its own, or its start alone."""
+    timed = [{"step": i, "perf/step_seconds": t} for i, t in ((2, 9.0), (9, 2.0), (10, 7.0))]
+    written(tmp_path, [*timed, {"step": 10, "eval/loss": 3.0}])
+    written(tmp_path, [{"step": 10, "perf/step_seconds": 9.0, "eval/loss": 1.0}], name="b")
+    one = planned()
+    longer = dataclasses.replace(one.settings.train, steps=20)
+    other = Planned.of(
+        dataclasses.replace(one.settings, train=longer), one.account, family=one.family
+    )
+    found = collected.read(tmp_path, {"a": one, "b": other})
+    assert [x.seconds for x in found] == [2.0 * 10 * 2, 2.0 * 20 * 2]
+    blind = Planned.of(one.settings, one.account, family="blind")
+    assert collected.read(tmp_path, {"a": one, "b": blind})[1].seconds is None
 
 
 def test_scores_are_accuracies_of_the_last_update(tmp_path: Path) -> None:

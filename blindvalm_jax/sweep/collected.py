@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from blindvalm_jax import files, metrics
 from blindvalm_jax.errors import UserError
@@ -26,9 +26,13 @@ def read(workdir: Path, runs: Mapping[str, Planned]) -> list[Result]:
     """
     if not (workdir / "manifest.jsonl").exists():
         raise UserError(f"{workdir} holds no sweep: it has no manifest.jsonl")
-    states = Manifest(workdir).states()
+    states, place = Manifest(workdir).states(), worker.runs_of(workdir)
+    windows: dict[tuple[Any, ...], list[_Window]] = {}
+    for name, plan in runs.items():
+        if found := _windows(place / name):
+            windows.setdefault(_alike(plan, place / name), []).extend(found)
     return [
-        _result(name, plan, states.get(name, State()), worker.runs_of(workdir) / name)
+        _result(name, plan, states.get(name, State()), place / name, windows)
         for name, plan in runs.items()
     ]
 
@@ -52,13 +56,28 @@ def notes(workdir: Path, results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def _result(name: str, plan: Planned, state: State, directory: Path) -> Result:
+class _Window(NamedTuple):
+    """Updates between two lines of metrics, and the seconds of each."""
+
+    updates: int
+    seconds: float
+
+
+def _result(
+    name: str,
+    plan: Planned,
+    state: State,
+    directory: Path,
+    windows: Mapping[tuple[Any, ...], Sequence[_Window]],
+) -> Result:
     lines, last = metrics.records(directory / "metrics.jsonl"), plan.settings.train.steps
     at_end: dict[str, Any] = {}
     for line in lines:
         if line["step"] == last:
             at_end |= line
     loss = at_end.get("eval/loss") if state.ended == "done" else None
+    alike = windows.get(_alike(plan, directory), ()) if lines else ()
+    seconds = _median(alike) * last * _record(directory).devices[1] if alike else None
     return Result(
         name=name,
         family=plan.family,
@@ -67,7 +86,7 @@ def _result(name: str, plan: Planned, state: State, directory: Path) -> Result:
         n=plan.n,
         tokens=plan.tokens,
         flops=plan.flops,
-        seconds=_seconds(lines, last, directory),
+        seconds=seconds,
         loss=None if loss is None else float(loss),
         scores=_scores(at_end, directory) if state.ended == "done" else {},
         ended=state.ended,
@@ -75,16 +94,33 @@ def _result(name: str, plan: Planned, state: State, directory: Path) -> Result:
     )
 
 
-def _seconds(lines: Sequence[Mapping[str, Any]], steps: int, directory: Path) -> float | None:
-    """Device-seconds of the whole run; None before it has updates.
+def _windows(directory: Path) -> list[_Window]:
+    """Of a run, without its first line, in which starting took its time."""
+    lines = metrics.records(directory / "metrics.jsonl")
+    timed = [x for x in lines if x.get("perf/step_seconds") is not None]
+    return [
+        _Window(now["step"] - before["step"], float(now["perf/step_seconds"]))
+        for before, now in itertools.pairwise(timed)
+        if now["step"] > before["step"]
+    ]
 
-    The first line, with what starting took, is left out where there are others.
+
+def _alike(plan: Planned, directory: Path) -> tuple[Any, ...]:
+    """What runs have in common whose updates take the same time, however many they have.
+
+    A branch has few updates of its own, and those of its trunk tell as much.
     """
-    each = [float(x["perf/step_seconds"]) for x in lines if x.get("perf/step_seconds") is not None]
-    if not each:
-        return None
-    _, count = _record(directory).devices
-    return median(each[1:] or each) * steps * count
+    settings = plan.settings
+    rows, length = settings.train.batch_size, settings.data.sequence_length
+    return plan.family, plan.size, plan.n, rows, length, *_record(directory).devices
+
+
+def _median(windows: Sequence[_Window]) -> float:
+    """Seconds of an update: the median of updates."""
+    ordered = sorted(windows, key=lambda window: window.seconds)
+    half = sum(window.updates for window in ordered) / 2
+    done = itertools.accumulate(window.updates for window in ordered)
+    return next(x.seconds for x, sofar in zip(ordered, done, strict=True) if sofar >= half)
 
 
 def _scores(at_end: Mapping[str, Any], directory: Path) -> dict[str, Score]:
