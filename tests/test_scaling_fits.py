@@ -191,7 +191,7 @@ def test_runs_that_no_law_can_be_fitted_to_are_refused() -> None:
     refused(lambda: fit(d=np.full(81, 1e9)), "3 different D or more, got 1")
     refused(lambda: fit(n=p.n[:5], d=p.d[:5], loss=p.loss[:5]), "6 runs or more, got 5")
     refused(lambda: fit(d=20 * p.n), "cannot tell what N does")
-    refused(lambda: Points.of(**good, unit="seconds"), "what each run cost in seconds")
+    refused(lambda: Points.of(**good, unit="seconds"), "what each run cost in seconds")  # type: ignore[arg-type]
     refused(lambda: bootstrap.bootstrap(p, fits.fit(p), draws=0), "1 draw or more")
 
 
@@ -399,3 +399,43 @@ def test_fits_need_no_jax() -> None:
         "sys.exit('jax' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_runs_of_a_group_are_drawn_together_whatever_their_order() -> None:
+    n = np.repeat([1e5, 2e5, 4e5, 8e5], 3)
+    d = np.tile([1e7, 2e7, 4e7], 4)
+    loss = 2.0 + 1e2 * n**-0.4 + 1e3 * d**-0.4
+    names = [f"trunk {size:g}" for size in n]
+    order = np.random.default_rng(0).permutation(len(n))
+    points = Points.of(
+        n=n[order], d=d[order], loss=loss[order], groups=[names[place] for place in order]
+    )
+    assert len(np.unique(points.groups)) == 4
+    for size in np.unique(n):
+        assert len(np.unique(points.groups[points.n == size])) == 1
+    rng = np.random.default_rng(1)
+    drawn = [bootstrap.resample(points, rng) for _ in range(50)]
+    for counts in drawn:
+        for group in range(4):
+            assert len(np.unique(counts[points.groups == group])) == 1
+        assert counts.sum() == len(n)
+    assert len({tuple(counts) for counts in drawn}) > 5
+    with pytest.raises(UserError, match="12 of N, 12 of D, 12 of loss, 3 of groups"):
+        Points.of(n=n, d=d, loss=loss, groups=["a", "b", "c"])
+
+
+def test_what_a_trunk_has_in_common_widens_intervals() -> None:
+    rng = np.random.default_rng(0)
+    n = np.repeat(np.geomspace(1e5, 1.6e6, 7), 4)
+    d = np.tile(np.geomspace(1e7, 3e8, 4), 7)
+    common = np.repeat(rng.normal(0, 0.01, 7), 4)
+    loss = (1.8 + 1e2 * n**-0.35 + 1e3 * d**-0.37) * np.exp(common)
+    names = [f"{size:g}" for size in n]
+    widths = []
+    for groups in (None, names):
+        points = Points.of(n=n, d=d, loss=loss, groups=groups)
+        low, high = bootstrap.bootstrap(points, fits.fit(points), draws=100).interval(
+            lambda law: law.loss(4e5, 1e8)
+        )
+        widths.append(high - low)
+    assert widths[1] > 1.3 * widths[0]

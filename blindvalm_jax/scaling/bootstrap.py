@@ -1,4 +1,4 @@
-"""How sure a fit is: the same fit to runs drawn again with replacement."""
+"""How sure a fit is: the same fit to runs drawn again with replacement, by groups."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.scaling import fits
@@ -65,9 +66,25 @@ def interval(values: Array, *, level: float = LEVEL) -> tuple[float, float]:
 
 def resample(points: Points, rng: np.random.Generator) -> Array:
     """How often each run is drawn, `[runs]`: such that a law can be fitted to those drawn."""
-    while True:  # of six runs, the fewest that a fit takes, one draw in four or more will do
-        counts = rng.multinomial(len(points), np.full(len(points), 1 / len(points)))
-        taken = counts > 0
+
+    def enough(taken: NDArray[np.bool_]) -> bool:
         different = [len(np.unique(values[taken])) for values in (points.n, points.d)]
-        if taken.sum() >= _DIFFERENT and min(different) >= fits.SIZES:
+        return int(taken.sum()) >= _DIFFERENT and min(different) >= fits.SIZES
+
+    return drawn(points.groups, rng, enough)
+
+
+def drawn(
+    groups: NDArray[np.int64],
+    rng: np.random.Generator,
+    enough: Callable[[NDArray[np.bool_]], bool],
+) -> Array:
+    """How often each run is drawn, `[runs]`, with all of its group; enough: whether these will do.
+
+    groups: of each run, from 0.
+    """
+    count = int(groups.max()) + 1
+    while True:  # of six runs, the fewest that a fit takes, one draw in four or more will do
+        counts = rng.multinomial(count, np.full(count, 1 / count))[groups]
+        if enough(counts > 0):
             return counts.astype(np.float64)

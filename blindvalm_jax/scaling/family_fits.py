@@ -148,4 +148,5 @@ def _points(runs: Sequence[Result], unit: str) -> Points:
         loss=[run.held_out for run, _ in known],
         budget=[cost for _, cost in known],
         unit=unit,
+        groups=[run.trunk or run.name for run, _ in known],
     )

@@ -20,13 +20,15 @@ FLOPS_PER_PARAMETER_AND_TOKEN = 6.0
 class Points:
     """Runs in an order of their own, whatever order they came in; see `of`.
 
-    n: parameters; d: tokens; loss: nats a token; budget: what a run cost, in `unit`. All `[runs]`.
+    n: parameters; d: tokens; loss: nats a token; budget: what a run cost, in `unit`; groups: runs
+    of one number hang together, as those that share a trunk do. All `[runs]`.
     """
 
     n: Array
     d: Array
     loss: Array
     budget: Array
+    groups: NDArray[np.int64]
     unit: str
 
     @classmethod
@@ -38,22 +40,36 @@ class Points:
         loss: ArrayLike,
         budget: ArrayLike | None = None,
         unit: str = "FLOPs",
+        groups: Sequence[str] | None = None,
     ) -> Self:
-        """Checks and sorts them; without a budget a run cost 6 N D FLOPs.
+        """Checks and sorts them.
 
+        Without a budget a run cost 6 N D FLOPs; without groups all are independent.
         Raises a `UserError` unless all are lists of one length, of finite numbers above 0.
         """
         if budget is None and unit != "FLOPs":
             raise UserError(f"expected what each run cost in {unit}, got none; pass budget")
         given = {"N": n, "D": d, "loss": loss} | ({} if budget is None else {"budget": budget})
         columns = {name: _column(name, values) for name, values in given.items()}
-        if len({len(values) for values in columns.values()}) > 1:
-            counts = ", ".join(f"{len(values)} of {name}" for name, values in columns.items())
+        sizes = {name: len(values) for name, values in columns.items()}
+        if groups is not None:
+            sizes["groups"] = len(groups)
+        if len({*sizes.values()}) > 1:
+            counts = ", ".join(f"{size} of {name}" for name, size in sizes.items())
             raise UserError(f"expected as many of each, got {counts}")
         n, d, loss = columns["N"], columns["D"], columns["loss"]
         cost = columns.get("budget", FLOPS_PER_PARAMETER_AND_TOKEN * n * d)
         order = np.lexsort((cost, loss, d, n))
-        return cls(n=n[order], d=d[order], loss=loss[order], budget=cost[order], unit=unit)
+        names = [groups[place] for place in order] if groups is not None else range(len(order))
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        return cls(
+            n=n[order],
+            d=d[order],
+            loss=loss[order],
+            budget=cost[order],
+            groups=np.array([numbers[name] for name in names], np.int64),
+            unit=unit,
+        )
 
     def __len__(self) -> int:
         """How many runs."""

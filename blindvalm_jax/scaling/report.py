@@ -25,8 +25,8 @@ ASSUMPTIONS = (
     "families alike. Frozen towers and indices count in what a token costs, not in N.",
     "All runs are scored on the same held-out data with the same tokenizer; loss is in nats a "
     "token.",
-    "Intervals (95 %) come from runs drawn again with replacement. They take runs for independent, "
-    "also those that branch from one trunk, and families' runs for independent of each other. "
+    "Intervals (95 %) come from runs drawn again with replacement, those of one trunk together. "
+    "They take trunks for independent, and families' runs for independent of each other. "
     "FLOPs of a token are known; its seconds are drawn again as runs are, and devices are taken "
     "for equally fast in all families' runs. No interval is widened for how many are looked at.",
     "Accuracies of compute-optimal models take the questions as given, which all runs were asked "

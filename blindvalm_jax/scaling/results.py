@@ -34,7 +34,8 @@ class Result:
     size: "4x64", layers x width. budget: model FLOPs that its group has in common. n: trained
     parameters with the tied head, without the padding of the vocabulary. tokens, flops and seconds
     (of all devices together; None: not known) are of the whole run. loss: held out, at the last
-    update; None unless done. ended: done, diverged, failed, preempted, or "". about: why.
+    update; None unless done. ended: done, diverged, failed, preempted, or "". about: why. trunk:
+    the run that its beginning is that of, "" if it has one of its own.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Result:
     scores: Mapping[str, Score]
     ended: str
     about: str
+    trunk: str = ""
 
     @property
     def unusable(self) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from numpy.typing import NDArray
 
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.scaling import bootstrap
 from blindvalm_jax.scaling.points import Array, Points
 
 _DEGREE = 2
@@ -49,14 +51,18 @@ def smooth(points: Points) -> Smooth:
 
 
 def drawn(points: Points, *, draws: int, seed: tuple[int, ...]) -> Smooth:
-    """The same through runs drawn again with replacement, each time."""
+    """The same through timings drawn again with replacement, each time.
+
+    Runs whose tokens cost the same were timed together: they are one timing.
+    """
+    per_token = np.round(np.log(points.budget / points.d), 9)
+    _, timing = np.unique(np.stack([points.n, per_token]), axis=1, return_inverse=True)
     rng, needed = np.random.default_rng(seed), min(_DEGREE + 1, len(np.unique(points.n)))
-    counts = np.empty((draws, len(points)))
-    for draw in range(draws):
-        while True:
-            counts[draw] = rng.multinomial(len(points), np.full(len(points), 1 / len(points)))
-            if len(np.unique(points.n[counts[draw] > 0])) >= needed:
-                break
+
+    def enough(taken: NDArray[np.bool_]) -> bool:
+        return len(np.unique(points.n[taken])) >= needed
+
+    counts = np.array([bootstrap.drawn(timing, rng, enough) for _ in range(draws)])
     return _through(points, counts, one=False)
 
 

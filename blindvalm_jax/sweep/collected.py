@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from blindvalm_jax import files, metrics
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.scaling.results import Result, Score
-from blindvalm_jax.sweep import worker
+from blindvalm_jax.sweep import trunks, worker
 from blindvalm_jax.sweep.grids import Planned
 from blindvalm_jax.sweep.manifest import Manifest, State
 
@@ -91,6 +91,7 @@ def _result(
         scores=_scores(at_end, directory) if state.ended == "done" else {},
         ended=state.ended,
         about=state.about,
+        trunk="" if (trunk := trunks.of(plan.settings)) is None else trunk.run,
     )
 
 
