@@ -26,6 +26,7 @@ from blindvalm_jax.scaling import (
     results,
     sentences,
     timing,
+    wording,
 )
 from blindvalm_jax.scaling.analysis import Analysis
 from blindvalm_jax.scaling.bootstrap import interval
@@ -491,3 +492,40 @@ def test_names_of_tasks_make_files() -> None:
 def test_the_report_needs_no_jax() -> None:
     code = "import sys; from blindvalm_jax.scaling import report; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (1.9, 2.4, "2 [1.9, 2.4] times"),
+        (1.9, np.inf, "at least 1.9 times"),
+        (1.9, 10.0, "at least 1.9 times"),
+        (0.1, 2.4, "at most 2.4 times"),
+        (0.1, np.inf, "2 [<0.1, infinite] times"),
+    ],
+)
+def test_a_multiplier_without_an_end_is_told_by_the_other(
+    low: float, high: float, said: str
+) -> None:
+    multiplier = families.Multiplier(value=2.0, low=low, high=high, trusted=(0.1, 10.0), never=0.1)
+    assert wording.times(multiplier) == said
+
+
+def test_a_response_that_runs_contradict_is_doubted(found: Analysis) -> None:
+    fit = found.families["blind"]
+    response = fit.responses[TASK]
+    shifted = np.array([3.0, 0.0, 0.0])
+    moved = {
+        "coefficients": response.coefficients + shifted,
+        "drawn": response.drawn + shifted,
+    }
+    for changes, said in (
+        ({"deviance": 9.0, "rms": 0.15}, "But runs of BLIND-VALM lie 15.0 points (rms) from"),
+        (moved, "the BLIND-VALM of lowest loss that costs no more, has "),
+    ):
+        off = dataclasses.replace(response, **changes)
+        doubted = dataclasses.replace(fit, responses={TASK: off})
+        texts = sentences.supported(
+            dataclasses.replace(found, families={**found.families, "blind": doubted})
+        )
+        assert [said in text for text in texts if f"task {TASK}" in text] == [True, True]

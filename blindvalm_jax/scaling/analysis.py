@@ -246,12 +246,17 @@ def _beyond(fitted: Mapping[str, FamilyFit], unit: str) -> list[AtBudget]:
     return [dataclasses.replace(found, beyond=True)]
 
 
+def compared(at: Sequence[AtBudget]) -> AtBudget | None:
+    """The largest budget seen at which families are set against the reference; None: at none."""
+    seen = [one for one in at if one.versus and not one.beyond]
+    return seen[-1] if seen else None
+
+
 def _first(fitted: Mapping[str, FamilyFit], at: Sequence[AtBudget]) -> tuple[Comparison, ...]:
     """The family of lowest loss at the largest budget seen, against the others that are there."""
-    seen = [one for one in at if not one.beyond and one.reached]
-    if not seen:
+    last = compared(at)
+    if last is None:
         return ()
-    last = seen[-1]
     lowest = min(last.reached, key=lambda name: last.reached[name].loss.value)
     return tuple(
         families.compare(

@@ -80,8 +80,8 @@ def responses(analysis: Analysis, task: str) -> list[Block]:
         head = ["family", "runs", "deviance / freedom", "off by (rms), points"]
         head += ["by questions alone, points", "chance, %"]
         about = "How far runs are from the response accuracy = chance + (1 - chance) sigmoid(a + b "
-        about += "log N + c log D): the deviance would be about 1 if only the draw of questions "
-        about += "made them differ."
+        about += "log N + c log D). All runs answer the same questions, so that a deviance below 1 "
+        about += "is to be expected; far above it, intervals say too little of what is not known."
         blocks += [Text(about), Table(head, rows)]
     return [*blocks, *([Items(lines)] if lines else [])]
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from blindvalm_jax.scaling.analysis import Analysis, AtBudget
-from blindvalm_jax.scaling.families import Comparison, Estimate
+from blindvalm_jax.scaling.accuracy import wilson
+from blindvalm_jax.scaling.analysis import Analysis, AtBudget, compared
+from blindvalm_jax.scaling.families import Comparison, Estimate, estimate
 from blindvalm_jax.scaling.family_fits import UNITS
-from blindvalm_jax.scaling.wording import budget, label, nats, percent
+from blindvalm_jax.scaling.wording import budget, label, nats, percent, times
+
+_DEVIANCE = 2.0  # for each degree of freedom; all runs answer the same questions, so 1 is much
 
 
 def sign(difference: Estimate) -> int:
@@ -26,12 +29,15 @@ def supported(analysis: Analysis) -> list[str]:
         return [f"No two families can be compared by their laws: {have} has one."]
     found = []
     for unit in UNITS:
-        seen = [one for one in analysis.seen(unit) if one.versus]
-        if not seen:
+        last = compared(analysis.at[unit])
+        if last is None:
             found.append(f"Nothing can be said at equal {unit}: {_why(analysis, unit)}.")
             continue
-        last = seen[-1]
         found += [_loss(analysis, last), *_lowest(analysis.first[unit], last)]
+        found += [
+            f"{_where(last)}: nothing can be said of {label(name)}: {why}."
+            for name, why in last.without.items()
+        ]
         found += [text for task in analysis.tasks() if (text := _accuracy(analysis, last, task))]
     return found
 
@@ -52,7 +58,7 @@ def _loss(analysis: Analysis, at: AtBudget) -> str:
         told = f"{nats(difference, signed=True)} nats a token"
         if sign(difference):
             word = "lower" if sign(difference) < 0 else "higher"
-            needs = f"needs {versus.comparison.multiplier} times the {at.unit} for its loss"
+            needs = f"needs {times(versus.comparison.multiplier)} the {at.unit} for its loss"
             parts.append(f"{label(name)} has a {word} loss than {reference} ({told}; {needs})")
         else:
             parts.append(f"{label(name)} and {reference} cannot be told apart in loss ({told})")
@@ -93,10 +99,13 @@ def _lowest(comparisons: Sequence[Comparison], at: AtBudget) -> list[str]:
 def _accuracy(analysis: Analysis, at: AtBudget, task: str) -> str:
     """How the accuracy of each family stands to that of the reference; "" where none is known."""
     reference = label(analysis.reference or "")
-    parts = []
+    parts: list[str] = []
+    doubts: dict[str, None] = {}
     for name, versus in at.versus.items():
         if task not in versus.accuracy:
             continue
+        for one in versus.comparison.names:
+            doubts |= dict.fromkeys(_doubts_of_response(analysis, at, one, task))
         difference = versus.accuracy[task]
         told = f"{percent(difference, signed=True)} points"
         if sign(difference):
@@ -104,7 +113,30 @@ def _accuracy(analysis: Analysis, at: AtBudget, task: str) -> str:
             parts.append(f"{label(name)} has a {word} accuracy than {reference} ({told})")
         else:
             parts.append(f"{label(name)} and {reference} cannot be told apart in accuracy ({told})")
-    return f"{_where(at)}, task {task}: {'; '.join(parts)}." if parts else ""
+    if not parts:
+        return ""
+    but = f" But {'; '.join(doubts)}." if doubts else ""
+    return f"{_where(at)}, task {task}: {'; '.join(parts)}.{but}"
+
+
+def _doubts_of_response(analysis: Analysis, at: AtBudget, name: str, task: str) -> list[str]:
+    """What speaks against a response: runs far from it, or the best run of the budget."""
+    texts, response = [], analysis.families[name].responses[task]
+    if response.deviance > _DEVIANCE:
+        texts.append(
+            f"runs of {label(name)} lie {100 * response.rms:.1f} points (rms) from their response, "
+            "of which intervals know nothing"
+        )
+    run = at.runs.get(name)
+    if run is not None and task in run.scores:
+        low, high = wilson(run.scores[task])
+        of_run = estimate(response.at(run.n, run.tokens), response.of_draws(run.n, run.tokens))
+        if high < of_run.low or low > of_run.high:
+            texts.append(
+                f"{run.name}, the {label(name)} of lowest loss that costs no more, has "
+                f"{100 * run.scores[task].accuracy:.1f} %, its response {percent(of_run)}"
+            )
+    return texts
 
 
 def _where(at: AtBudget) -> str:

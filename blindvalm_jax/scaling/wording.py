@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from blindvalm_jax.scaling.families import Estimate
+from blindvalm_jax.scaling.families import Estimate, Multiplier
 from blindvalm_jax.scaling.results import FLOPS
 
 _LABELS = {
@@ -62,3 +62,14 @@ def percent(estimate: Estimate, *, signed: bool = False) -> str:
     # A 0 that was rounded has no sign of its own.
     value, low, high = (f"{round(100 * x, 1) + 0.0:{'+.1f' if signed else '.1f'}}" for x in values)
     return f"{value} [{low}, {high}]"
+
+
+def times(multiplier: Multiplier) -> str:
+    """2.13 [1.9, 2.4] times; of one that is not known from above (below) its other end alone."""
+    low, high = multiplier.trusted
+    from_above, from_below = multiplier.high < high, multiplier.low > low
+    if from_below and not from_above:
+        return f"at least {multiplier.low:.3g} times"
+    if from_above and not from_below:
+        return f"at most {multiplier.high:.3g} times"
+    return f"{multiplier} times"
