@@ -87,7 +87,10 @@ def test_results_are_what_the_runs_wrote(trained: Path) -> None:
     score, entry = found.scores["memory_colors"], tasks["memory_colors"]
     assert (score.accuracy, score.chance) == (entry["score"], entry["random"])
     assert score.questions == entry["clusters"] < entry["questions"]
-    assert collected.notes(trained / "sweep", [found, bad]) == ["Trained on 8 x cpu."]
+    first, *others = collected.notes(trained / "sweep", [found, bad])
+    assert first == "Trained on 8 x cpu."
+    commit = record["commit"]
+    assert others == ([f"Code of the runs: {commit}."] if commit else [])
 
 
 def test_the_command_writes_the_report(trained: Path) -> None:

@@ -49,6 +49,8 @@ def notes(workdir: Path, results: Sequence[Result]) -> list[str]:
     lines = []
     if devices:
         lines.append(f"Trained on {', '.join(f'{count} x {kind}' for kind, count in devices)}.")
+    if commits := sorted({record.commit for record in records if record.commit}):
+        lines.append(f"Code of the runs: {', '.join(commits)}.")
     if len({kind for kind, _ in devices}) > 1:
         lines.append("Seconds of one device are not those of another: do not compare by them.")
     if len({record.tokenizer for record in records}) > 1:
@@ -147,10 +149,14 @@ def _scores(at_end: Mapping[str, Any], directory: Path) -> dict[str, Score]:
 
 @dataclasses.dataclass(frozen=True)
 class _Record:
-    """What run.json says of where a run was trained: kind and number of devices, tokenizer."""
+    """What run.json says of where a run was trained: kind and number of devices, and on what.
+
+    commit: of the code that began it, "" where it was in none.
+    """
 
     devices: tuple[str, int]
     tokenizer: str
+    commit: str
 
 
 def _record(directory: Path) -> _Record:
@@ -158,6 +164,10 @@ def _record(directory: Path) -> _Record:
     record = files.read_object(path, hint="the record of a run that has metrics")
     try:
         kind, count = record["devices"]
-        return _Record((str(kind), int(count)), str(record["tokenizer"]["fingerprint"]))
+        return _Record(
+            devices=(str(kind), int(count)),
+            tokenizer=str(record["tokenizer"]["fingerprint"]),
+            commit=str(record.get("commit") or ""),
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} does not say devices and tokenizer: {error!r}") from error
