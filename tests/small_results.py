@@ -64,6 +64,7 @@ def drawn(
                     scores={TASK: Score(accuracy, QUESTIONS, CHANCE)},
                     ended="done",
                     about="",
+                    device="cpu",
                 )
             )
     return found

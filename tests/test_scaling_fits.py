@@ -198,9 +198,7 @@ def test_runs_that_no_law_can_be_fitted_to_are_refused() -> None:
 def test_draws_of_few_runs_tell_the_parameters_apart() -> None:
     n, d = np.array([1e8] * 4 + [1e9, 1e10]), np.array([1e9, 1e10, 1e11] * 2)
     points = Points.of(n=n, d=d, loss=TRUTH.loss(n, d))
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        counts = bootstrap.resample(points, rng)
+    for counts in bootstrap.resamples(points, draws=50, seed=0):
         taken = counts > 0
         assert counts.sum() == 6
         assert taken.sum() >= 5
@@ -210,6 +208,7 @@ def test_draws_of_few_runs_tell_the_parameters_apart() -> None:
 def test_a_term_that_runs_do_not_show_is_said() -> None:
     flat = fits.fit(planted(dataclasses.replace(TRUTH, A=1e-9)))
     assert any("A is 0" in text for text in flat.warnings)
+    assert "A" in flat.at_ends
 
 
 @pytest.mark.parametrize("offset", [0.0, 3e9])
@@ -231,6 +230,23 @@ def test_the_best_size_is_that_of_brute_force(noisy: bootstrap.Draws, offset: fl
     alone = optima.best(first, budget, cost=lambda n: 6 * n + offset, seen=fit.seen)
     assert np.shape(of_draws.n) == (100,)
     assert np.asarray(of_draws.n)[0] == pytest.approx(alone.n, rel=1e-6)
+
+
+def test_the_best_size_is_among_those_asked_for(noisy: bootstrap.Draws) -> None:
+    fit, cost = noisy.fit, optima.per_parameter()
+    free = float(optima.best(fit, 1e21, cost=cost, seen=fit.seen).n)
+    for ends, expected in (
+        ((free / 9, free * 9), free),
+        ((free / 9, free / 3), free / 3),
+        ((free * 3, free * 9), free * 3),
+    ):
+        found = optima.best(fit, 1e21, cost=cost, seen=fit.seen, within=ends)
+        assert found.n == pytest.approx(expected, rel=1e-6)
+        assert found.d == pytest.approx(1e21 / (6 * expected), rel=1e-6)
+        back = optima.needed(fit, found.loss, cost=cost, within=ends)
+        assert back == pytest.approx(1e21, rel=1e-6)
+        of_draws = optima.best(noisy.law, 1e21, cost=cost, seen=fit.seen, within=ends)
+        assert np.all((of_draws.n >= ends[0] * (1 - 1e-9)) & (of_draws.n <= ends[1] * (1 + 1e-9)))
 
 
 def test_what_is_needed_is_the_other_side_of_what_is_best(noisy: bootstrap.Draws) -> None:
@@ -413,8 +429,7 @@ def test_runs_of_a_group_are_drawn_together_whatever_their_order() -> None:
     assert len(np.unique(points.groups)) == 4
     for size in np.unique(n):
         assert len(np.unique(points.groups[points.n == size])) == 1
-    rng = np.random.default_rng(1)
-    drawn = [bootstrap.resample(points, rng) for _ in range(50)]
+    drawn = bootstrap.resamples(points, draws=50, seed=1)
     for counts in drawn:
         for group in range(4):
             assert len(np.unique(counts[points.groups == group])) == 1

@@ -183,10 +183,11 @@ def test_scores_are_accuracies_of_the_last_update(tmp_path: Path) -> None:
 
 
 def test_readers_are_told_what_is_not_alike(tmp_path: Path) -> None:
-    line = {"step": 10, "perf/step_seconds": 1.0, "eval/loss": 3.0}
-    other = written(tmp_path, [line], name="b")
-    written(tmp_path, [line])
+    lines = [{"step": step, "perf/step_seconds": 1.0, "eval/loss": 3.0} for step in (5, 10)]
+    other = written(tmp_path, lines, name="b")
+    written(tmp_path, lines)
     found = collected.read(tmp_path, {"a": planned(), "b": planned()})
+    assert {run.device for run in found} == {"H100"}
     said = collected.notes(tmp_path, found)
     assert said == [
         "Trained on 2 x H100.",
@@ -196,7 +197,8 @@ def test_readers_are_told_what_is_not_alike(tmp_path: Path) -> None:
     (other / "run.json").write_text(json.dumps(record))
     said = collected.notes(tmp_path, found)
     assert said[0] == "Trained on 2 x A100, 2 x H100."
-    assert "Seconds of one device are not those of another" in said[1]
+    found = collected.read(tmp_path, {"a": planned(), "b": planned()})
+    assert [run.device for run in found] == ["H100", "A100"]
     (other / "run.json").write_text("{}")
     with pytest.raises(UserError, match="does not say devices and tokenizer"):
         collected.notes(tmp_path, found)
@@ -214,7 +216,10 @@ def test_what_is_done_once_is_told_for_each_family() -> None:
     settings.grounding.source = "images"
     settings.grounding.index, settings.grounding.random.projection = "vectors:1000", 768
     parsed = config.parse(settings)
-    plan = Planned.of(parsed, of_settings.account(parsed), family="valm")
-    costs = report.once({"x": plan})
-    assert costs.keys() == {"VALM: images encoded with vit_l14"}
-    assert costs["VALM: images encoded with vit_l14"] > 1e14
+    account = of_settings.account(parsed)
+    plans = {name: Planned.of(parsed, account, family=name) for name in ("valm", "valm_eos")}
+    (once,) = report.once(plans)
+    assert once.what == "images encoded with vit_l14"
+    assert once.families == ("valm", "valm_eos")
+    assert once.flops > 1e14
+    assert once.share == pytest.approx(once.flops / plans["valm"].budget)

@@ -1,8 +1,9 @@
 """Accuracy of a task as a function of N and D, and how sure an accuracy is.
 
 accuracy = chance + (1 - chance) sigmoid(a + b log N + c log D), at the highest posterior of a
-binomial likelihood. Runs differ by more than the chance of their questions: intervals come from
-runs drawn again, not from that likelihood.
+binomial likelihood. Runs differ by more than the chance of their questions, and the response is not
+quite of this shape: intervals come from runs drawn again and from how far runs are from it, not
+from that likelihood.
 """
 
 from __future__ import annotations
@@ -33,15 +34,19 @@ class Response:
     """The response of a family to size and length in a task.
 
     coefficients: a, b, c `[3]`, with log N and log D less `centre`, over `scale`; drawn:
-    `[draws, 3]`. deviance: residual, over runs less 3; about 1 where runs differ by the chance of
-    questions alone. rms, by_chance: of accuracies less the response, and what chance alone gives.
+    `[draws, 3]`. apart: of each draw, how far a run is from its response, `[draws]`, over the root
+    of p (1 - p) + 1 / questions. deviance: residual, over runs less 3; about 1 where runs differ by
+    the chance of questions alone. rms, by_chance: of accuracies less the response, and what chance
+    alone gives.
     """
 
     coefficients: Array
     drawn: Array
+    apart: Array
     centre: Array
     scale: Array
     chance: float
+    questions: float
     runs: int
     deviance: float
     rms: float
@@ -55,6 +60,11 @@ class Response:
         """The same of each draw, at one N and D or at those of each draw: `[draws]`."""
         return self._of(self.drawn, n, d)
 
+    def of_runs(self, n: Numbers, d: Numbers) -> Array:
+        """What a run would have, `[draws]`: that of each draw, as far off as one of the runs is."""
+        p = self.of_draws(n, d)
+        return np.clip(p + self.apart * _spread(p, self.questions), 0.0, 1.0)
+
     def _of(self, coefficients: Array, n: Numbers, d: Numbers) -> Array:
         x = (np.stack(np.broadcast_arrays(np.log(n), np.log(d)), axis=-1) - self.centre) / (
             self.scale
@@ -63,8 +73,11 @@ class Response:
         return np.asarray(self.chance + (1 - self.chance) * special.expit(eta))
 
 
-def respond(runs: Sequence[Result], task: str, counts: Array) -> Response:
+def respond(runs: Sequence[Result], task: str, counts: Array, *, seed: int = 0) -> Response:
     """The response of these runs, those that were asked; counts: `[draws, runs]`, how often drawn.
+
+    With a seed the same of these is taken to be off in families whose runs were drawn alike, and
+    other answers are drawn.
 
     Raises:
       UserError: too few of them were asked, or not all the same.
@@ -91,17 +104,39 @@ def respond(runs: Sequence[Result], task: str, counts: Array) -> Response:
         drawn = [problem.minimum(best, counts[draw, asked])[0] for draw in range(len(counts))]
     p = problem.accuracy(best)
     apart = np.array([score.accuracy for score in scores]) - p
+    questions = float(problem.questions.mean())
     return Response(
         coefficients=best,
         drawn=np.array(drawn),
+        apart=_apart(apart / _spread(p, questions), counts[:, asked], seed)
+        + _answers(runs[0].family, task, len(counts), seed) / math.sqrt(questions),
         centre=centre,
         scale=scale,
         chance=problem.chance,
+        questions=questions,
         runs=len(asked),
         deviance=problem.deviance(p) / (len(asked) - _PARAMETERS),
         rms=float(np.sqrt(np.mean(apart**2))),
         by_chance=float(np.sqrt(np.mean(p * (1 - p) / problem.questions))),
     )
+
+
+def _spread(p: Array, questions: float) -> Array:
+    """What a deviation goes with; never 0, as a response that says all or nothing may be wrong."""
+    return np.asarray(np.sqrt(p * (1 - p) + 1 / questions))
+
+
+def _apart(residuals: Array, counts: Array, seed: int) -> Array:
+    """Of each draw the residual of one of the runs that it drew: `[draws]`."""
+    at = np.random.default_rng((seed, 1)).random((len(counts), 1))
+    upto = np.cumsum(counts, axis=1)
+    place = (upto <= at * upto[:, -1:]).sum(axis=1)
+    return np.asarray(residuals[np.minimum(place, len(residuals) - 1)])
+
+
+def _answers(family: str, task: str, draws: int, seed: int) -> Array:
+    """Standard normal: what other questions of the kind would have changed, `[draws]`."""
+    return np.random.default_rng((seed, *family.encode(), 0, *task.encode())).standard_normal(draws)
 
 
 def wilson(score: Score) -> tuple[float, float]:

@@ -6,7 +6,8 @@ Nothing is made up: what the runs do not tell has a line that says why.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -14,8 +15,9 @@ from blindvalm_jax.errors import UserError
 from blindvalm_jax.scaling import bootstrap, families
 from blindvalm_jax.scaling.families import Comparison, Estimate, estimate
 from blindvalm_jax.scaling.family_fits import UNITS, FamilyFit, best, fit_family
+from blindvalm_jax.scaling.fits import Seen
 from blindvalm_jax.scaling.points import Array
-from blindvalm_jax.scaling.results import FLOPS, Result, left_out, usable
+from blindvalm_jax.scaling.results import FLOPS, SECONDS, Result, left_out, usable
 
 FAMILIES = (
     *("gpt2", "blind", "eos", "valm", "valm_eos"),
@@ -31,9 +33,10 @@ _BEYOND = 10 * (1 - 1e-9)
 
 @dataclasses.dataclass(frozen=True)
 class Reached:
-    """The compute-optimal model of a family at a budget.
+    """The compute-optimal model of a family at a budget, no larger or smaller than any trained.
 
-    accuracy: by task, with that of each draw. outside: where N* or D* lies that no run had.
+    accuracy: by task, of a run with this N and D, with that of each draw. notes: that N* is the
+    least or largest trained, or where D* lies that no run had.
     """
 
     budget: float
@@ -42,7 +45,7 @@ class Reached:
     d: Estimate
     accuracy: Mapping[str, Estimate]
     drawn: Mapping[str, Array] = dataclasses.field(repr=False)
-    outside: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +61,7 @@ class AtBudget:
     """All families at one budget.
 
     without: why a family has nothing here. runs: of each family, fitted or not, the run of lowest
-    loss that cost no more. beyond: no family has seen so much.
+    loss that cost no more. beyond: no family has seen so much, and sizes are any.
     """
 
     unit: str
@@ -74,8 +77,9 @@ class AtBudget:
 class Analysis:
     """What the results of a sweep say; families by name in one order everywhere.
 
-    unfitted: why a family has no law. reference: what others are compared with; None: nothing is.
-    at: by unit the budgets all fitted families have seen, the least first, and one beyond. first:
+    unfitted: why a family has no law. silent: why there is nothing at all in a unit. reference:
+    what others are compared with; None: nothing is. at: by unit the budgets that the reference and
+    all that have any in common with it have seen, the least first, and one beyond. first:
     by unit, at the largest of them, the family of lowest loss against each other one. tracks: of
     each family along the budgets it has seen itself.
     """
@@ -84,13 +88,14 @@ class Analysis:
     left_out: Mapping[str, str]
     families: Mapping[str, FamilyFit]
     unfitted: Mapping[str, str]
+    silent: Mapping[str, str]
     reference: str | None
     at: Mapping[str, tuple[AtBudget, ...]]
     first: Mapping[str, tuple[Comparison, ...]]
     tracks: Mapping[str, Mapping[str, tuple[Reached, ...]]]
 
     def seen(self, unit: str) -> tuple[AtBudget, ...]:
-        """The budgets that all have seen."""
+        """The budgets at which families are compared."""
         return tuple(one for one in self.at[unit] if not one.beyond)
 
     def tasks(self) -> list[str]:
@@ -107,27 +112,38 @@ def analyse(results: Iterable[Result], *, draws: int = bootstrap.DRAWS, seed: in
     given = tuple(results)
     if not given:
         raise UserError("a report needs runs, and there are none")
+    silent: dict[str, str] = {}
+    kinds = sorted({run.device for run in usable(given) if run.seconds is not None})
+    if len(kinds) > 1:
+        silent[SECONDS] = f"its runs, or others', were timed on {', '.join(kinds)}"
     of_family: dict[str, list[Result]] = {name: [] for name in names_of(given)}
     for run in usable(given):
-        of_family[run.family].append(run)
+        counted = dataclasses.replace(run, seconds=None) if SECONDS in silent else run
+        of_family[run.family].append(counted)
     fitted, unfitted = {}, {}
     for name, runs in of_family.items():
         try:
-            fitted[name] = fit_family(name, runs, draws=draws, seed=seed)
+            fit = fit_family(name, runs, draws=draws, seed=seed)
         except UserError as error:
             unfitted[name] = str(error)
+            continue
+        fitted[name] = dataclasses.replace(fit, without={**fit.without, **silent})
     reference = next(iter(fitted), None)
     at = {}
     for unit in UNITS:
-        common = _common({name: fit.runs for name, fit in fitted.items()} or of_family, unit)
-        at[unit] = tuple(_at(budget, unit, fitted, reference, of_family) for budget in common)
-        if common and fitted:
-            at[unit] += tuple(_beyond(fitted, unit))
+        budgets, apart = _common({k: fit.runs for k, fit in fitted.items()} or of_family, unit)
+        at[unit] = tuple(
+            _at(budget, unit, fitted, reference, of_family, apart) for budget in budgets
+        )
+        if budgets and fitted:
+            there = {name: fit for name, fit in fitted.items() if name not in apart}
+            at[unit] += tuple(_beyond(there, unit))
     return Analysis(
         results=given,
         left_out=left_out(given),
         families=fitted,
         unfitted=unfitted,
+        silent=silent,
         reference=reference,
         at=at,
         first={unit: _first(fitted, at[unit]) for unit in UNITS},
@@ -142,28 +158,38 @@ def names_of(results: Iterable[Result]) -> list[str]:
     return known + [name for name in there if name not in FAMILIES]
 
 
-def _common(of_family: Mapping[str, Sequence[Result]], unit: str) -> list[float]:
-    """Budgets that all families have seen: in FLOPs those that runs were planned for."""
-    costs = [
-        [cost for run in runs if (cost := run.cost(unit)) is not None]
-        for runs in of_family.values()
-    ]
-    costs = [one for one in costs if one]
-    if not costs:
-        return []
-    low, high = max(map(min, costs)), min(map(max, costs))
+def _common(
+    of_family: Mapping[str, Sequence[Result]], unit: str
+) -> tuple[list[float], dict[str, str]]:
+    """Budgets seen by all families that share any with the first, in FLOPs those planned for.
+
+    And why each of the others has none.
+    """
+    low, high = 0.0, math.inf
+    apart: dict[str, str] = {}
+    planned: set[float] = set()
+    for name, runs in of_family.items():
+        costs = [cost for run in runs if (cost := run.cost(unit)) is not None]
+        if not costs:
+            continue
+        both = max(low, min(costs)), min(high, max(costs))
+        if both[0] > both[1] * _WITHIN:
+            apart[name] = f"its runs cost {min(costs):.3g} to {max(costs):.3g} {unit}"
+            continue
+        low, high = both
+        planned |= {run.budget for run in runs}
+    if math.isinf(high):
+        return [], apart
     if unit == FLOPS:
-        planned = sorted({run.budget for runs in of_family.values() for run in runs})
         groups: list[float] = []
-        for budget in planned:
+        for budget in sorted(planned):
             if not groups or budget > _SAME * groups[-1]:
                 groups.append(budget)
         found = [budget for budget in groups if low / _WITHIN <= budget <= high * _WITHIN]
         if 0 < len(found) <= _MOST:
-            return found
-    if low > high:
-        return []
-    return sorted({float(f"{budget:.3g}") for budget in np.geomspace(low, high, _SPACED)})
+            return found, apart
+    low, high = min(low, high), max(low, high)
+    return sorted({float(f"{budget:.3g}") for budget in np.geomspace(low, high, _SPACED)}), apart
 
 
 def _at(
@@ -172,26 +198,34 @@ def _at(
     fitted: Mapping[str, FamilyFit],
     reference: str | None,
     of_family: Mapping[str, Sequence[Result]],
+    apart: Mapping[str, str],
+    *,
+    beyond: bool = False,
 ) -> AtBudget:
-    reached, versus, without = {}, {}, {}
+    reached, versus, without = {}, {}, dict(apart)
     for name, fit in fitted.items():
+        if name in apart:
+            continue
         try:
-            reached[name] = _reached(fit, unit, budget)
+            reached[name] = _reached(fit, unit, budget, trained=not beyond)
             if reference in reached and name != reference:
                 versus[name] = _versus(fitted[reference], fit, reached, unit)
         except UserError as error:
             without[name] = str(error)
     runs = {name: run for name, all_ in of_family.items() if (run := _lowest(all_, unit, budget))}
-    return AtBudget(unit, budget, reached, versus, without, runs)
+    return AtBudget(unit, budget, reached, versus, without, runs, beyond)
 
 
-def _reached(fit: FamilyFit, unit: str, budget: float) -> Reached:
+def _reached(fit: FamilyFit, unit: str, budget: float, *, trained: bool = True) -> Reached:
     if unit not in fit.costs:
         raise UserError(fit.without[unit])
-    found, drawn = best(fit.costs[unit], budget)
-    seen = fit.costs[unit].draws.fit.seen
+    if not trained and fit.draws.fit.at_ends:
+        raise UserError(
+            "its law goes no further than its runs, as they do not tell all its numbers"
+        )
+    found, drawn = best(fit.costs[unit], budget, trained=trained)
     n, d = float(found.n), float(found.d)
-    accuracies = {task: one.of_draws(drawn.n, drawn.d) for task, one in fit.responses.items()}
+    accuracies = {task: one.of_runs(drawn.n, drawn.d) for task, one in fit.responses.items()}
     return Reached(
         budget=budget,
         loss=estimate(found.loss, drawn.loss),
@@ -202,29 +236,34 @@ def _reached(fit: FamilyFit, unit: str, budget: float) -> Reached:
             for task, of_draws in accuracies.items()
         },
         drawn=accuracies,
-        outside=tuple(
-            f"{name} {'below' if value < ends[0] else 'above'} those of its runs"
-            for name, value, ends in (("N*", n, seen.n), ("D*", d, seen.d))
-            if not ends[0] <= value <= ends[1]
-        ),
+        notes=tuple(_notes(fit.costs[unit].draws.fit.seen, n, d)),
     )
+
+
+def _notes(seen: Seen, n: float, d: float) -> Iterator[str]:
+    """Where the best size and length lie beside those trained."""
+    for name, value, (low, high) in (("N", n, seen.n), ("D", d, seen.d)):
+        if name == "N" and any(math.isclose(value, end, rel_tol=1e-6) for end in (low, high)):
+            which = "least" if math.isclose(value, low, rel_tol=1e-6) else "largest"
+            yield f"the {which} N trained is the best"
+        elif not low <= value <= high:
+            yield f"{name}* {'below' if value < low else 'above'} those trained"
 
 
 def _versus(
     first: FamilyFit, second: FamilyFit, reached: Mapping[str, Reached], unit: str
 ) -> Versus:
     a, b = reached[first.name], reached[second.name]
-    # As in `families.compare`: shifted, draws of two families have nothing in common.
+    both = first.costs[unit], second.costs[unit]
     differences = {
         task: estimate(
             b.accuracy[task].value - a.accuracy[task].value,
-            np.roll(b.drawn[task], 1) - a.drawn[task],
+            families.beside(*both, b.drawn[task]) - a.drawn[task],
         )
         for task in a.accuracy
         if task in b.accuracy
     }
-    comparison = families.compare(first.costs[unit], second.costs[unit], budget=a.budget)
-    return Versus(comparison, differences)
+    return Versus(families.compare(*both, budget=a.budget, trained=True), differences)
 
 
 def _lowest(runs: Sequence[Result], unit: str, budget: float) -> Result | None:
@@ -242,8 +281,7 @@ def _beyond(fitted: Mapping[str, FamilyFit], unit: str) -> list[AtBudget]:
     ]
     if not most:
         return []
-    found = _at(_BEYOND * min(most), unit, fitted, None, {})
-    return [dataclasses.replace(found, beyond=True)]
+    return [_at(_BEYOND * min(most), unit, fitted, None, {}, {}, beyond=True)]
 
 
 def compared(at: Sequence[AtBudget]) -> AtBudget | None:
@@ -260,7 +298,10 @@ def _first(fitted: Mapping[str, FamilyFit], at: Sequence[AtBudget]) -> tuple[Com
     lowest = min(last.reached, key=lambda name: last.reached[name].loss.value)
     return tuple(
         families.compare(
-            fitted[lowest].costs[last.unit], fitted[name].costs[last.unit], budget=last.budget
+            fitted[lowest].costs[last.unit],
+            fitted[name].costs[last.unit],
+            budget=last.budget,
+            trained=True,
         )
         for name in last.reached
         if name != lowest

@@ -19,11 +19,15 @@ _DIFFERENT = 5  # runs in a draw: as many as there are parameters
 
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """The fit, and the law of each draw as one law of arrays `[draws]`."""
+    """The fit, and the law of each draw as one law of arrays `[draws]`.
+
+    at_ends: the share of draws that have a number at an end of the range that is searched.
+    """
 
     fit: fits.Fit
     law: fits.Law
     seed: int
+    at_ends: float
 
     def __len__(self) -> int:
         """How many draws."""
@@ -44,16 +48,18 @@ def bootstrap(points: Points, fit: fits.Fit, *, draws: int = DRAWS, seed: int = 
 
     Resamples that cannot tell the five parameters apart are drawn again.
     """
-    if draws < 1:
-        raise UserError(f"expected 1 draw or more, got {draws}")
     problem = fits.Problem.of(points)
     start = problem.place(fit)
-    rng = np.random.default_rng(seed)
     places = np.empty((draws, len(start)))
     with fits.one_thread():
-        for draw in range(draws):
-            places[draw], _ = problem.minimum(start, resample(points, rng))
-    return Draws(fit=fit, law=problem.law(places), seed=seed)
+        others = problem.starts()
+        for draw, counts in enumerate(resamples(points, draws=draws, seed=seed)):
+            places[draw], least = problem.minimum(start, counts)
+            if problem.at_ends(places[draw]).any():  # perhaps only because it began where it did
+                found = [(places[draw], least), *(problem.minimum(x, counts) for x in others)]
+                places[draw], _ = min(found, key=lambda pair: pair[1])
+    ends = float(problem.at_ends(places).any(axis=1).mean())
+    return Draws(fit=fit, law=problem.law(places), seed=seed, at_ends=ends)
 
 
 def interval(values: Array, *, level: float = LEVEL) -> tuple[float, float]:
@@ -64,14 +70,21 @@ def interval(values: Array, *, level: float = LEVEL) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def resample(points: Points, rng: np.random.Generator) -> Array:
-    """How often each run is drawn, `[runs]`: such that a law can be fitted to those drawn."""
+def resamples(points: Points, *, draws: int, seed: int) -> Array:
+    """How often each run is drawn, `[draws, runs]`: such that a law can be fitted to those drawn.
+
+    Each draw has random numbers of its own: runs that stand in the same groups, of whatever family,
+    are drawn alike.
+    """
+    if draws < 1:
+        raise UserError(f"expected 1 draw or more, got {draws}")
 
     def enough(taken: NDArray[np.bool_]) -> bool:
         different = [len(np.unique(values[taken])) for values in (points.n, points.d)]
         return int(taken.sum()) >= _DIFFERENT and min(different) >= fits.SIZES
 
-    return drawn(points.groups, rng, enough)
+    streams = (np.random.default_rng((seed, draw)) for draw in range(draws))
+    return np.array([drawn(points.groups, rng, enough) for rng in streams])
 
 
 def drawn(

@@ -11,20 +11,22 @@ from blindvalm_jax.errors import UserError
 from blindvalm_jax.scaling import optima
 from blindvalm_jax.scaling.bootstrap import Draws, interval
 from blindvalm_jax.scaling.fits import Law
-from blindvalm_jax.scaling.points import Numbers
+from blindvalm_jax.scaling.points import Array, Numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A family's draws (with its fit), and what a token costs it in the unit of its budgets.
 
-    drawn_cost: of each draw (see `timing.Smooth`), where costs are not known exactly.
+    drawn_cost: of each draw (see `timing.Smooth`), where costs are not known exactly. design: what
+    was trained, in the order of the points; families of one design were drawn alike, run by run.
     """
 
     name: str
     draws: Draws
     cost: optima.Cost
     drawn_cost: optima.Cost | None = None
+    design: tuple[object, ...] = ()
 
     @property
     def cost_of_draws(self) -> optima.Cost:
@@ -71,6 +73,8 @@ class Multiplier(Estimate):
 class Comparison:
     """Two families at one budget: each at its own best N, or both at `n`.
 
+    paired: draw by draw, as the runs of both were drawn alike.
+
     difference: nats a token, the second's less the first's. multiplier: how many times the budget
     the second needs for the loss that the first has.
     """
@@ -82,6 +86,7 @@ class Comparison:
     losses: tuple[Estimate, Estimate]
     difference: Estimate
     multiplier: Multiplier
+    paired: bool
 
 
 def compare(
@@ -90,12 +95,15 @@ def compare(
     *,
     budget: float,
     n: float | None = None,
+    trained: bool = False,
     extrapolate: bool = False,
 ) -> Comparison:
     """At a budget in the unit of both fits; n: at this N, not at the best of each.
 
-    Draws of one family are set against draws of the other as if their runs had nothing in common.
-    Raises a `UserError` over one decade beyond what either has seen, unless `extrapolate`.
+    trained: the best N of each between the least and the largest that it has trained. Draws of
+    families of one design are set against each other one by one, so that what a size or a length
+    does to both is in no difference; those of others as if their runs had nothing in common. Raises
+    a `UserError` over one decade beyond what either has seen, unless `extrapolate`.
     """
     _refuse_unlike(first, second)
     for family in (first, second):
@@ -109,12 +117,21 @@ def compare(
         if n is not None:
             each = cost(np.array(n))
             return law.loss(n, budget / (each.reshape(-1) if each.ndim else float(each)))
-        seen = family.draws.fit.seen
-        return optima.best(law, budget, cost=cost, seen=seen, extrapolate=extrapolate).loss
+        return optima.best(
+            law,
+            budget,
+            cost=cost,
+            seen=family.draws.fit.seen,
+            within=within(family),
+            extrapolate=extrapolate,
+        ).loss
+
+    def within(family: Family) -> tuple[float, float] | None:
+        return family.draws.fit.seen.n if trained else None
 
     fits = first.draws.fit, second.draws.fit
-    # Bootstraps with one seed draw the same runs of both: shifted, they have nothing in common.
-    laws = first.draws.law, Law(**{k: np.roll(v, 1) for k, v in vars(second.draws.law).items()})
+    values_of_draws = vars(second.draws.law).items()
+    laws = first.draws.law, Law(**{k: beside(first, second, v) for k, v in values_of_draws})
     values = loss(first, fits[0], first.cost), loss(second, fits[1], second.cost)
     costs = first.cost_of_draws, second.cost_of_draws
     drawn = loss(first, laws[0], costs[0]), loss(second, laws[1], costs[1])
@@ -123,8 +140,14 @@ def compare(
     trusted = (0.0, math.inf)
     if not extrapolate:
         trusted = (budgets[0] / decade / budget, budgets[1] * decade / budget)
-    times = _cut(optima.needed(fits[1], values[0], cost=second.cost, n=n) / budget, trusted)
-    drawn_times = _cut(optima.needed(laws[1], drawn[0], cost=costs[1], n=n) / budget, trusted)
+    ends = within(second)
+    times, drawn_times = (
+        _cut(optima.needed(law, loss_, cost=cost, n=n, within=ends) / budget, trusted)
+        for law, loss_, cost in (
+            (fits[1], values[0], second.cost),
+            (laws[1], drawn[0], costs[1]),
+        )
+    )
     low, high = interval(drawn_times)
     return Comparison(
         names=(first.name, second.name),
@@ -140,7 +163,22 @@ def compare(
             trusted=trusted,
             never=float(np.mean(np.isinf(drawn_times))),
         ),
+        paired=paired(first, second),
     )
+
+
+def paired(first: Family, second: Family) -> bool:
+    """Whether the same runs were drawn of both in each draw."""
+    return bool(first.design) and first.design == second.design
+
+
+def beside(first: Family, second: Family, drawn: Array) -> Array:
+    """What the second's draws say, `[draws]`, in an order to be set against the first's.
+
+    Bootstraps with one seed draw like places of both: where these are not like runs, the draws are
+    shifted by one, so that they have nothing in common.
+    """
+    return drawn if paired(first, second) else np.roll(drawn, 1)
 
 
 def estimate(value: Numbers, drawn: Numbers) -> Estimate:

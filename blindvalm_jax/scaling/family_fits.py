@@ -55,6 +55,11 @@ class FamilyFit:
         place = int(np.argmax(np.abs(residuals)))
         return self.runs[place], float(residuals[place])
 
+    def missed(self, budget: float) -> tuple[float, int, int]:
+        """Of the runs of a budget: the mean residual, and how many lie above the law and below."""
+        residuals = self.residuals[[run.budget == budget for run in self.runs]]
+        return float(residuals.mean()), int((residuals > 0).sum()), int((residuals < 0).sum())
+
     def off(self, unit: str) -> float:
         """How far runs are from what a token costs at their size, as a share (rms)."""
         points = _points(self.runs, unit)
@@ -77,15 +82,20 @@ class FamilyFit:
         return estimate(value, drawn)
 
 
-def best(family: Family, budget: float) -> tuple[optima.Optimum, optima.Optimum]:
-    """The optimum of the fit at a budget, and those of the draws.
+def best(
+    family: Family, budget: float, *, trained: bool = False
+) -> tuple[optima.Optimum, optima.Optimum]:
+    """The optimum of the fit at a budget, and those of the draws; trained: of N so large and small.
 
     Raises:
       UserError: it lies over one decade beyond what the fit has seen.
     """
     seen = family.draws.fit.seen
-    of_fit = optima.best(family.draws.fit, budget, cost=family.cost, seen=seen)
-    return of_fit, optima.best(family.draws.law, budget, cost=family.cost_of_draws, seen=seen)
+    within = seen.n if trained else None
+    of_fit = optima.best(family.draws.fit, budget, cost=family.cost, seen=seen, within=within)
+    return of_fit, optima.best(
+        family.draws.law, budget, cost=family.cost_of_draws, seen=seen, within=within
+    )
 
 
 def fit_family(
@@ -100,17 +110,20 @@ def fit_family(
     ordered = sorted(runs, key=lambda run: (run.n, run.tokens, run.held_out, run.flops, run.name))
     points = _points(ordered, FLOPS)
     law = bootstrap.bootstrap(points, fits.fit(points), draws=draws, seed=seed)
-    rng = np.random.default_rng(seed)
-    counts = np.array([bootstrap.resample(points, rng) for _ in range(draws)])
+    counts = bootstrap.resamples(points, draws=draws, seed=seed)
+    design = tuple(
+        (run.size, run.budget, int(group))
+        for run, group in zip(ordered, points.groups, strict=True)
+    )
     costs, responses, without = {}, {}, {}
     for unit in UNITS:
         try:
-            costs[unit] = _family(name, law, ordered, unit)
+            costs[unit] = dataclasses.replace(_family(name, law, ordered, unit), design=design)
         except UserError as error:
             without[unit] = str(error)
     for task in tasks_of(ordered):
         try:
-            responses[task] = accuracy.respond(ordered, task, counts)
+            responses[task] = accuracy.respond(ordered, task, counts, seed=seed)
         except UserError as error:
             without[task] = str(error)
     return FamilyFit(

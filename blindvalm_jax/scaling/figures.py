@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from blindvalm_jax.scaling.analysis import Analysis, Reached, names_of
-from blindvalm_jax.scaling.families import Estimate
+from blindvalm_jax.scaling.families import Estimate, Multiplier
 from blindvalm_jax.scaling.family_fits import UNITS, FamilyFit
 from blindvalm_jax.scaling.results import FLOPS, Result, usable
 from blindvalm_jax.scaling.wording import budget as said
@@ -45,10 +45,11 @@ _CAPTIONS = {
     "loss": "Loss of the compute-optimal model of each family against what its training cost: line"
     " and 95 % band of its law; runs as points, those far above the lines cut off.",
     "isoflop": "Loss against size at equal model FLOPs: runs as points, the family's law as lines."
-    " Diamonds: the best size by the law; crosses: by a parabola through the runs of a budget.",
+    " Diamonds: the best size by the law; crosses: by a parabola through the runs of a budget."
+    " Each family has a scale of its own.",
     "optimal": "Best size and length for a budget of model FLOPs, by the laws, with 95 % bands.",
     "multipliers": "Compute multipliers with 95 % intervals: how many times the budget a family"
-    " needs for the loss of {}. Below 1 it needs less.",
+    " needs for the loss of {}. Below 1 it needs less. Arrows: it goes on beyond.",
     "accuracy": "Accuracy in the task {} against what training cost: lines and 95 % bands of the"
     " compute-optimal models, every run as a point. Dashed: chance.",
 }
@@ -59,7 +60,7 @@ _STEPS: tuple[Sequence[float], ...] = (
     tuple(x / 100 for x in range(100, 1000)),
 )
 _MOST_NAMED = 8  # budgets in a legend
-_MULTIPLIERS = (1e-3, 1e3)  # that are drawn
+_MULTIPLIERS = (1 / 30, 30.0)  # that are drawn; arrows point to those beyond
 
 
 def all_of(analysis: Analysis) -> dict[str, tuple[bytes, str]]:
@@ -144,12 +145,10 @@ def multipliers(analysis: Analysis) -> Figure:
                 if name in one.versus
             ]
             for x, times in found:
-                ends = np.clip([times.low, times.value, times.high], *_MULTIPLIERS)
-                panel.plot([x, x], ends[::2], color=_color(name), linewidth=1.6)
-                if math.isfinite(times.value):
-                    panel.plot(x, ends[1], **_point(name, size=6.0))
-            finite = [(x, t.value) for x, t in found if math.isfinite(t.value)]
-            panel.plot(*np.array(finite).T, color=_color(name), lw=0.8, alpha=0.6) if finite else 0
+                _multiplier(panel, x, times, name)
+            shown = [(x, t.value) for x, t in found if _drawn(t.value)]
+            if shown:
+                panel.plot(*np.array(shown).T, color=_color(name), linewidth=0.8, alpha=0.6)
         panel.axhline(1.0, color=_color(analysis.reference or ""), linewidth=1.2, zorder=1)
         panel.set_yscale("log")
         _budget_axis(panel, unit)
@@ -161,6 +160,20 @@ def multipliers(analysis: Analysis) -> Figure:
     handles.append(Line2D([], [], color="0.4", marker="|", ms=9, ls="", label="95 % interval"))
     _below(figure, handles)
     return figure
+
+
+def _multiplier(panel: Axes, x: float, times: Multiplier, name: str) -> None:
+    low, high = np.clip([times.low, times.high], *_MULTIPLIERS)
+    panel.plot([x, x], [low, high], color=_color(name), linewidth=1.6)
+    for end, place, marker in ((times.low, low, "v"), (times.high, high, "^")):
+        if not _drawn(end):
+            panel.plot(x, place, marker=marker, color=_color(name), markersize=5.0)
+    if _drawn(times.value):
+        panel.plot(x, times.value, **_point(name, size=6.0))
+
+
+def _drawn(times: float) -> bool:
+    return _MULTIPLIERS[0] < times < _MULTIPLIERS[1]
 
 
 def accuracy(analysis: Analysis, task: str) -> Figure:
@@ -186,7 +199,7 @@ def isoflop(analysis: Analysis) -> Figure:
     columns = len(names) if len(names) < 4 else 2 if len(names) == 4 else 3
     rows = math.ceil(len(names) / columns)
     figure = Figure((_WIDTH, 0.8 + 3.1 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True)
     budgets = sorted({run.budget for fit in analysis.families.values() for run in fit.runs})
     shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, max(len(budgets), 2)))
     colors = dict(zip(budgets, shades, strict=False))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import ndimage, optimize
 from threadpoolctl import threadpool_limits
 
@@ -24,6 +25,7 @@ _STARTS = 4
 _RANGE = (1e-3, 5.0)  # of an exponent
 _TINY = 1e-6  # a term of the sum, as a share of the least loss, at the runs' geometric mean
 _HUGE = 1e3
+_NUMBERS = ("A", "B", "E", "alpha", "beta")  # of a place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +46,6 @@ class Law:
     def n_exponent(self) -> Numbers:
         """N* grows as C to this power where C = k N D."""
         return self.beta / (self.alpha + self.beta)
-
-    @property
-    def d_exponent(self) -> Numbers:
-        """D* grows as C to this power where C = k N D."""
-        return self.alpha / (self.alpha + self.beta)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +69,11 @@ class Seen:
 
 @dataclasses.dataclass(frozen=True)
 class Fit(Law):
-    """A law and where it comes from; objective: summed Huber loss. warnings: for the reader."""
+    """A law and where it comes from.
+
+    objective: summed Huber loss. at_ends: which of its numbers lie at an end of the range that is
+    searched, so that these runs do not tell them. warnings: for the reader.
+    """
 
     E: float
     A: float
@@ -81,6 +82,7 @@ class Fit(Law):
     beta: float
     objective: float
     seen: Seen
+    at_ends: tuple[str, ...]
     warnings: tuple[str, ...]
 
 
@@ -156,6 +158,17 @@ class Problem:
         ranked = sorted((values[row, column], row, column) for row, column in lowest)
         return [places[row, column] for _, row, column in ranked[:_STARTS]]
 
+    def at_ends(self, x: Array) -> NDArray[np.bool_]:
+        """Which numbers of a place lie at an end of what is searched; x: `[5]` or `[draws, 5]`."""
+        terms, exponents = x[..., :3] - float(np.min(self.log_loss)), x[..., 3:]
+        return np.concatenate(
+            [
+                (terms < np.log(2 * _TINY)) | (terms > np.log(_HUGE / 2)),
+                (exponents < 1.01 * _RANGE[0]) | (exponents > 0.99 * _RANGE[1]),
+            ],
+            axis=-1,
+        )
+
     def law(self, x: Array) -> Law:
         """In the units of the runs; x: `[5]`, or `[draws, 5]`."""
         a, b, e, alpha, beta = x.T
@@ -189,11 +202,13 @@ def fit(points: Points) -> Fit:
         found = [problem.minimum(start, ones) for start in problem.starts()]
     x, objective = min(found, key=lambda pair: pair[1])
     law = problem.law(x)
+    ends = tuple(name for name, at in zip(_NUMBERS, problem.at_ends(x), strict=True) if at)
     return Fit(
         **{name: float(value) for name, value in vars(law).items()},
         objective=objective,
         seen=Seen.of(points),
-        warnings=_warnings(x, float(np.min(problem.log_loss))),
+        at_ends=ends,
+        warnings=tuple(_warning(name, getattr(law, name)) for name in ends),
     )
 
 
@@ -227,12 +242,7 @@ def refuse(points: Points) -> None:
         )
 
 
-def _warnings(x: Array, least: float) -> tuple[str, ...]:
-    texts = []
-    for name, value in (("A", x[0]), ("B", x[1]), ("E", x[2])):
-        if value < least + np.log(2 * _TINY):
-            texts.append(f"{name} is 0: these runs show nothing of its term")
-    for name, value in (("alpha", x[3]), ("beta", x[4])):
-        if not 1.01 * _RANGE[0] < value < 0.99 * _RANGE[1]:
-            texts.append(f"{name} is {value:g}, an end of the range that is searched")
-    return tuple(texts)
+def _warning(name: str, value: float) -> str:
+    if name in ("A", "B", "E") and value < 1:
+        return f"{name} is 0: these runs show nothing of its term"
+    return f"{name} is {value:.3g}, an end of the range that is searched"

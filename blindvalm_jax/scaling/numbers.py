@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from blindvalm_jax.scaling import results, sentences
@@ -12,9 +12,10 @@ from blindvalm_jax.scaling.accuracy import Response, wilson
 from blindvalm_jax.scaling.analysis import Analysis, AtBudget, Reached
 from blindvalm_jax.scaling.families import Comparison, Estimate
 from blindvalm_jax.scaling.family_fits import FamilyFit
+from blindvalm_jax.scaling.results import Once
 
 
-def of(analysis: Analysis, *, once: Mapping[str, float], notes: Sequence[str]) -> dict[str, Any]:
+def of(analysis: Analysis, *, once: Sequence[Once], notes: Sequence[str]) -> dict[str, Any]:
     """Everything that the report says; a number that is infinite is the text "infinite"."""
     return {
         "supported": sentences.supported(analysis),
@@ -22,6 +23,7 @@ def of(analysis: Analysis, *, once: Mapping[str, float], notes: Sequence[str]) -
         "reference": analysis.reference,
         "left_out": dict(analysis.left_out),
         "unfitted": dict(analysis.unfitted),
+        "silent": dict(analysis.silent),
         "laws": {name: _law(fit) for name, fit in analysis.families.items()},
         "at": {unit: [_at(one) for one in at] for unit, at in analysis.at.items()},
         "lowest": {
@@ -31,7 +33,7 @@ def of(analysis: Analysis, *, once: Mapping[str, float], notes: Sequence[str]) -
             unit: {name: [_reached(one) for one in track] for name, track in tracks.items()}
             for unit, tracks in analysis.tracks.items()
         },
-        "once": dict(once),
+        "once": [dataclasses.asdict(one) for one in once],
         "runs": [results.as_json(run) for run in analysis.results],
     }
 
@@ -49,6 +51,7 @@ def _law(fit: FamilyFit) -> dict[str, Any]:
         },
         "runs": len(fit.runs),
         "draws": len(draws),
+        "at_ends": {"law": list(law.at_ends), "share_of_draws": draws.at_ends},
         "warnings": list(law.warnings),
         "residual_rms": fit.rms,
         "residual_worst": {"run": run.name, "nats": worst},
@@ -106,7 +109,7 @@ def _reached(found: Reached) -> dict[str, Any]:
         "budget": found.budget,
         **{name: _estimate(getattr(found, name)) for name in ("loss", "n", "d")},
         "accuracy": {task: _estimate(one) for task, one in found.accuracy.items()},
-        "outside": list(found.outside),
+        "notes": list(found.notes),
     }
 
 
@@ -114,6 +117,7 @@ def _comparison(found: Comparison) -> dict[str, Any]:
     return {
         "names": list(found.names),
         "budget": found.budget,
+        "paired": found.paired,
         "losses": [_estimate(one) for one in found.losses],
         "difference": _estimate(found.difference),
         "multiplier": _estimate(found.multiplier)

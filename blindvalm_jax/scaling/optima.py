@@ -57,8 +57,16 @@ def as_run(points: Points) -> Cost:
     return cost
 
 
-def best(law: Law, budget: float, *, cost: Cost, seen: Seen, extrapolate: bool = False) -> Optimum:
-    """The N and D of least loss with D cost(N) = budget.
+def best(
+    law: Law,
+    budget: float,
+    *,
+    cost: Cost,
+    seen: Seen,
+    within: tuple[float, float] | None = None,
+    extrapolate: bool = False,
+) -> Optimum:
+    """The N and D of least loss with D cost(N) = budget; within: of N between these alone.
 
     Raises a `UserError` where the budget lies over one decade beyond the budgets seen, or the best
     N of a fit beyond the sizes seen, unless `extrapolate`.
@@ -74,18 +82,25 @@ def best(law: Law, budget: float, *, cost: Cost, seen: Seen, extrapolate: bool =
 
     ratio = np.log(rows.alpha * rows.A) - np.log(rows.beta * rows.B)
     guess = (ratio + rows.beta * np.log(products)) / (rows.alpha + rows.beta)
-    n = _like(law, np.exp(_lowest(loss, guess)))
+    n = _like(law, np.exp(_lowest(loss, guess, within)))
     if isinstance(n, float):
         refuse(f"the best N of {budget:.3g} {seen.unit}", n, seen.n, extrapolate=extrapolate)
     d = budget / cost(np.asarray(n))
     return Optimum(budget=budget, n=n, d=_like(law, d), loss=law.loss(n, d))
 
 
-def needed(law: Law, loss: Numbers, *, cost: Cost, n: float | None = None) -> Numbers:
+def needed(
+    law: Law,
+    loss: Numbers,
+    *,
+    cost: Cost,
+    n: float | None = None,
+    within: tuple[float, float] | None = None,
+) -> Numbers:
     """The least budget that reaches a loss, at the best N or at this one; infinite below a floor.
 
-    loss: one, or one for each draw of the law's. Nothing is refused: the caller knows how far what
-    comes back lies beyond what the law has seen.
+    within: the best N between these alone. loss: one, or one for each draw of the law's. Nothing is
+    refused: the caller knows how far what comes back lies beyond what the law has seen.
     """
     rows = _rows(law)
     target = np.reshape(np.asarray(loss, np.float64), (-1, 1))
@@ -103,7 +118,7 @@ def needed(law: Law, loss: Numbers, *, cost: Cost, n: float | None = None) -> Nu
         above = np.maximum(target - rows.E, np.finfo(np.float64).tiny)
         share = above * rows.beta / (rows.alpha + rows.beta)
         guess = (np.log(rows.A) - np.log(share)) / rows.alpha
-        least = log_budget(_lowest(log_budget, guess))
+        least = log_budget(_lowest(log_budget, guess, within))
     with np.errstate(over="ignore"):
         return _like(law, np.exp(least))
 
@@ -124,13 +139,17 @@ def refuse(what: str, value: float, seen: tuple[float, float], *, extrapolate: b
         )
 
 
-def _lowest(value: Callable[[Array], Array], guess: Array) -> Array:
-    """Where along log N each row is lowest, `[rows, 1]`; guess: near it."""
+def _lowest(
+    value: Callable[[Array], Array], guess: Array, within: tuple[float, float] | None
+) -> Array:
+    """Where along log N each row is lowest, `[rows, 1]`; guess: near it; within: ends of N."""
     steps = np.linspace(-1.0, 1.0, _GRID)
-    centre, side = np.clip(guess, -300.0, 300.0), _SIDE
+    ends = (-300.0, 300.0) if within is None else np.log(within)
+    centre, side = np.clip(guess, *ends), _SIDE
     with np.errstate(over="ignore"):
         for _ in range(1 + _ZOOMS):
             log_n = centre + side * steps
+            log_n = log_n if within is None else np.clip(log_n, *ends)
             at = np.argmin(value(log_n), axis=1)[:, None]
             centre = np.take_along_axis(log_n, at, axis=1)
             side *= steps[1] - steps[0]

@@ -13,7 +13,7 @@ from blindvalm_jax.scaling.analysis import Analysis
 from blindvalm_jax.scaling.document import Block, Heading, Items, Text, as_html, as_markdown
 from blindvalm_jax.scaling.document import Figure as Shown
 from blindvalm_jax.scaling.family_fits import UNITS
-from blindvalm_jax.scaling.results import FLOPS
+from blindvalm_jax.scaling.results import FLOPS, Once
 from blindvalm_jax.scaling.wording import label
 
 ASSUMPTIONS = (
@@ -26,16 +26,18 @@ ASSUMPTIONS = (
     "All runs are scored on the same held-out data with the same tokenizer; loss is in nats a "
     "token.",
     "Intervals (95 %) come from runs drawn again with replacement, those of one trunk together. "
-    "They take trunks for independent, and families' runs for independent of each other. "
+    "They take trunks for independent. Families with the same sizes, budgets and trunks are drawn "
+    "alike and compared draw by draw; others as if their runs had nothing in common. "
     "FLOPs of a token are known; its seconds are drawn again as runs are, and devices are taken "
     "for equally fast in all families' runs. No interval is widened for how many are looked at.",
-    "Accuracies of compute-optimal models take the questions as given, which all runs were asked "
-    "alike; the intervals of single runs are those of their questions.",
+    "Intervals of accuracies are of what one more run of this size and length would have: they "
+    "hold how far runs lie from the response, and the draw of the questions. The intervals of "
+    "single runs are those of their questions.",
     "What a token costs at a size between those trained: FLOPs by a straight line in logarithms "
     "from size to size, device-seconds by one parabola in logarithms through all runs of the "
     "family. A branched run costs what it would have cost alone.",
-    "No budget is compared that a family has not seen; the best sizes go one decade further, and "
-    "no further.",
+    "The best size of a budget is looked for among sizes that the family has trained, and no "
+    "budget is compared that a family has not seen; the table of best sizes goes a decade further.",
 )
 
 
@@ -44,21 +46,21 @@ def write(
     out: Path,
     *,
     title: str = "Families at equal budget",
-    once: Mapping[str, float] | None = None,
+    once: Sequence[Once] = (),
     notes: Sequence[str] = (),
 ) -> None:
     """Makes all files first, then writes them; each is there whole or not at all.
 
-    once: FLOPs of what is done once, by what it is, outside of all budgets. notes: lines of who
+    once: what is done once, outside of all budgets. notes: lines of who
     knows the runs (devices, what differs between them).
 
     Raises:
       UserError: `out` cannot be written.
     """
     made = figures.all_of(analysis)
-    blocks = page(analysis, made, title=title, once=once or {}, notes=notes)
+    blocks = page(analysis, made, title=title, once=once, notes=notes)
     pictures = {name: content for name, (content, _) in made.items()}
-    found = numbers.of(analysis, once=once or {}, notes=notes)
+    found = numbers.of(analysis, once=once, notes=notes)
     contents = {
         "results.csv": results.as_csv(analysis.results).encode(),
         "results.json": (json.dumps(found, indent=1, allow_nan=False) + "\n").encode(),
@@ -80,7 +82,7 @@ def page(
     made: Mapping[str, tuple[bytes, str]],
     *,
     title: str,
-    once: Mapping[str, float],
+    once: Sequence[Once],
     notes: Sequence[str],
 ) -> list[Block]:
     """The report; made: its figures."""
@@ -95,8 +97,11 @@ def page(
         Text(f"{used} of {len(analysis.results)} runs are done and used; families: {names}."),
         *([Items(list(notes))] if notes else []),
         Heading("What the data support"),
+        *report_tables.verdicts(analysis),
         Items(sentences.supported(analysis)),
         *_left_out(analysis),
+        Heading("The best runs, without a law"),
+        *report_tables.best_runs(analysis),
         Heading("Loss at equal budget"),
         *figure("loss"),
     ]
@@ -108,7 +113,6 @@ def page(
         for unit in UNITS:
             blocks += report_tables.accuracies(analysis, task, unit)
         blocks += report_tables.responses(analysis, task)
-    blocks += [Heading("Without a law"), *report_tables.best_runs(analysis)]
     blocks += [Heading("Best size and length"), *figure("optimal")]
     for unit in UNITS:
         blocks += report_tables.optima(analysis, unit)
@@ -123,7 +127,7 @@ def page(
 def _left_out(analysis: Analysis) -> list[Block]:
     blocks: list[Block] = []
     if analysis.left_out:
-        lines = [f"{name}: {why}" for name, why in analysis.left_out.items()]
+        lines = [f"{names}: {why}" for why, names in grouped(analysis.left_out).items()]
         blocks += [Heading("Runs that are left out", 3), Items(lines)]
     lines = [f"{label(name)}: {why}" for name, why in analysis.unfitted.items()]
     for name, fit in analysis.families.items():
@@ -133,3 +137,11 @@ def _left_out(analysis: Analysis) -> list[Block]:
     if lines:
         blocks += [Heading("What has no fit, and why", 3), Items(lines)]
     return blocks
+
+
+def grouped(left_out: Mapping[str, str]) -> dict[str, str]:
+    """Why runs are left out -> the names of those that it is so of."""
+    found: dict[str, list[str]] = {}
+    for name, why in left_out.items():
+        found.setdefault(why, []).append(name)
+    return {why: ", ".join(names) for why, names in found.items()}

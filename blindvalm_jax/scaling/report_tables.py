@@ -3,29 +3,56 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.scaling.accuracy import wilson
-from blindvalm_jax.scaling.analysis import Analysis, AtBudget
+from blindvalm_jax.scaling.analysis import Analysis, AtBudget, compared
 from blindvalm_jax.scaling.document import Block, Items, Table, Text
 from blindvalm_jax.scaling.families import Estimate
 from blindvalm_jax.scaling.family_fits import UNITS, FamilyFit
 from blindvalm_jax.scaling.fits import Law
 from blindvalm_jax.scaling.points import Numbers
-from blindvalm_jax.scaling.results import FLOPS, SECONDS, Score
+from blindvalm_jax.scaling.results import FLOPS, SECONDS, Once, Score
+from blindvalm_jax.scaling.sentences import sign, why_not
 from blindvalm_jax.scaling.wording import NOTHING, budget, count, counts, label, nats, percent
 
 T = TypeVar("T")
+_MOST = 8  # budgets in a table's head
 _LAW = ("E", "A", "B", "alpha", "beta", "n_exponent")
+
+
+def verdicts(analysis: Analysis) -> list[Block]:
+    """At the largest budget compared, every family against the reference: loss and accuracies."""
+    blocks: list[Block] = []
+    base = label(analysis.reference or "")
+    for unit in UNITS:
+        at = compared(analysis.at[unit])
+        if at is None:
+            continue
+        asked = {task for reached in at.reached.values() for task in reached.accuracy}
+        tasks, rows = sorted(asked), []
+        for name, reached in at.reached.items():
+            versus = at.versus.get(name)
+            row = [label(name), nats(reached.loss)]
+            row.append(NOTHING if versus is None else _told(versus.comparison.difference))
+            for task in tasks:
+                found = reached.accuracy.get(task)
+                apart = versus.accuracy.get(task) if versus else None
+                text = _or(found, percent)
+                row.append(text if apart is None else f"{text}, {_told(apart)}")
+            rows.append(row)
+        head = [f"at {budget(at.budget, unit)} {unit}", "loss", f"than {base}"]
+        blocks.append(Table([*head, *(f"{task}, % (than {base})" for task in tasks)], rows))
+    return blocks
 
 
 def losses(analysis: Analysis, unit: str) -> list[Block]:
     """Loss of each family at each budget, against the reference."""
     seen = analysis.seen(unit)
     if not any(at.reached for at in seen):
-        return [Text(f"Nothing to compare: {_why(analysis, seen)}.")]
+        return [Text(f"Nothing to compare: {why_not(analysis, unit)}.")]
     base = label(analysis.reference or "")
     head = [unit, "family", "loss", f"less {base}", f"times the {unit} of {base}"]
     rows, lines = [], []
@@ -60,7 +87,8 @@ def accuracies(analysis: Analysis, task: str, unit: str) -> list[Block]:
             rows.append([*row, told])
     if not rows:
         return [Text(f"No family has a response at equal {unit}.")]
-    return [Table([unit, "family", "accuracy, %", f"less {base}, points"], rows)]
+    head = [unit, "family", "accuracy of a run, %", f"less {base}, points"]
+    return [Table(head, rows)]
 
 
 def responses(analysis: Analysis, task: str) -> list[Block]:
@@ -81,7 +109,7 @@ def responses(analysis: Analysis, task: str) -> list[Block]:
         head += ["by questions alone, points", "chance, %"]
         about = "How far runs are from the response accuracy = chance + (1 - chance) sigmoid(a + b "
         about += "log N + c log D). All runs answer the same questions, so that a deviance below 1 "
-        about += "is to be expected; far above it, intervals say too little of what is not known."
+        about += "is to be expected; far above it, the response is not of this shape."
         blocks += [Text(about), Table(head, rows)]
     return [*blocks, *([Items(lines)] if lines else [])]
 
@@ -114,7 +142,7 @@ def optima(analysis: Analysis, unit: str) -> list[Block]:
         [
             f"{budget(at.budget, unit)}{' (a decade beyond)' if at.beyond else ''}",
             *(label(name), counts(reached.n), counts(reached.d), nats(reached.loss)),
-            "; ".join(reached.outside),
+            "; ".join(reached.notes),
         ]
         for at in analysis.at[unit]
         for name, reached in at.reached.items()
@@ -122,7 +150,7 @@ def optima(analysis: Analysis, unit: str) -> list[Block]:
     lines = [f"a decade beyond: {x}" for at in analysis.at[unit] if at.beyond for x in _refused(at)]
     if not rows:
         return [Text(f"Nothing is known at equal {unit}.")]
-    head = [unit, "family", "N* (parameters)", "D* (tokens)", "loss", "outside"]
+    head = [unit, "family", "N* (parameters)", "D* (tokens)", "loss", ""]
     return [Table(head, rows), *([Items(lines)] if lines else [])]
 
 
@@ -133,12 +161,18 @@ def laws(analysis: Analysis) -> list[Block]:
     rows, off, lines = [], [], []
     for name, fit in analysis.families.items():
         drawn = fit.draws
-        rows.append([label(name), f"{len(fit.runs)}", *(_interval(fit, x) for x in _LAW)])
+        told = (NOTHING if _untold(fit, x) else _interval(fit, x) for x in _LAW)
+        rows.append([label(name), f"{len(fit.runs)}", *told])
         run, residual = fit.worst
         row = [label(name), f"{fit.rms:.4f}", f"{residual:+.4f}", run.name]
         timed = f"{100 * fit.off(SECONDS):.1f} %" if SECONDS in fit.costs else NOTHING
         off.append([*row, f"{len(drawn)}", timed])
         lines += [f"{label(name)}: {text}" for text in drawn.fit.warnings]
+        if drawn.at_ends:
+            lines.append(
+                f"{label(name)}: in {100 * drawn.at_ends:.0f} % of draws a number of the law lies "
+                "at an end of the range that is searched"
+            )
     head = ["family", "runs", "E", "A", "B", "alpha", "beta", "N* exponent, C = k N D"]
     return [
         Text("L(N, D) = E + A N^-alpha + B D^-beta, in nats a token."),
@@ -150,6 +184,11 @@ def laws(analysis: Analysis) -> list[Block]:
         Table(
             ["family", "rms", "worst", "its run", "draws", "seconds of a token, off by (rms)"], off
         ),
+        Text(
+            "Mean of the runs of a budget, less the law, in nats a token, and how many of them lie "
+            "above it: where all or none do, the law is off there."
+        ),
+        _missed(analysis),
         *([Items(lines)] if lines else []),
     ]
 
@@ -178,12 +217,17 @@ def parabolas(analysis: Analysis) -> list[Block]:
     return [Table(head, rows), *([Items(lines)] if lines else [])]
 
 
-def once(costs: Mapping[str, float]) -> list[Block]:
+def once(costs: Sequence[Once]) -> list[Block]:
     """What is done once, outside of the budgets."""
     if not costs:
         return [Text("Nothing that these runs need is done once outside of their budgets.")]
-    about = "In FLOPs, in no budget above: it is shared by all runs that need it."
-    return [Text(about), Table(["what", "FLOPs"], [[k, f"{v:.3g}"] for k, v in costs.items()])]
+    about = "In no budget above: it is shared by all runs of the families that need it."
+    rows = [
+        [one.what, ", ".join(map(label, one.families)), f"{one.flops:.3g}", f"{one.share:.3g}"]
+        for one in costs
+    ]
+    head = ["what", "families", FLOPS, "times the largest budget"]
+    return [Text(about), Table(head, rows)]
 
 
 def runs(analysis: Analysis) -> list[Block]:
@@ -214,6 +258,38 @@ def _interval(fit: FamilyFit, what: str) -> str:
     return str(Estimate(float(value(fit.draws.fit)), *fit.draws.interval(value)))
 
 
+def _told(difference: Estimate) -> str:
+    """Which way an estimate lies from the reference's."""
+    return {-1: "lower", 0: "not told apart", 1: "higher"}[sign(difference)]
+
+
+def _untold(fit: FamilyFit, number: str) -> bool:
+    """Whether it, or another number of its term, is at an end of what is searched."""
+    with_it = {"A": "alpha", "alpha": "A", "B": "beta", "beta": "B"}
+    ends = fit.draws.fit.at_ends
+    if number == "n_exponent":
+        return any(x != "E" for x in ends)
+    return number in ends or with_it.get(number) in ends
+
+
+def _missed(analysis: Analysis) -> Table:
+    """Residuals by budget."""
+    budgets = sorted({run.budget for fit in analysis.families.values() for run in fit.runs})
+    if len(budgets) > _MOST:
+        budgets = []
+    rows = []
+    for name, fit in analysis.families.items():
+        row = [label(name)]
+        for one in budgets:
+            if not any(run.budget == one for run in fit.runs):
+                row.append(NOTHING)
+                continue
+            mean, above, below = fit.missed(one)
+            row.append(f"{mean:+.4f} ({above} of {above + below})")
+        rows.append(row)
+    return Table(["family", *(budget(one, FLOPS) for one in budgets)], rows)
+
+
 def _score(score: Score | None) -> str:
     if score is None:
         return NOTHING
@@ -222,14 +298,6 @@ def _score(score: Score | None) -> str:
 
 def _refused(at: AtBudget) -> list[str]:
     return [f"{label(name)}: {why}" for name, why in at.without.items()]
-
-
-def _why(analysis: Analysis, seen: Sequence[AtBudget]) -> str:
-    if not analysis.families:
-        return "no family has a law"
-    if not seen:
-        return "there is no budget that all families have seen"
-    return "; ".join(_refused(seen[-1]))
 
 
 def _or(value: T | None, form: Callable[[T], str]) -> str:

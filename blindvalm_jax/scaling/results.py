@@ -28,13 +28,24 @@ class Score:
 
 
 @dataclasses.dataclass(frozen=True)
+class Once:
+    """What families need that is done once; share: of the largest budget, how many times."""
+
+    what: str
+    families: tuple[str, ...]
+    flops: float
+    share: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
     """A run: what it is, what it cost, and what came of it.
 
     size: "4x64", layers x width. budget: model FLOPs that its group has in common. n: trained
     parameters with the tied head, without the padding of the vocabulary. tokens, flops and seconds
     (of all devices together; None: not known) are of the whole run. loss: held out, at the last
-    update; None unless done. ended: done, diverged, failed, preempted, or "". about: why. trunk:
+    update; None unless done. device: the kind that seconds are of, "" where they are not known.
+    ended: done, diverged, failed, preempted, or "". about: why. trunk:
     the run that its beginning is that of, "" if it has one of its own.
     """
 
@@ -51,6 +62,7 @@ class Result:
     ended: str
     about: str
     trunk: str = ""
+    device: str = ""
 
     @property
     def unusable(self) -> str:

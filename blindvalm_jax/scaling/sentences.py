@@ -1,20 +1,21 @@
 """The sentences that an analysis supports, by rules: see docs/scaling_experiments.md.
 
 Two families are told apart where the 95 % interval of their difference leaves out 0. All is said of
-the largest budget that all families with a law have seen.
+the largest budget at which families are compared.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from blindvalm_jax.scaling.accuracy import wilson
 from blindvalm_jax.scaling.analysis import Analysis, AtBudget, compared
 from blindvalm_jax.scaling.families import Comparison, Estimate, estimate
 from blindvalm_jax.scaling.family_fits import UNITS
+from blindvalm_jax.scaling.results import FLOPS
 from blindvalm_jax.scaling.wording import budget, label, nats, percent, times
 
-_DEVIANCE = 2.0  # for each degree of freedom; all runs answer the same questions, so 1 is much
+_SPENT = 0.9  # of a budget, by a run that tells of it
+_SIDED = 4  # runs of a budget that all lie on one side of the law, by chance in one case of eight
 
 
 def sign(difference: Estimate) -> int:
@@ -31,7 +32,7 @@ def supported(analysis: Analysis) -> list[str]:
     for unit in UNITS:
         last = compared(analysis.at[unit])
         if last is None:
-            found.append(f"Nothing can be said at equal {unit}: {_why(analysis, unit)}.")
+            found.append(f"Nothing can be said at equal {unit}: {why_not(analysis, unit)}.")
             continue
         found += [_loss(analysis, last), *_lowest(analysis.first[unit], last)]
         found += [
@@ -42,10 +43,15 @@ def supported(analysis: Analysis) -> list[str]:
     return found
 
 
-def _why(analysis: Analysis, unit: str) -> str:
+def why_not(analysis: Analysis, unit: str) -> str:
+    """Why no families are compared at equal budgets of this kind."""
+    if unit in analysis.silent:
+        return analysis.silent[unit]
+    if not analysis.families:
+        return "no family has a law"
     seen = analysis.seen(unit)
     if not seen:
-        return "no budget was seen by all families"
+        return "no family says what its runs cost"
     return "; ".join(f"{label(name)}: {why}" for name, why in seen[-1].without.items()) or "no law"
 
 
@@ -62,23 +68,40 @@ def _loss(analysis: Analysis, at: AtBudget) -> str:
             parts.append(f"{label(name)} has a {word} loss than {reference} ({told}; {needs})")
         else:
             parts.append(f"{label(name)} and {reference} cannot be told apart in loss ({told})")
-        doubts.update(dict.fromkeys(_doubts(analysis, at, versus.comparison)))
+        doubts.update(dict.fromkeys(_missed(analysis, versus.comparison)))
+    for name in at.reached:
+        doubts.update(dict.fromkeys(_doubts(analysis, at, name)))
     return f"{_where(at)}: {'; '.join(parts)}." + (f" But {'; '.join(doubts)}." if doubts else "")
 
 
-def _doubts(analysis: Analysis, at: AtBudget, comparison: Comparison) -> list[str]:
-    """What speaks against taking a difference at its word."""
-    texts = []
+def _missed(analysis: Analysis, comparison: Comparison) -> list[str]:
+    """That a law is further from its runs than a difference that is told."""
     apart = abs(comparison.difference.value)
     missed = {name: analysis.families[name].rms for name in comparison.names}
     worst = max(missed, key=lambda name: missed[name])
-    if sign(comparison.difference) and missed[worst] > apart:
-        texts.append(
-            f"the law misses the runs of {label(worst)} by more, {missed[worst]:.4f} (rms)"
-        )
-    for name in comparison.names:
-        if outside := at.reached[name].outside:
-            texts.append(f"the best {label(name)} is unlike any trained: {', '.join(outside)}")
+    if not sign(comparison.difference) or missed[worst] <= apart:
+        return []
+    return [f"the law misses the runs of {label(worst)} by more, {missed[worst]:.4f} (rms)"]
+
+
+def _doubts(analysis: Analysis, at: AtBudget, name: str) -> list[str]:
+    """What speaks against the loss of a family at a budget."""
+    texts, reached, fit = [], at.reached[name], analysis.families[name]
+    if reached.notes:
+        texts.append(f"of {label(name)} {', '.join(reached.notes)}")
+    if at.unit == FLOPS and any(run.budget == at.budget for run in fit.runs):
+        _, above, below = fit.missed(at.budget)
+        if max(above, below) >= _SIDED and not min(above, below):
+            side = "below" if above else "above"
+            texts.append(f"the law lies {side} all runs of {label(name)} at this budget")
+    run = at.runs.get(name)
+    if run is not None and (run.cost(at.unit) or 0.0) >= _SPENT * at.budget:
+        low, high = reached.loss.low - fit.rms, reached.loss.high + fit.rms
+        if not low <= run.held_out <= high:
+            texts.append(
+                f"the best run of {label(name)} has a loss of {run.held_out:.4f}, its law "
+                f"{nats(reached.loss)}"
+            )
     return texts
 
 
@@ -92,8 +115,8 @@ def _lowest(comparisons: Sequence[Comparison], at: AtBudget) -> list[str]:
     text = f"{_where(at)}: the lowest loss of all is that of {lowest}"
     if not level:
         return [f"{text}, told apart from each other family."]
-    told = f"told apart from {', '.join(apart)} and" if apart else "but"
-    return [f"{text}, {told} not from {', '.join(level)}."]
+    told = f"told apart from {', '.join(apart)}, " if apart else ""
+    return [f"{text}, {told}not told apart from {', '.join(level)}."]
 
 
 def _accuracy(analysis: Analysis, at: AtBudget, task: str) -> str:
@@ -120,23 +143,18 @@ def _accuracy(analysis: Analysis, at: AtBudget, task: str) -> str:
 
 
 def _doubts_of_response(analysis: Analysis, at: AtBudget, name: str, task: str) -> list[str]:
-    """What speaks against a response: runs far from it, or the best run of the budget."""
-    texts, response = [], analysis.families[name].responses[task]
-    if response.deviance > _DEVIANCE:
-        texts.append(
-            f"runs of {label(name)} lie {100 * response.rms:.1f} points (rms) from their response, "
-            "of which intervals know nothing"
-        )
-    run = at.runs.get(name)
-    if run is not None and task in run.scores:
-        low, high = wilson(run.scores[task])
-        of_run = estimate(response.at(run.n, run.tokens), response.of_draws(run.n, run.tokens))
-        if high < of_run.low or low > of_run.high:
-            texts.append(
-                f"{run.name}, the {label(name)} of lowest loss that costs no more, has "
-                f"{100 * run.scores[task].accuracy:.1f} %, its response {percent(of_run)}"
-            )
-    return texts
+    """That the best run of the budget is not as its response says of such runs."""
+    run, response = at.runs.get(name), analysis.families[name].responses[task]
+    if run is None or task not in run.scores:
+        return []
+    of_run = estimate(response.at(run.n, run.tokens), response.of_runs(run.n, run.tokens))
+    accuracy = run.scores[task].accuracy
+    if of_run.low <= accuracy <= of_run.high:
+        return []
+    return [
+        f"{run.name}, the {label(name)} of lowest loss that costs no more, has "
+        f"{100 * accuracy:.1f} %, where its response says {percent(of_run)}"
+    ]
 
 
 def _where(at: AtBudget) -> str:

@@ -32,7 +32,7 @@ def count(value: float) -> str:
     if not math.isfinite(value) or value >= 1e16 or value < 1e-3:
         return f"{value:.2g}"
     for step, letter in _STEPS:
-        if value >= step:
+        if value >= 0.9995 * step:
             return f"{value / step:.3g}{letter}" if value < 999.5 * step else f"{value:.2g}"
     return f"{value:.3g}"
 

@@ -11,11 +11,9 @@ from typing import Any, NamedTuple
 from blindvalm_jax import files, metrics
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.scaling.results import Result, Score
-from blindvalm_jax.sweep import trunks, worker
+from blindvalm_jax.sweep import outcome, trunks, worker
 from blindvalm_jax.sweep.grids import Planned
 from blindvalm_jax.sweep.manifest import Manifest, State
-
-_TASK = "eval/tasks/"
 
 
 def read(workdir: Path, runs: Mapping[str, Planned]) -> list[Result]:
@@ -51,8 +49,6 @@ def notes(workdir: Path, results: Sequence[Result]) -> list[str]:
         lines.append(f"Trained on {', '.join(f'{count} x {kind}' for kind, count in devices)}.")
     if commits := sorted({record.commit for record in records if record.commit}):
         lines.append(f"Code of the runs: {', '.join(commits)}.")
-    if len({kind for kind, _ in devices}) > 1:
-        lines.append("Seconds of one device are not those of another: do not compare by them.")
     if len({record.tokenizer for record in records}) > 1:
         lines.append("Runs have different tokenizers: their losses a token cannot be compared.")
     return lines
@@ -72,14 +68,11 @@ def _result(
     directory: Path,
     windows: Mapping[tuple[Any, ...], Sequence[_Window]],
 ) -> Result:
-    lines, last = metrics.records(directory / "metrics.jsonl"), plan.settings.train.steps
-    at_end: dict[str, Any] = {}
-    for line in lines:
-        if line["step"] == last:
-            at_end |= line
-    loss = at_end.get("eval/loss") if state.ended == "done" else None
-    alike = windows.get(_alike(plan, directory), ()) if lines else ()
-    seconds = _median(alike) * last * _record(directory).devices[1] if alike else None
+    at_end = outcome.of(directory)
+    last = plan.settings.train.steps
+    done = state.ended == "done" and at_end["step"] == last
+    alike = [] if at_end["step"] is None else windows.get(_alike(plan, directory), [])
+    kind, count = _record(directory).devices if alike else ("", 0)
     return Result(
         name=name,
         family=plan.family,
@@ -88,9 +81,10 @@ def _result(
         n=plan.n,
         tokens=plan.tokens,
         flops=plan.flops,
-        seconds=seconds,
-        loss=None if loss is None else float(loss),
-        scores=_scores(at_end, directory) if state.ended == "done" else {},
+        seconds=_median(alike) * last * count if alike else None,
+        loss=float(at_end["loss"]) if done and at_end["loss"] is not None else None,
+        scores=_scores(at_end["scores"], directory) if done else {},
+        device=kind,
         ended=state.ended,
         about=state.about,
         trunk="" if (trunk := trunks.of(plan.settings)) is None else trunk.run,
@@ -126,13 +120,8 @@ def _median(windows: Sequence[_Window]) -> float:
     return next(x.seconds for x, sofar in zip(ordered, done, strict=True) if sofar >= half)
 
 
-def _scores(at_end: Mapping[str, Any], directory: Path) -> dict[str, Score]:
+def _scores(asked: Mapping[str, float], directory: Path) -> dict[str, Score]:
     """Accuracies of the last update; how many questions, and chance, as its answers say."""
-    asked = {
-        name.removeprefix(_TASK): float(value)
-        for name, value in at_end.items()
-        if name.startswith(_TASK)
-    }
     if not asked:
         return {}
     path = directory / "eval" / "results.json"
@@ -141,7 +130,9 @@ def _scores(at_end: Mapping[str, Any], directory: Path) -> dict[str, Score]:
         raise UserError(f"{path} lacks {', '.join(missing)}, which metrics.jsonl has scores of")
     # Prompts about one item are not so many questions: those that hang together count once.
     return {
-        task: Score(accuracy, int(entry.get("clusters", entry["n"])), float(entry["random"] or 0))
+        task: Score(
+            float(accuracy), int(entry.get("clusters", entry["n"])), float(entry["random"] or 0)
+        )
         for task, accuracy in asked.items()
         if (entry := entries[task])["metric"] == "accuracy"
     }

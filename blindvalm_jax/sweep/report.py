@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from blindvalm_jax.scaling import analysis
 from blindvalm_jax.scaling import report as page
 from blindvalm_jax.scaling.bootstrap import DRAWS
+from blindvalm_jax.scaling.results import Once
 from blindvalm_jax.scaling.sentences import supported
-from blindvalm_jax.scaling.wording import label
 from blindvalm_jax.sweep import collected
 from blindvalm_jax.sweep.grids import Planned
 
@@ -24,16 +25,21 @@ def write(workdir: Path, runs: Mapping[str, Planned], *, out: Path, draws: int =
     found = analysis.analyse(results, draws=draws)
     page.write(found, out, once=once(runs), notes=collected.notes(workdir, results))
     print("\n".join(supported(found)))
-    for name, why in {**found.left_out, **found.unfitted}.items():
-        print(f"left out: {name}: {why}")
+    for why, names in page.grouped({**found.left_out, **found.unfitted}).items():
+        print(f"left out: {names}: {why}")
     print(out / "report.md")
 
 
-def once(runs: Mapping[str, Planned]) -> dict[str, float]:
-    """FLOPs of what is done once for each family, by what it is: the most of its runs."""
+def once(runs: Mapping[str, Planned]) -> list[Once]:
+    """What is done once, and for which families; of runs that need more or less of it, the most."""
     costs: dict[str, float] = {}
+    families: dict[str, list[str]] = {}
     for plan in runs.values():
         for what, flops in plan.account.once.items():
-            key = f"{label(plan.family)}: {what}"
-            costs[key] = max(flops, costs.get(key, 0.0))
-    return costs
+            costs[what] = max(flops, costs.get(what, 0.0))
+            families.setdefault(what, []).append(plan.family)
+    largest = max((plan.budget for plan in runs.values()), default=math.inf)
+    return [
+        Once(what, tuple(dict.fromkeys(families[what])), flops, flops / largest)
+        for what, flops in costs.items()
+    ]
