@@ -34,10 +34,16 @@ def drawn(
     *,
     budgets: Sequence[float] = BUDGETS,
     noise: float = 0.002,
+    shared: float = 0.0,
+    trunks: bool = False,
     seed: int = 0,
 ) -> list[Result]:
-    """Seven sizes over 16 times N for each budget; noise: the deviation of log loss."""
+    """Seven sizes over 16 times N for each budget; noise: the deviation of log loss.
+
+    shared: of what all families' runs of a size have in common. trunks: runs of a size share one.
+    """
     kind, rng = kind or Kind(), np.random.default_rng([seed, *family.encode()])
+    common = shared * np.random.default_rng([seed, 7]).standard_normal(7)
     power = 1 / (LAW.alpha + LAW.beta)
     found = []
     for budget in budgets:
@@ -47,7 +53,7 @@ def drawn(
             n = int(centre * share)
             d = int(budget / (6 * n))
             log_noise, log_time = rng.standard_normal(2)
-            loss = LAW.loss(n, kind.worth * d) * np.exp(noise * log_noise)
+            loss = LAW.loss(n, kind.worth * d) * np.exp(noise * log_noise + common[size])
             seconds = kind.seconds * (6 * n + 2e5) * d / 1e11 * np.exp(0.03 * log_time)
             accuracy = rng.binomial(QUESTIONS, right(n, d)) / QUESTIONS
             found.append(
@@ -64,6 +70,7 @@ def drawn(
                     scores={TASK: Score(accuracy, QUESTIONS, CHANCE)},
                     ended="done",
                     about="",
+                    trunk=f"{family}-{size}" if trunks else "",
                     device="cpu",
                 )
             )

@@ -209,6 +209,43 @@ def test_a_term_that_runs_do_not_show_is_said() -> None:
     flat = fits.fit(planted(dataclasses.replace(TRUTH, A=1e-9)))
     assert any("A is 0" in text for text in flat.warnings)
     assert "A" in flat.at_ends
+    points = planted(dataclasses.replace(TRUTH, A=1e-9), noise=0.001)
+    ends = bootstrap.bootstrap(points, fits.fit(points), draws=20).at_ends
+    assert ends > 0.3
+
+
+def test_draws_of_a_law_that_runs_show_end_inside_what_is_searched(noisy: bootstrap.Draws) -> None:
+    assert noisy.at_ends == 0
+    assert noisy.fit.at_ends == ()
+
+
+def test_families_of_one_design_are_compared_draw_by_draw(noisy: bootstrap.Draws) -> None:
+    one = dataclasses.replace(family("one", noisy), design=("a", "b"))
+    same = families.compare(one, dataclasses.replace(one, name="two"), budget=1e21)
+    assert same.paired
+    assert (same.difference.low, same.difference.high) == (0, 0)
+    for other in (
+        dataclasses.replace(one, design=("a", "c")),
+        dataclasses.replace(one, design=()),
+        dataclasses.replace(one, draws=dataclasses.replace(noisy, seed=1)),
+    ):
+        apart = families.compare(one, other, budget=1e21)
+        assert not apart.paired
+        assert apart.difference.low < 0 < apart.difference.high
+
+
+def test_both_families_are_of_sizes_that_were_trained(noisy: bootstrap.Draws) -> None:
+    fit, cost = noisy.fit, optima.per_parameter()
+    best = float(optima.best(fit, 1e21, cost=cost, seen=fit.seen).n)
+    small = dataclasses.replace(fit.seen, n=(best / 30, best / 3))
+    held = family("held", dataclasses.replace(noisy, fit=dataclasses.replace(fit, seen=small)))
+    free = families.compare(family("one", noisy), held, budget=1e21)
+    assert free.difference.value == pytest.approx(0, abs=1e-9)
+    found = families.compare(family("one", noisy), held, budget=1e21, trained=True)
+    at_end = float(fit.loss(best / 3, 1e21 / (6 * best / 3)))
+    assert found.losses[1].value == pytest.approx(at_end, rel=1e-9)
+    assert found.difference.value > 0
+    assert found.multiplier.value > 1
 
 
 @pytest.mark.parametrize("offset", [0.0, 3e9])
@@ -418,24 +455,29 @@ def test_fits_need_no_jax() -> None:
 
 
 def test_runs_of_a_group_are_drawn_together_whatever_their_order() -> None:
-    n = np.repeat([1e5, 2e5, 4e5, 8e5], 3)
-    d = np.tile([1e7, 2e7, 4e7], 4)
+    n = np.repeat([1e5, 2e5, 4e5, 8e5, 16e5], 3)
+    d = np.tile([1e7, 2e7, 4e7], 5)
     loss = 2.0 + 1e2 * n**-0.4 + 1e3 * d**-0.4
     names = [f"trunk {size:g}" for size in n]
     order = np.random.default_rng(0).permutation(len(n))
     points = Points.of(
         n=n[order], d=d[order], loss=loss[order], groups=[names[place] for place in order]
     )
-    assert len(np.unique(points.groups)) == 4
+    assert len(np.unique(points.groups)) == 5
     for size in np.unique(n):
         assert len(np.unique(points.groups[points.n == size])) == 1
     drawn = bootstrap.resamples(points, draws=50, seed=1)
     for counts in drawn:
-        for group in range(4):
+        for group in range(5):
             assert len(np.unique(counts[points.groups == group])) == 1
         assert counts.sum() == len(n)
     assert len({tuple(counts) for counts in drawn}) > 5
-    with pytest.raises(UserError, match="12 of N, 12 of D, 12 of loss, 3 of groups"):
+    again = dataclasses.replace(points, n=2 * points.n)  # of another family
+    assert np.array_equal(bootstrap.resamples(again, draws=50, seed=1), drawn)
+    assert not np.array_equal(bootstrap.resamples(points, draws=50, seed=2), drawn)
+    few = dataclasses.replace(points, groups=np.minimum(points.groups, 3))
+    refused(lambda: bootstrap.resamples(few, draws=1, seed=0), "need 5 independent groups .* got 4")
+    with pytest.raises(UserError, match="15 of N, 15 of D, 15 of loss, 3 of groups"):
         Points.of(n=n, d=d, loss=loss, groups=["a", "b", "c"])
 
 

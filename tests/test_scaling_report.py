@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy import special, stats
 
 from blindvalm_jax.errors import UserError
@@ -70,18 +71,28 @@ def test_multipliers_hold_what_was_planted_on_both_budgets(found: Analysis) -> N
         assert held >= len(found.seen(unit)) - 1, unit
 
 
-def multiplier_coverage(sets: int, *, draws: int) -> dict[tuple[str, float], int]:
-    """In how many data sets the planted multiplier lies in its interval, by kind and budget."""
+def multiplier_coverage(
+    sets: int, *, draws: int, shared: float = 0.0, trunks: bool = False
+) -> dict[tuple[str, float], int]:
+    """In how many data sets the planted multiplier lies in its interval, by kind and budget.
+
+    shared, trunks: see `small_results.drawn`.
+    """
     planted = {(FLOPS, budget): 1 / WORTH for budget in (1e12, 8e12, 6.4e13)}
     planted |= {(SECONDS, budget): TIME / WORTH for budget in (40.0, 200.0, 700.0)}
     held = dict.fromkeys(planted, 0)
     for seed in range(sets):
-        first = fit_family("gpt2", small_results.drawn("gpt2", seed=seed), draws=draws)
-        runs = small_results.drawn("blind", Kind(WORTH, TIME), seed=seed)
-        second = fit_family("blind", runs, draws=draws)
+        first, second = (
+            fit_family(
+                name,
+                small_results.drawn(name, kind, shared=shared, trunks=trunks, seed=seed),
+                draws=draws,
+            )
+            for name, kind in (("gpt2", Kind()), ("blind", Kind(WORTH, TIME)))
+        )
         for (unit, budget), times in planted.items():
             both = first.costs[unit], second.costs[unit]
-            found = families.compare(*both, budget=budget).multiplier
+            found = families.compare(*both, budget=budget, trained=True).multiplier
             held[unit, budget] += found.low <= times <= found.high
     return held
 
@@ -97,6 +108,33 @@ def test_a_planted_multiplier_lies_within_its_intervals() -> None:
     """Of 10 sets 0.95 would hold 9.5: under 7 has a chance of 0.001 at each budget."""
     held = multiplier_coverage(10, draws=80)
     assert min(held.values()) >= 7, held
+
+
+def test_what_families_have_in_common_is_in_no_difference_of_paired_ones() -> None:
+    runs = [
+        run
+        for name in ("gpt2", "blind")
+        for run in small_results.drawn(name, noise=0.0005, shared=0.01, trunks=True)
+    ]
+    widths = []
+    for given in (runs, runs[:-1]):  # without one run they are of no one design
+        versus = analysis.analyse(given, draws=DRAWS).seen(FLOPS)[1].versus["blind"]
+        assert versus.comparison.paired == (given is runs)
+        assert versus.comparison.difference.low < 0 < versus.comparison.difference.high
+        widths.append(versus.comparison.difference.high - versus.comparison.difference.low)
+    assert widths[0] < widths[1] / 4
+
+
+def test_families_of_few_trunks_have_no_intervals_and_say_so() -> None:
+    runs = [
+        run
+        for name in ("gpt2", "blind")
+        for run in small_results.drawn(name, trunks=True)
+        if name == "gpt2" or int(run.size.partition("x")[0]) < 6
+    ]
+    found = analysis.analyse(runs, draws=3)
+    assert "need 5 independent groups of runs" in found.unfitted["blind"]
+    assert found.seen(FLOPS)[-1].runs["blind"]
 
 
 def seen_in(found: Analysis) -> fits.Seen:
@@ -211,6 +249,20 @@ def test_a_family_without_a_common_budget_silences_no_other() -> None:
     assert at_budgets[0].budget == pytest.approx(10 * BUDGETS[1], rel=0.02)
 
 
+def test_one_family_of_few_budgets_leaves_the_others_theirs() -> None:
+    runs = small_results.drawn("gpt2") + small_results.drawn("blind")
+    runs += small_results.drawn("eos", budgets=BUDGETS[1:3])
+    found = analysis.analyse(runs, draws=3)
+    assert [at.budget for at in found.seen(FLOPS)] == list(BUDGETS)
+    assert [list(at.versus) for at in found.seen(FLOPS)] == [
+        *(["blind"], ["blind", "eos"], ["blind", "eos"], ["blind"])
+    ]
+    said = sentences.supported(found)
+    text = "At 6.4e+13 model FLOPs: nothing can be said of BLIND-VALM (eos): its runs cost 4e+12 to"
+    assert any(one.startswith(text) for one in said)
+    assert len(found.seen(SECONDS)[-1].versus) == 2
+
+
 def test_seconds_of_different_devices_are_not_compared() -> None:
     runs = [
         dataclasses.replace(run, device=device)
@@ -247,6 +299,26 @@ def test_no_run_at_all_is_refused_and_none_usable_is_said() -> None:
         "No two families can be compared by their laws: no family has one."
     ]
     assert "got 0" in found.unfitted["gpt2"]
+
+
+def test_what_is_off_is_of_runs_that_were_drawn() -> None:
+    counts = np.zeros((3, 5))
+    counts[0, 4], counts[1, 2], counts[2, [0, 3]] = 5, 1, 2
+    residuals = np.arange(5.0)
+    picked = np.array([accuracy._picked(residuals, counts, seed) for seed in range(40)])
+    assert [set(column) for column in picked.T] == [{4.0}, {2.0}, {0.0, 3.0}]
+
+
+@pytest.mark.parametrize("right", [0.0, 1.0])
+def test_a_response_that_says_all_or_nothing_may_be_wrong(right: float) -> None:
+    runs = [
+        dataclasses.replace(run, scores={TASK: Score(right, QUESTIONS, CHANCE)})
+        for run in small_results.drawn("gpt2")
+    ]
+    found = accuracy.respond(runs, TASK, np.ones((200, len(runs))))
+    low, high = interval(found.of_runs(1e5, 1e7))
+    assert 0 <= low < high <= 1
+    assert high - low < 0.15
 
 
 def test_responses_recover_what_was_planted(found: Analysis) -> None:
@@ -299,6 +371,15 @@ def test_the_next_run_lies_within_the_interval_of_its_response(off: float) -> No
     assert min(held.values()) >= 16, held
 
 
+def test_the_interval_of_the_next_run_is_not_much_wider_than_its_questions_make_it() -> None:
+    runs = small_results.drawn("gpt2")
+    found = accuracy.respond(runs, TASK, np.ones((400, len(runs))))
+    low, high = interval(found.of_runs(2.5e5, 1e7))
+    p = small_results.right(2.5e5, 1e7)
+    by_chance = 2 * 1.96 * math.sqrt(p * (1 - p) / QUESTIONS)
+    assert by_chance < high - low < 1.7 * by_chance
+
+
 @pytest.mark.parametrize(("share", "expected"), [(1.0, 1.0), (0.1, 0.1), (0.0, 0.1)])
 def test_a_response_stays_finite_where_all_are_alike(share: float, expected: float) -> None:
     runs = [
@@ -333,8 +414,10 @@ def test_responses_refuse_what_they_cannot_tell() -> None:
     runs = small_results.drawn("gpt2")
     counts = np.ones((1, len(runs)))
     few = [dataclasses.replace(run, scores={}) for run in runs[:-5]] + runs[-5:]
-    with pytest.raises(UserError, match="needs 6 runs with an accuracy, got 5"):
+    with pytest.raises(UserError, match="23 of its 28 runs have no accuracy"):
         accuracy.respond(few, TASK, counts)
+    with pytest.raises(UserError, match="needs 6 runs, got 5"):
+        accuracy.respond(runs[:5], TASK, counts[:, :5])
     other = dataclasses.replace(runs[0], scores={TASK: Score(0.5, 400, 0.25)})
     with pytest.raises(UserError, match="asked different questions"):
         accuracy.respond([other, *runs[1:]], TASK, counts)
@@ -411,7 +494,7 @@ def test_a_loss_is_told_apart_where_the_interval_leaves_out_0(
     changed = dataclasses.replace(found, at={**found.at, FLOPS: (*before, last)})
     text = sentences.supported(changed)[0]
     assert apart in text
-    assert ("But the law misses the runs of" in text) == doubted
+    assert ("But laws miss the runs of" in text) == doubted
 
 
 @pytest.mark.parametrize(
@@ -462,6 +545,65 @@ def test_a_doubt_is_said_where_the_best_size_was_never_trained() -> None:
     assert at.n.low >= least * (1 - 1e-9)
 
 
+def test_a_law_that_is_off_at_a_budget_is_doubted(found: Analysis) -> None:
+    *before, last = found.seen(FLOPS)
+    fit = found.families["blind"]
+    by = 0.02 + 3 * fit.rms
+    moved = tuple(
+        dataclasses.replace(run, loss=run.held_out + by) if run.budget == last.budget else run
+        for run in fit.runs
+    )
+    best = dataclasses.replace(last.runs["blind"], loss=last.runs["blind"].held_out + 3 * by)
+    last = dataclasses.replace(last, runs={**last.runs, "blind": best})
+    changed = dataclasses.replace(
+        found,
+        families={**found.families, "blind": dataclasses.replace(fit, runs=moved)},
+        at={**found.at, FLOPS: (*before, last)},
+    )
+    text = sentences.supported(changed)[0]
+    assert "the law lies below all runs of BLIND-VALM at this budget" in text
+    assert f"the best run of BLIND-VALM has a loss of {best.loss:.4f}, its law" in text
+    assert "of GPT-2 at this budget" not in text
+
+
+def test_numbers_that_runs_do_not_tell_are_not_printed(found: Analysis, tmp_path: Path) -> None:
+    flat = [
+        dataclasses.replace(run, loss=2.5 + 300 * run.tokens**-0.37)
+        for run in small_results.drawn("gpt2")
+    ]
+    of_flat = analysis.analyse(flat + small_results.drawn("blind"), draws=5)
+    assert of_flat.families["gpt2"].draws.fit.at_ends == ("alpha",)
+    report.write(of_flat, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    (row,) = re.findall(r"\| GPT-2 \| 28 \| 2\.5 .*", text)
+    cells = [cell.strip() for cell in row.split("|")[3:-1]]
+    assert [cell == "–" for cell in cells] == [False, True, False, True, False, True]
+    assert "of draws a number of the law lies at an end" in text
+    assert "runs of GPT-2 do not tell alpha of its law" in text
+    beyond = next(at for at in of_flat.at[FLOPS] if at.beyond)
+    assert "do not tell all its numbers" in beyond.without["gpt2"]
+    assert "blind" in beyond.reached
+
+
+@pytest.mark.parametrize(
+    ("low", "value", "high", "markers"),
+    [
+        (0.5, 1.0, 2.0, ["P"]),
+        (0.001, 1.0, 2.0, ["v", "P"]),
+        (0.5, 1.0, math.inf, ["^", "P"]),
+        (math.inf, math.inf, math.inf, ["^", "^"]),
+    ],
+)
+def test_arrows_point_to_multipliers_beyond_the_figure(
+    low: float, value: float, high: float, markers: list[str]
+) -> None:
+    panel = Figure().subplots()
+    times = families.Multiplier(value, low, high, trusted=(0.0, math.inf), never=0.0)
+    figures._multiplier(panel, 1.0, times, "blind")
+    drawn = [line.get_marker() for line in panel.lines if line.get_marker() != "None"]
+    assert [marker if marker in "v^" else "P" for marker in map(str, drawn)] == markers
+
+
 def test_csv_keeps_everything() -> None:
     runs = two_and_a_few()
     runs[0] = dataclasses.replace(runs[0], about='a "quote", a comma\nand a line', seconds=None)
@@ -470,6 +612,8 @@ def test_csv_keeps_everything() -> None:
     assert results.from_csv(results.as_csv(runs)) == runs
     nan = dataclasses.replace(runs[3], loss=math.nan)
     assert math.isnan(results.from_csv(results.as_csv([nan]))[0].loss or 0.0)
+    older = results.as_csv(runs[:1]).replace(",device", ",kind", 1)
+    assert results.from_csv(older) == [dataclasses.replace(runs[0], device="")]
     assert results.as_json(nan)["loss"] is None
     with pytest.raises(UserError, match="lacks the columns family"):
         results.from_csv(results.as_csv(runs).replace("family", "kind", 1))
@@ -548,6 +692,7 @@ def test_the_report_needs_no_jax() -> None:
         (1.9, 10.0, "at least 1.9 times"),
         (0.1, 2.4, "at most 2.4 times"),
         (0.1, np.inf, "2 [<0.1, infinite] times"),
+        (np.inf, np.inf, "more than any number of times"),
     ],
 )
 def test_a_multiplier_without_an_end_is_told_by_the_other(

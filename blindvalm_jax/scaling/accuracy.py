@@ -34,15 +34,15 @@ class Response:
     """The response of a family to size and length in a task.
 
     coefficients: a, b, c `[3]`, with log N and log D less `centre`, over `scale`; drawn:
-    `[draws, 3]`. apart: of each draw, how far a run is from its response, `[draws]`, over the root
-    of p (1 - p) + 1 / questions. deviance: residual, over runs less 3; about 1 where runs differ by
-    the chance of questions alone. rms, by_chance: of accuracies less the response, and what chance
-    alone gives.
+    `[draws, 3]`. off: of each draw, how far one of its runs is from the response, and what other
+    questions would change, over the root of p (1 - p) + 1 / questions, `[draws]`. deviance:
+    residual, over runs less 3; about 1 where runs differ by the chance of questions alone. rms,
+    by_chance: of accuracies less the response, and what chance alone gives.
     """
 
     coefficients: Array
     drawn: Array
-    apart: Array
+    off: Array
     centre: Array
     scale: Array
     chance: float
@@ -63,7 +63,7 @@ class Response:
     def of_runs(self, n: Numbers, d: Numbers) -> Array:
         """What a run would have, `[draws]`: that of each draw, as far off as one of the runs is."""
         p = self.of_draws(n, d)
-        return np.clip(p + self.apart * _spread(p, self.questions), 0.0, 1.0)
+        return np.clip(p + self.off * _spread(p, self.questions), 0.0, 1.0)
 
     def _of(self, coefficients: Array, n: Numbers, d: Numbers) -> Array:
         x = (np.stack(np.broadcast_arrays(np.log(n), np.log(d)), axis=-1) - self.centre) / (
@@ -74,49 +74,51 @@ class Response:
 
 
 def respond(runs: Sequence[Result], task: str, counts: Array, *, seed: int = 0) -> Response:
-    """The response of these runs, those that were asked; counts: `[draws, runs]`, how often drawn.
+    """The response of these runs; counts: `[draws, runs]`, how often drawn.
 
     With a seed the same of these is taken to be off in families whose runs were drawn alike, and
     other answers are drawn.
 
     Raises:
-      UserError: too few of them were asked, or not all the same.
+      UserError: they are too few, or were not all asked the same.
     """
-    asked = [place for place, run in enumerate(runs) if task in run.scores]
-    if len(asked) < _RUNS:
-        raise UserError(f"a response needs {_RUNS} runs with an accuracy, got {len(asked)}")
-    scores = [runs[place].scores[task] for place in asked]
+    scores = [run.scores[task] for run in runs if task in run.scores]
+    if len(scores) < len(runs):
+        raise UserError(f"{len(runs) - len(scores)} of its {len(runs)} runs have no accuracy")
+    if len(runs) < _RUNS:
+        raise UserError(f"a response needs {_RUNS} runs, got {len(runs)}")
     if len({round(score.chance, 9) for score in scores}) > 1:
         raise UserError("its runs were asked different questions: chance is not the same in all")
-    logs = np.log([[runs[place].n, runs[place].tokens] for place in asked])
+    logs = np.log([[run.n, run.tokens] for run in runs])
     centre, scale = logs.mean(axis=0), logs.std(axis=0)
     scale = np.where(scale > 0, scale, 1.0)
     problem = _Problem(
-        x=np.column_stack([np.ones(len(asked)), (logs - centre) / scale]),
+        x=np.column_stack([np.ones(len(runs)), (logs - centre) / scale]),
         right=np.array([score.accuracy * score.questions for score in scores]),
         questions=np.array([float(score.questions) for score in scores]),
         chance=scores[0].chance,
     )
-    ones = np.ones(len(asked))
+    ones = np.ones(len(runs))
     with one_thread():
         found = [problem.minimum(start, ones) for start in problem.starts()]
         best, _ = min(found, key=lambda pair: pair[1])
-        drawn = [problem.minimum(best, counts[draw, asked])[0] for draw in range(len(counts))]
+        drawn = [problem.minimum(best, counts[draw])[0] for draw in range(len(counts))]
     p = problem.accuracy(best)
-    apart = np.array([score.accuracy for score in scores]) - p
-    questions = float(problem.questions.mean())
+    residuals = np.array([score.accuracy for score in scores]) - p
+    questions, freedom = float(problem.questions.mean()), len(runs) - _PARAMETERS
+    standard = residuals / _spread(p, questions) * math.sqrt(len(runs) / freedom)
     return Response(
         coefficients=best,
         drawn=np.array(drawn),
-        apart=_apart(apart / _spread(p, questions), counts[:, asked], seed)
+        off=_picked(standard, counts, seed)
         + _answers(runs[0].family, task, len(counts), seed) / math.sqrt(questions),
         centre=centre,
         scale=scale,
         chance=problem.chance,
         questions=questions,
-        runs=len(asked),
-        deviance=problem.deviance(p) / (len(asked) - _PARAMETERS),
-        rms=float(np.sqrt(np.mean(apart**2))),
+        runs=len(runs),
+        deviance=problem.deviance(p) / freedom,
+        rms=float(np.sqrt(np.mean(residuals**2))),
         by_chance=float(np.sqrt(np.mean(p * (1 - p) / problem.questions))),
     )
 
@@ -126,9 +128,9 @@ def _spread(p: Array, questions: float) -> Array:
     return np.asarray(np.sqrt(p * (1 - p) + 1 / questions))
 
 
-def _apart(residuals: Array, counts: Array, seed: int) -> Array:
+def _picked(residuals: Array, counts: Array, seed: int) -> Array:
     """Of each draw the residual of one of the runs that it drew: `[draws]`."""
-    at = np.random.default_rng((seed, 1)).random((len(counts), 1))
+    at = np.random.default_rng((seed, 0, 1)).random((len(counts), 1))
     upto = np.cumsum(counts, axis=1)
     place = (upto <= at * upto[:, -1:]).sum(axis=1)
     return np.asarray(residuals[np.minimum(place, len(residuals) - 1)])

@@ -17,7 +17,7 @@ from blindvalm_jax.scaling.families import Comparison, Estimate, estimate
 from blindvalm_jax.scaling.family_fits import UNITS, FamilyFit, best, fit_family
 from blindvalm_jax.scaling.fits import Seen
 from blindvalm_jax.scaling.points import Array
-from blindvalm_jax.scaling.results import FLOPS, SECONDS, Result, left_out, usable
+from blindvalm_jax.scaling.results import FLOPS, SECONDS, Result, left_out, tasks_of, usable
 
 FAMILIES = (
     *("gpt2", "blind", "eos", "valm", "valm_eos"),
@@ -61,7 +61,7 @@ class AtBudget:
     """All families at one budget.
 
     without: why a family has nothing here. runs: of each family, fitted or not, the run of lowest
-    loss that cost no more. beyond: no family has seen so much, and sizes are any.
+    loss that cost no more. beyond: some family has seen no more than a tenth, and sizes are any.
     """
 
     unit: str
@@ -79,7 +79,7 @@ class Analysis:
 
     unfitted: why a family has no law. silent: why there is nothing at all in a unit. reference:
     what others are compared with; None: nothing is. at: by unit the budgets that the reference and
-    all that have any in common with it have seen, the least first, and one beyond. first:
+    others have seen, the least first, and one a decade beyond what all have seen. first:
     by unit, at the largest of them, the family of lowest loss against each other one. tracks: of
     each family along the budgets it has seen itself.
     """
@@ -100,7 +100,7 @@ class Analysis:
 
     def tasks(self) -> list[str]:
         """Tasks that any usable run was asked, sorted."""
-        return sorted({task for run in usable(self.results) for task in run.scores})
+        return tasks_of(usable(self.results))
 
 
 def analyse(results: Iterable[Result], *, draws: int = bootstrap.DRAWS, seed: int = 0) -> Analysis:
@@ -113,7 +113,7 @@ def analyse(results: Iterable[Result], *, draws: int = bootstrap.DRAWS, seed: in
     if not given:
         raise UserError("a report needs runs, and there are none")
     silent: dict[str, str] = {}
-    kinds = sorted({run.device for run in usable(given) if run.seconds is not None})
+    kinds = sorted({run.device for run in usable(given) if run.device})
     if len(kinds) > 1:
         silent[SECONDS] = f"its runs, or others', were timed on {', '.join(kinds)}"
     of_family: dict[str, list[Result]] = {name: [] for name in names_of(given)}
@@ -131,13 +131,11 @@ def analyse(results: Iterable[Result], *, draws: int = bootstrap.DRAWS, seed: in
     reference = next(iter(fitted), None)
     at = {}
     for unit in UNITS:
-        budgets, apart = _common({k: fit.runs for k, fit in fitted.items()} or of_family, unit)
-        at[unit] = tuple(
-            _at(budget, unit, fitted, reference, of_family, apart) for budget in budgets
-        )
+        with_cost = {name: fit.runs for name, fit in fitted.items() if unit in fit.costs}
+        budgets = _common(with_cost if fitted else of_family, unit)
+        at[unit] = tuple(_at(budget, unit, fitted, reference, of_family) for budget in budgets)
         if budgets and fitted:
-            there = {name: fit for name, fit in fitted.items() if name not in apart}
-            at[unit] += tuple(_beyond(there, unit))
+            at[unit] += tuple(_beyond(fitted, unit))
     return Analysis(
         results=given,
         left_out=left_out(given),
@@ -158,38 +156,50 @@ def names_of(results: Iterable[Result]) -> list[str]:
     return known + [name for name in there if name not in FAMILIES]
 
 
-def _common(
-    of_family: Mapping[str, Sequence[Result]], unit: str
-) -> tuple[list[float], dict[str, str]]:
-    """Budgets seen by all families that share any with the first, in FLOPs those planned for.
+def _common(of_family: Mapping[str, Sequence[Result]], unit: str) -> list[float]:
+    """Budgets that the first family and another have seen: in FLOPs those planned for.
 
-    And why each of the others has none.
+    Of seconds those that all have seen, if there are any.
     """
-    low, high = 0.0, math.inf
-    apart: dict[str, str] = {}
-    planned: set[float] = set()
-    for name, runs in of_family.items():
-        costs = [cost for run in runs if (cost := run.cost(unit)) is not None]
-        if not costs:
-            continue
-        both = max(low, min(costs)), min(high, max(costs))
-        if both[0] > both[1] * _WITHIN:
-            apart[name] = f"its runs cost {min(costs):.3g} to {max(costs):.3g} {unit}"
-            continue
-        low, high = both
-        planned |= {run.budget for run in runs}
-    if math.isinf(high):
-        return [], apart
+    ranges = {name: ends for name, runs in of_family.items() if (ends := _range(runs, unit))}
+    if not ranges:
+        return []
+    first, *others = ranges.values()
+    sharing = [ends for ends in others if _overlap([first, ends])]
+    if not sharing:
+        sharing = [first]
     if unit == FLOPS:
         groups: list[float] = []
-        for budget in sorted(planned):
+        for budget in sorted({run.budget for name in ranges for run in of_family[name]}):
             if not groups or budget > _SAME * groups[-1]:
                 groups.append(budget)
-        found = [budget for budget in groups if low / _WITHIN <= budget <= high * _WITHIN]
+        found = [
+            budget
+            for budget in groups
+            if _seen(budget, first) and any(_seen(budget, ends) for ends in sharing)
+        ]
         if 0 < len(found) <= _MOST:
-            return found, apart
-    low, high = min(low, high), max(low, high)
-    return sorted({float(f"{budget:.3g}") for budget in np.geomspace(low, high, _SPACED)}), apart
+            return found
+    ends = _overlap([first, *sharing]) or _overlap(
+        [first, (min(low for low, _ in sharing), max(high for _, high in sharing))]
+    )
+    low, high = ends or first
+    return sorted({float(f"{budget:.3g}") for budget in np.geomspace(low, high, _SPACED)})
+
+
+def _range(runs: Sequence[Result], unit: str) -> tuple[float, float] | None:
+    """What the cheapest and the dearest cost."""
+    costs = [cost for run in runs if (cost := run.cost(unit)) is not None]
+    return (min(costs), max(costs)) if costs else None
+
+
+def _overlap(ranges: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    low, high = max(low for low, _ in ranges), min(high for _, high in ranges)
+    return (min(low, high), max(low, high)) if low <= high * _WITHIN else None
+
+
+def _seen(budget: float, ends: tuple[float, float]) -> bool:
+    return ends[0] / _WITHIN <= budget <= ends[1] * _WITHIN
 
 
 def _at(
@@ -198,14 +208,11 @@ def _at(
     fitted: Mapping[str, FamilyFit],
     reference: str | None,
     of_family: Mapping[str, Sequence[Result]],
-    apart: Mapping[str, str],
     *,
     beyond: bool = False,
 ) -> AtBudget:
-    reached, versus, without = {}, {}, dict(apart)
+    reached, versus, without = {}, {}, {}
     for name, fit in fitted.items():
-        if name in apart:
-            continue
         try:
             reached[name] = _reached(fit, unit, budget, trained=not beyond)
             if reference in reached and name != reference:
@@ -219,6 +226,9 @@ def _at(
 def _reached(fit: FamilyFit, unit: str, budget: float, *, trained: bool = True) -> Reached:
     if unit not in fit.costs:
         raise UserError(fit.without[unit])
+    low, high = fit.costs[unit].draws.fit.seen.budget
+    if trained and not _seen(budget, (low, high)):
+        raise UserError(f"its runs cost {low:.3g} to {high:.3g} {unit}")
     if not trained and fit.draws.fit.at_ends:
         raise UserError(
             "its law goes no further than its runs, as they do not tell all its numbers"
@@ -236,18 +246,23 @@ def _reached(fit: FamilyFit, unit: str, budget: float, *, trained: bool = True) 
             for task, of_draws in accuracies.items()
         },
         drawn=accuracies,
-        notes=tuple(_notes(fit.costs[unit].draws.fit.seen, n, d)),
+        notes=tuple(_notes(fit.costs[unit].draws.fit.seen, estimate(n, drawn.n), d)),
     )
 
 
-def _notes(seen: Seen, n: float, d: float) -> Iterator[str]:
+def _notes(seen: Seen, n: Estimate, d: float) -> Iterator[str]:
     """Where the best size and length lie beside those trained."""
-    for name, value, (low, high) in (("N", n, seen.n), ("D", d, seen.d)):
-        if name == "N" and any(math.isclose(value, end, rel_tol=1e-6) for end in (low, high)):
-            which = "least" if math.isclose(value, low, rel_tol=1e-6) else "largest"
+    for which, end, of_draws in (
+        ("least", seen.n[0], n.low),
+        ("largest", seen.n[1], n.high),
+    ):
+        if math.isclose(n.value, end, rel_tol=1e-6):
             yield f"the {which} N trained is the best"
-        elif not low <= value <= high:
-            yield f"{name}* {'below' if value < low else 'above'} those trained"
+        elif math.isclose(of_draws, end, rel_tol=1e-6):
+            yield f"the {which} N trained may be the best"
+    for value, (low, high), letter in ((n.value, seen.n, "N"), (d, seen.d, "D")):
+        if not low / _WITHIN <= value <= high * _WITHIN:
+            yield f"{letter}* {'below' if value < low else 'above'} those trained"
 
 
 def _versus(
@@ -281,7 +296,7 @@ def _beyond(fitted: Mapping[str, FamilyFit], unit: str) -> list[AtBudget]:
     ]
     if not most:
         return []
-    return [_at(_BEYOND * min(most), unit, fitted, None, {}, {}, beyond=True)]
+    return [_at(_BEYOND * min(most), unit, fitted, None, {}, beyond=True)]
 
 
 def compared(at: Sequence[AtBudget]) -> AtBudget | None:
@@ -313,13 +328,6 @@ def _tracks(fitted: Mapping[str, FamilyFit], unit: str) -> dict[str, tuple[Reach
     for name, fit in fitted.items():
         if unit not in fit.costs:
             continue
-        low, high = fit.costs[unit].draws.fit.seen.budget
-        places = []
-        for budget in np.geomspace(low, high, _TRACK):
-            try:
-                places.append(_reached(fit, unit, float(budget)))
-            except UserError:  # the budgets of the tables say why
-                continue
-        if places:
-            found[name] = tuple(places)
+        budgets = np.geomspace(*fit.costs[unit].draws.fit.seen.budget, _TRACK)
+        found[name] = tuple(_reached(fit, unit, float(budget)) for budget in budgets)
     return found

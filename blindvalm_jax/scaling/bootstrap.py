@@ -15,6 +15,7 @@ from blindvalm_jax.scaling.points import Array, Numbers, Points
 DRAWS = 1000
 LEVEL = 0.95
 _DIFFERENT = 5  # runs in a draw: as many as there are parameters
+_GROUPS = 5  # of fewer, most draws that will do are the runs themselves, and intervals are nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +95,14 @@ def drawn(
 ) -> Array:
     """How often each run is drawn, `[runs]`, with all of its group; enough: whether these will do.
 
-    groups: of each run, from 0.
+    groups: of each run, from 0. Raises a `UserError` with so few that they tell of no interval.
     """
     count = int(groups.max()) + 1
+    if count < _GROUPS:
+        raise UserError(
+            f"intervals need {_GROUPS} independent groups of runs (trunks, or sizes that were"
+            f" timed) or more, got {count}"
+        )
     while True:  # of six runs, the fewest that a fit takes, one draw in four or more will do
         counts = rng.multinomial(count, np.full(count, 1 / count))[groups]
         if enough(counts > 0):

@@ -49,7 +49,7 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Multiplier(Estimate):
-    """How many times the budget; infinite where the loss lies below what the fit says can be.
+    """How many times the budget; infinite where no size that is looked at ever has the loss.
 
     trusted: a finite one is cut to it, as budgets beyond are more than a decade from any seen.
     never: the share of draws in which it is infinite.
@@ -169,7 +169,8 @@ def compare(
 
 def paired(first: Family, second: Family) -> bool:
     """Whether the same runs were drawn of both in each draw."""
-    return bool(first.design) and first.design == second.design
+    alike = bool(first.design) and first.design == second.design
+    return alike and first.draws.seed == second.draws.seed
 
 
 def beside(first: Family, second: Family, drawn: Array) -> Array:

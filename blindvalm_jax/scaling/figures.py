@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
+from blindvalm_jax.family_colors import COLORS
 from blindvalm_jax.scaling.analysis import Analysis, Reached, names_of
 from blindvalm_jax.scaling.families import Estimate, Multiplier
 from blindvalm_jax.scaling.family_fits import UNITS, FamilyFit
@@ -24,18 +25,6 @@ from blindvalm_jax.scaling.results import FLOPS, Result, usable
 from blindvalm_jax.scaling.wording import budget as said
 from blindvalm_jax.scaling.wording import count, label
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, as in the other reports.
-_COLORS = {
-    "gpt2": "#666666",
-    "blind": "#E69F00",
-    "eos": "#D55E00",
-    "valm": "#56B4E9",
-    "valm_eos": "#0072B2",
-    "random_tower": "#CC79A7",
-    "random_tower_eos": "#7A2F5B",
-    "shuffled": "#009E73",
-    "shuffled_eos": "#00503A",
-}
 _OTHERS = ("#000000", "#8C6D1F", "#8F8FD0")
 _MARKERS = "osD^vPpX*"
 _WIDTH = 8.6  # inches
@@ -47,7 +36,8 @@ _CAPTIONS = {
     "isoflop": "Loss against size at equal model FLOPs: runs as points, the family's law as lines."
     " Diamonds: the best size by the law; crosses: by a parabola through the runs of a budget."
     " Each family has a scale of its own.",
-    "optimal": "Best size and length for a budget of model FLOPs, by the laws, with 95 % bands.",
+    "optimal": "Best size, among those between the least and the largest trained, and length for a"
+    " budget of model FLOPs, by the laws, with 95 % bands.",
     "multipliers": "Compute multipliers with 95 % intervals: how many times the budget a family"
     " needs for the loss of {}. Below 1 it needs less. Arrows: it goes on beyond.",
     "accuracy": "Accuracy in the task {} against what training cost: lines and 95 % bands of the"
@@ -165,8 +155,9 @@ def multipliers(analysis: Analysis) -> Figure:
 def _multiplier(panel: Axes, x: float, times: Multiplier, name: str) -> None:
     low, high = np.clip([times.low, times.high], *_MULTIPLIERS)
     panel.plot([x, x], [low, high], color=_color(name), linewidth=1.6)
-    for end, place, marker in ((times.low, low, "v"), (times.high, high, "^")):
+    for end, place in ((times.low, low), (times.high, high)):
         if not _drawn(end):
+            marker = "v" if end <= _MULTIPLIERS[0] else "^"
             panel.plot(x, place, marker=marker, color=_color(name), markersize=5.0)
     if _drawn(times.value):
         panel.plot(x, times.value, **_point(name, size=6.0))
@@ -264,7 +255,7 @@ def _runs(
     panel: Axes, analysis: Analysis, unit: str, value: Callable[[Result], float | None]
 ) -> None:
     for run in usable(analysis.results):
-        cost, y = run.cost(unit), value(run)
+        cost, y = None if unit in analysis.silent else run.cost(unit), value(run)
         if cost is not None and y is not None:
             panel.plot(cost, y, **_point(run.family, size=3.5), alpha=0.55, zorder=2)
 
@@ -307,12 +298,12 @@ def _power(value: float) -> str:
 
 
 def _color(name: str) -> str:
-    known = _COLORS.get(name)
+    known = COLORS.get(name)
     return known or _OTHERS[sum(name.encode()) % len(_OTHERS)]
 
 
 def _point(name: str, *, size: float) -> dict[str, Any]:
-    known = list(_COLORS)
+    known = list(COLORS)
     place = known.index(name) if name in known else sum(name.encode())
     marker = _MARKERS[place % len(_MARKERS)]
     return {"color": _color(name), "marker": marker, "ms": size, "mew": 0, "ls": ""}

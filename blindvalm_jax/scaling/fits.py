@@ -203,12 +203,13 @@ def fit(points: Points) -> Fit:
     x, objective = min(found, key=lambda pair: pair[1])
     law = problem.law(x)
     ends = tuple(name for name, at in zip(_NUMBERS, problem.at_ends(x), strict=True) if at)
+    least = float(np.min(problem.log_loss))
     return Fit(
         **{name: float(value) for name, value in vars(law).items()},
         objective=objective,
         seen=Seen.of(points),
         at_ends=ends,
-        warnings=tuple(_warning(name, getattr(law, name)) for name in ends),
+        warnings=tuple(_warning(name, law, x[_NUMBERS.index(name)] < least) for name in ends),
     )
 
 
@@ -242,7 +243,8 @@ def refuse(points: Points) -> None:
         )
 
 
-def _warning(name: str, value: float) -> str:
-    if name in ("A", "B", "E") and value < 1:
+def _warning(name: str, law: Law, least: bool) -> str:
+    """least: the number is at the lower of its ends."""
+    if name in ("A", "B", "E") and least:
         return f"{name} is 0: these runs show nothing of its term"
-    return f"{name} is {value:.3g}, an end of the range that is searched"
+    return f"{name} is {getattr(law, name):.3g}, an end of the range that is searched"

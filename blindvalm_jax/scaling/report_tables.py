@@ -56,6 +56,7 @@ def losses(analysis: Analysis, unit: str) -> list[Block]:
     base = label(analysis.reference or "")
     head = [unit, "family", "loss", f"less {base}", f"times the {unit} of {base}"]
     rows, lines = [], []
+    unlike: dict[str, None] = {}
     for at in seen:
         for name, reached in at.reached.items():
             row = [budget(at.budget, unit), label(name), nats(reached.loss)]
@@ -65,10 +66,17 @@ def losses(analysis: Analysis, unit: str) -> list[Block]:
                 continue
             found = versus.comparison
             rows.append([*row, nats(found.difference, signed=True), str(found.multiplier)])
+            if not found.paired:
+                unlike[name] = None
         lines += [f"{budget(at.budget, unit)} {unit}: {x}" for x in _refused(at)]
     about = f"Multiplier: how many times the budget a family needs for the loss of {base}. "
-    about += "A > or < says that it lies over a decade beyond the budgets seen; infinite, that the "
-    about += "loss lies below the family's floor E."
+    about += "A > or < says that it lies over a decade beyond the budgets seen; infinite, that "
+    about += "no size which the family has trained ever has that loss."
+    lines += [
+        f"{label(name)} is compared as if its runs and those of {base} had nothing in common: they "
+        "are not of the same sizes, budgets and trunks"
+        for name in unlike
+    ]
     return [Table(head, rows), Text(about), *([Items(lines)] if lines else [])]
 
 
@@ -86,7 +94,8 @@ def accuracies(analysis: Analysis, task: str, unit: str) -> list[Block]:
             row = [budget(at.budget, unit), label(name), percent(reached.accuracy[task])]
             rows.append([*row, told])
     if not rows:
-        return [Text(f"No family has a response at equal {unit}.")]
+        why = analysis.silent.get(unit, "no family has a response there")
+        return [Text(f"Nothing at equal {unit}: {why}.")]
     head = [unit, "family", "accuracy of a run, %", f"less {base}, points"]
     return [Table(head, rows)]
 
@@ -117,8 +126,8 @@ def responses(analysis: Analysis, task: str) -> list[Block]:
 def best_runs(analysis: Analysis) -> list[Block]:
     """The run of lowest loss within each budget: no law, no response."""
     tasks = analysis.tasks()
-    about = "Of each family the run of lowest loss that cost no more than the budget, and its "
-    about += "accuracies with the 95 % interval of its questions (Wilson's), in %."
+    about = "Of each family the run of lowest loss that cost no more than the budget (2 % are let "
+    about += "pass), and its accuracies with the 95 % interval of its questions (Wilson's), in %."
     blocks: list[Block] = [Text(about)]
     for unit in UNITS:
         rows = [
@@ -132,7 +141,7 @@ def best_runs(analysis: Analysis) -> list[Block]:
         if rows:
             blocks.append(Table([unit, "family", "run", "loss", *tasks], rows))
         else:
-            blocks.append(Text(f"No budget in {unit} is common to the families."))
+            blocks.append(Text(f"Nothing at equal {unit}: {why_not(analysis, unit)}."))
     return blocks
 
 
@@ -178,17 +187,13 @@ def laws(analysis: Analysis) -> list[Block]:
         Text("L(N, D) = E + A N^-alpha + B D^-beta, in nats a token."),
         Table(head, rows),
         Text(
-            "Loss less that of the law, in nats a token: where this is as large as a difference "
-            "between families, the law does not tell them apart."
+            "Loss less that of the law, in nats a token. A difference between families that is "
+            "smaller stands on their laws missing their runs alike."
         ),
         Table(
             ["family", "rms", "worst", "its run", "draws", "seconds of a token, off by (rms)"], off
         ),
-        Text(
-            "Mean of the runs of a budget, less the law, in nats a token, and how many of them lie "
-            "above it: where all or none do, the law is off there."
-        ),
-        _missed(analysis),
+        *_missed(analysis),
         *([Items(lines)] if lines else []),
     ]
 
@@ -199,10 +204,11 @@ def parabolas(analysis: Analysis) -> list[Block]:
     for name, fit in analysis.families.items():
         found = fit.parabolas
         parabola = NOTHING if math.isnan(found.exponent) else f"{found.exponent:.3f}"
+        along = NOTHING
         try:
-            along = str(fit.exponent(FLOPS))
+            if not _untold(fit, "n_exponent"):
+                along = str(fit.exponent(FLOPS))
         except UserError as error:
-            along = NOTHING
             lines.append(f"{label(name)}: {error}")
         minima = "; ".join(
             f"{count(one.n)} at {budget(one.budget, FLOPS)}"
@@ -272,11 +278,11 @@ def _untold(fit: FamilyFit, number: str) -> bool:
     return number in ends or with_it.get(number) in ends
 
 
-def _missed(analysis: Analysis) -> Table:
-    """Residuals by budget."""
+def _missed(analysis: Analysis) -> list[Block]:
+    """Residuals by budget, where there are few budgets."""
     budgets = sorted({run.budget for fit in analysis.families.values() for run in fit.runs})
     if len(budgets) > _MOST:
-        budgets = []
+        return []
     rows = []
     for name, fit in analysis.families.items():
         row = [label(name)]
@@ -287,7 +293,10 @@ def _missed(analysis: Analysis) -> Table:
             mean, above, below = fit.missed(one)
             row.append(f"{mean:+.4f} ({above} of {above + below})")
         rows.append(row)
-    return Table(["family", *(budget(one, FLOPS) for one in budgets)], rows)
+    about = "Mean of the runs of a budget less the law, in nats a token, and how many of them lie "
+    about += "above it: where all of many do, or none, the law is off there."
+    head = ["family", *(budget(one, FLOPS) for one in budgets)]
+    return [Text(about), Table(head, rows)]
 
 
 def _score(score: Score | None) -> str:

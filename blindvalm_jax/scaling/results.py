@@ -90,6 +90,11 @@ class Result:
         return {FLOPS: self.flops, SECONDS: self.seconds}[unit]
 
 
+_NEEDED = tuple(
+    field.name
+    for field in dataclasses.fields(Result)
+    if field.name != "scores" and field.default is dataclasses.MISSING
+)
 _COLUMNS = tuple(field.name for field in dataclasses.fields(Result) if field.name != "scores")
 _KINDS = {"n": int, "tokens": int} | dict.fromkeys(("budget", "flops", "seconds", "loss"), float)
 _OPTIONAL = ("seconds", "loss")
@@ -134,7 +139,7 @@ def from_csv(text: str) -> list[Result]:
     """
     reader = csv.DictReader(io.StringIO(text))
     names = list(reader.fieldnames or ())
-    if missing := [name for name in _COLUMNS if name not in names]:
+    if missing := [name for name in _NEEDED if name not in names]:
         raise UserError(f"results.csv lacks the columns {', '.join(missing)}")
     tasks = [name.removesuffix(" accuracy") for name in names if name.endswith(" accuracy")]
     found = []
@@ -157,7 +162,7 @@ def as_json(result: Result) -> dict[str, Any]:
 
 def _result(row: Mapping[str, str], tasks: Sequence[str]) -> Result:
     values: dict[str, Any] = {}
-    for name in _COLUMNS:
+    for name in (name for name in _COLUMNS if name in row):
         empty = row[name] == "" and name in _OPTIONAL
         values[name] = None if empty else _KINDS.get(name, str)(row[name])
     scores = {

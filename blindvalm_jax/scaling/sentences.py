@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from blindvalm_jax.scaling.analysis import Analysis, AtBudget, compared
 from blindvalm_jax.scaling.families import Comparison, Estimate, estimate
 from blindvalm_jax.scaling.family_fits import UNITS
@@ -15,7 +17,8 @@ from blindvalm_jax.scaling.results import FLOPS
 from blindvalm_jax.scaling.wording import budget, label, nats, percent, times
 
 _SPENT = 0.9  # of a budget, by a run that tells of it
-_SIDED = 4  # runs of a budget that all lie on one side of the law, by chance in one case of eight
+_SIDED = 6  # runs of a budget that all lie on one side of the law: by chance in one case of 32
+_DEVIANCE = 2.0  # for each degree of freedom; all runs answer the same questions, so 1 is much
 
 
 def sign(difference: Estimate) -> int:
@@ -76,17 +79,23 @@ def _loss(analysis: Analysis, at: AtBudget) -> str:
 
 def _missed(analysis: Analysis, comparison: Comparison) -> list[str]:
     """That a law is further from its runs than a difference that is told."""
-    apart = abs(comparison.difference.value)
-    missed = {name: analysis.families[name].rms for name in comparison.names}
-    worst = max(missed, key=lambda name: missed[name])
-    if not sign(comparison.difference) or missed[worst] <= apart:
+    first, second = (analysis.families[name] for name in comparison.names)
+    if comparison.paired:  # what both laws miss alike is in no difference
+        missed = float(np.sqrt(np.mean((second.residuals - first.residuals) ** 2)))
+        what = f"differences between like runs of {label(first.name)} and {label(second.name)}"
+    else:
+        worst = max(first, second, key=lambda fit: fit.rms)
+        missed, what = worst.rms, f"runs of {label(worst.name)}"
+    if not sign(comparison.difference) or missed <= abs(comparison.difference.value):
         return []
-    return [f"the law misses the runs of {label(worst)} by more, {missed[worst]:.4f} (rms)"]
+    return [f"laws miss the {what} by more, {missed:.4f} (rms)"]
 
 
 def _doubts(analysis: Analysis, at: AtBudget, name: str) -> list[str]:
     """What speaks against the loss of a family at a budget."""
     texts, reached, fit = [], at.reached[name], analysis.families[name]
+    if ends := fit.draws.fit.at_ends:
+        texts.append(f"runs of {label(name)} do not tell {', '.join(ends)} of its law")
     if reached.notes:
         texts.append(f"of {label(name)} {', '.join(reached.notes)}")
     if at.unit == FLOPS and any(run.budget == at.budget for run in fit.runs):
@@ -96,7 +105,7 @@ def _doubts(analysis: Analysis, at: AtBudget, name: str) -> list[str]:
             texts.append(f"the law lies {side} all runs of {label(name)} at this budget")
     run = at.runs.get(name)
     if run is not None and (run.cost(at.unit) or 0.0) >= _SPENT * at.budget:
-        low, high = reached.loss.low - fit.rms, reached.loss.high + fit.rms
+        low, high = reached.loss.low - 2 * fit.rms, reached.loss.high + 2 * fit.rms
         if not low <= run.held_out <= high:
             texts.append(
                 f"the best run of {label(name)} has a loss of {run.held_out:.4f}, its law "
@@ -130,7 +139,7 @@ def _accuracy(analysis: Analysis, at: AtBudget, task: str) -> str:
         for one in versus.comparison.names:
             doubts |= dict.fromkeys(_doubts_of_response(analysis, at, one, task))
         difference = versus.accuracy[task]
-        told = f"{percent(difference, signed=True)} points"
+        told = f"{percent(difference, signed=True)} points from run to run"
         if sign(difference):
             word = "higher" if sign(difference) > 0 else "lower"
             parts.append(f"{label(name)} has a {word} accuracy than {reference} ({told})")
@@ -143,17 +152,23 @@ def _accuracy(analysis: Analysis, at: AtBudget, task: str) -> str:
 
 
 def _doubts_of_response(analysis: Analysis, at: AtBudget, name: str, task: str) -> list[str]:
-    """That the best run of the budget is not as its response says of such runs."""
-    run, response = at.runs.get(name), analysis.families[name].responses[task]
+    """That runs are far from their response, or the best of the budget is none of its runs."""
+    texts, response = [], analysis.families[name].responses[task]
+    if response.deviance > _DEVIANCE:
+        texts.append(
+            f"runs of {label(name)} lie {100 * response.rms:.1f} points (rms) from their response"
+        )
+    run = at.runs.get(name)
     if run is None or task not in run.scores:
-        return []
+        return texts
     of_run = estimate(response.at(run.n, run.tokens), response.of_runs(run.n, run.tokens))
     accuracy = run.scores[task].accuracy
     if of_run.low <= accuracy <= of_run.high:
-        return []
+        return texts
     return [
+        *texts,
         f"{run.name}, the {label(name)} of lowest loss that costs no more, has "
-        f"{100 * accuracy:.1f} %, where its response says {percent(of_run)}"
+        f"{100 * accuracy:.1f} %, where its response says {percent(of_run)}",
     ]
 
 

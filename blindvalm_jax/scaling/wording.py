@@ -66,6 +66,8 @@ def percent(estimate: Estimate, *, signed: bool = False) -> str:
 
 def times(multiplier: Multiplier) -> str:
     """2.13 [1.9, 2.4] times; of one that is not known from above (below) its other end alone."""
+    if math.isinf(multiplier.low):
+        return "more than any number of times"
     low, high = multiplier.trusted
     from_above, from_below = multiplier.high < high, multiplier.low > low
     if from_below and not from_above:

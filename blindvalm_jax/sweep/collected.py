@@ -30,7 +30,7 @@ def read(workdir: Path, runs: Mapping[str, Planned]) -> list[Result]:
         if found := _windows(place / name):
             windows.setdefault(_alike(plan, place / name), []).extend(found)
     return [
-        _result(name, plan, states.get(name, State()), place / name, windows)
+        _result(name, plan, states.get(name, State()), place / name, windows, _root(name, runs))
         for name, plan in runs.items()
     ]
 
@@ -67,6 +67,7 @@ def _result(
     state: State,
     directory: Path,
     windows: Mapping[tuple[Any, ...], Sequence[_Window]],
+    trunk: str,
 ) -> Result:
     at_end = outcome.of(directory)
     last = plan.settings.train.steps
@@ -87,8 +88,17 @@ def _result(
         device=kind,
         ended=state.ended,
         about=state.about,
-        trunk="" if (trunk := trunks.of(plan.settings)) is None else trunk.run,
+        trunk=trunk,
     )
+
+
+def _root(name: str, runs: Mapping[str, Planned]) -> str:
+    """The run that the beginning of a run is that of, "" if it is its own."""
+    trunk, root = trunks.of(runs[name].settings), ""
+    while trunk is not None:
+        root = trunk.run
+        trunk = trunks.of(runs[root].settings) if root in runs else None
+    return root
 
 
 def _windows(directory: Path) -> list[_Window]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,8 +24,9 @@ def write(workdir: Path, runs: Mapping[str, Planned], *, out: Path, draws: int =
     found = analysis.analyse(results, draws=draws)
     page.write(found, out, once=once(runs), notes=collected.notes(workdir, results))
     print("\n".join(supported(found)))
-    for why, names in page.grouped({**found.left_out, **found.unfitted}).items():
-        print(f"left out: {names}: {why}")
+    for left_out in (found.left_out, found.unfitted):
+        for why, names in page.grouped(left_out).items():
+            print(f"left out: {names}: {why}")
     print(out / "report.md")
 
 
@@ -38,7 +38,7 @@ def once(runs: Mapping[str, Planned]) -> list[Once]:
         for what, flops in plan.account.once.items():
             costs[what] = max(flops, costs.get(what, 0.0))
             families.setdefault(what, []).append(plan.family)
-    largest = max((plan.budget for plan in runs.values()), default=math.inf)
+    largest = max(plan.budget for plan in runs.values())
     return [
         Once(what, tuple(dict.fromkeys(families[what])), flops, flops / largest)
         for what, flops in costs.items()

@@ -15,24 +15,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.family_colors import COLORS
 from blindvalm_jax.markdown import table
 from blindvalm_jax.toyworld import render
 from blindvalm_jax.toyworld.findings import LABELS, WORDS, Conditions, half_width, mean, swept
 from blindvalm_jax.toyworld.world import ATTRIBUTES, Object, WorldConfig, objects
 
-# In Okabe and Ito's colours, which the colour-blind can tell apart: text warm, images blue, EOS
-# darker.
-_COLOR_OF = {
-    "gpt2": "#666666",
-    "blind_valm": "#E69F00",
-    "blind_valm_eos": "#D55E00",
-    "valm": "#56B4E9",
-    "valm_eos": "#0072B2",
-    "random_tower": "#CC79A7",
-    "random_tower_eos": "#7A2F5B",
-    "shuffled": "#009E73",
-    "shuffled_eos": "#00503A",
-}
+_COLOR_OF = {**COLORS, "blind_valm": COLORS["blind"], "blind_valm_eos": COLORS["eos"]}
 _RIGHT, _WRONG, _INK = "#0072B2", "#D55E00", "0.15"
 _WIDTH = 8.6  # inches
 _GRID: dict[str, Any] = {"color": "0.88", "linewidth": 0.7}
