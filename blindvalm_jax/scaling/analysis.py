@@ -29,6 +29,7 @@ _SPACED = 4  # budgets, where the runs have none in common
 _MOST = 8  # budgets that are compared: runs that were planned one by one have one each
 _TRACK = 16  # budgets of a curve in a figure
 _BEYOND = 10 * (1 - 1e-9)
+_AT_ENDS = 0.025  # of draws that do not tell all numbers: ends of intervals are theirs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +230,7 @@ def _reached(fit: FamilyFit, unit: str, budget: float, *, trained: bool = True) 
     low, high = fit.costs[unit].draws.fit.seen.budget
     if trained and not _seen(budget, (low, high)):
         raise UserError(f"its runs cost {low:.3g} to {high:.3g} {unit}")
-    if not trained and fit.draws.fit.at_ends:
+    if not trained and (fit.draws.fit.at_ends or fit.draws.at_ends > _AT_ENDS):
         raise UserError(
             "its law goes no further than its runs, as they do not tell all its numbers"
         )
