@@ -19,8 +19,8 @@ from blindvalm_jax.toyworld import recipes
 from blindvalm_jax.toyworld.world import ATTRIBUTES, WorldConfig
 
 WORLD = WorldConfig(seed=20, sentences=1_000_000, validation_sentences=5000)
-# Sizes and budgets were twice these at first: the best sizes lay at the small end, and at 3e12 FLOPs
-# all families were near the least loss that this text allows.
+# Sizes and budgets were twice these at first: the best sizes lay at the small end, and at 3e12
+# FLOPs all families were near the least loss that this text allows.
 SIZES = ("2x12x2", "2x16x2", "2x24x2", "2x36x2", "3x40x4", "3x56x4", "4x64x4")
 BUDGETS = (2e11, 4.5e11, 1e12, 2.2e12)
 
