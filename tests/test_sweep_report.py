@@ -211,6 +211,16 @@ def test_a_run_nobody_began_and_a_directory_without_a_sweep(tmp_path: Path) -> N
     assert read(tmp_path).unusable == "unfinished"
 
 
+def test_a_branch_of_a_branch_stands_with_its_root() -> None:
+    runs = {}
+    for name, trunk in (("a", ""), ("b", "run:a@5"), ("c", "run:b@7"), ("d", "run:gone@5")):
+        settings = config.default()
+        settings.grounding.source, settings.train.branch_from = "none", trunk
+        parsed = config.parse(settings)
+        runs[name] = Planned.of(parsed, of_settings.account(parsed), family="gpt2")
+    assert [collected._root(name, runs) for name in runs] == ["", "a", "a", "gone"]
+
+
 def test_what_is_done_once_is_told_for_each_family() -> None:
     settings = config.default()
     settings.grounding.source = "images"

@@ -73,10 +73,9 @@ class Multiplier(Estimate):
 class Comparison:
     """Two families at one budget: each at its own best N, or both at `n`.
 
-    paired: draw by draw, as the runs of both were drawn alike.
-
     difference: nats a token, the second's less the first's. multiplier: how many times the budget
-    the second needs for the loss that the first has.
+    the second needs for the loss that the first has. paired: draw by draw, as the runs of both were
+    drawn alike.
     """
 
     names: tuple[str, str]
@@ -113,6 +112,9 @@ def compare(
         if n is not None:
             optima.refuse(f"{family.name}, N", n, seen.n, extrapolate=extrapolate)
 
+    def within(family: Family) -> tuple[float, float] | None:
+        return family.draws.fit.seen.n if trained else None
+
     def loss(family: Family, law: Law, cost: optima.Cost) -> Numbers:
         if n is not None:
             each = cost(np.array(n))
@@ -126,9 +128,6 @@ def compare(
             extrapolate=extrapolate,
         ).loss
 
-    def within(family: Family) -> tuple[float, float] | None:
-        return family.draws.fit.seen.n if trained else None
-
     fits = first.draws.fit, second.draws.fit
     values_of_draws = vars(second.draws.law).items()
     laws = first.draws.law, Law(**{k: beside(first, second, v) for k, v in values_of_draws})
@@ -140,14 +139,12 @@ def compare(
     trusted = (0.0, math.inf)
     if not extrapolate:
         trusted = (budgets[0] / decade / budget, budgets[1] * decade / budget)
-    ends = within(second)
-    times, drawn_times = (
-        _cut(optima.needed(law, loss_, cost=cost, n=n, within=ends) / budget, trusted)
-        for law, loss_, cost in (
-            (fits[1], values[0], second.cost),
-            (laws[1], drawn[0], costs[1]),
-        )
-    )
+
+    def times(law: Law, reached: Numbers, cost: optima.Cost) -> Array:
+        found = optima.needed(law, reached, cost=cost, n=n, within=within(second))
+        return _cut(found / budget, trusted)
+
+    drawn_times = times(laws[1], drawn[0], costs[1])
     low, high = interval(drawn_times)
     return Comparison(
         names=(first.name, second.name),
@@ -157,7 +154,7 @@ def compare(
         losses=(estimate(values[0], drawn[0]), estimate(values[1], drawn[1])),
         difference=estimate(values[1] - values[0], drawn[1] - drawn[0]),
         multiplier=Multiplier(
-            value=float(times),
+            value=float(times(fits[1], values[0], second.cost)),
             low=low,
             high=high,
             trusted=trusted,
