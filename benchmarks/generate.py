@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from benchmarks import turns, valm_systems
-from blindvalm_jax.errors import UserError, run_main
+from blindvalm_jax.command_line import run_main
+from blindvalm_jax.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from absl import flags
 
-from blindvalm_jax.errors import UserError, run_main
+from blindvalm_jax.command_line import run_main
+from blindvalm_jax.errors import UserError
 
 _OUT = flags.DEFINE_string("out", None, "Directory to write.", required=True)
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "CLIP's tokenizer directory.", required=True)

@@ -23,7 +23,8 @@ from benchmarks import (
     step_ratio,
     valm_cost,
 )
-from blindvalm_jax.errors import UserError, run_main
+from blindvalm_jax.command_line import run_main
+from blindvalm_jax.errors import UserError
 
 _JSON = flags.DEFINE_string("json", None, "Also write the numbers to this file.")
 

@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 
 from benchmarks import turns
-from blindvalm_jax.errors import run_main
+from blindvalm_jax.command_line import run_main
 
 VARIANTS = ("gpt2", "blind", "eos")
 _LENGTH = 512

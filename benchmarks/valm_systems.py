@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from benchmarks import approximate, turns
-from blindvalm_jax.errors import UserError, run_main
+from blindvalm_jax.command_line import run_main
+from blindvalm_jax.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -34,7 +34,8 @@ from blindvalm_jax.checkpoints import (
     named,
     verifying,
 )
-from blindvalm_jax.errors import UserError, run_main
+from blindvalm_jax.command_line import run_main
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import saving
 
 _STEP = flags.DEFINE_integer("step", None, "verify: of this checkpoint; without it, of all")

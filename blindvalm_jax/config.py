@@ -14,9 +14,10 @@ from typing import Any
 import ml_collections
 
 from blindvalm_jax import config_checks, config_fields
+from blindvalm_jax.command_line import run_main
 from blindvalm_jax.config_checks import fusion_layers as fusion_layers
 from blindvalm_jax.config_fields import field
-from blindvalm_jax.errors import UserError, run_main
+from blindvalm_jax.errors import UserError
 
 LONGEST_WINDOW = 2**20  # tokens
 SMALLEST_BPE = 257  # 256 bytes and the end of a text

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from absl import flags
 
-from blindvalm_jax.errors import UserError, run_main
+from blindvalm_jax.command_line import run_main
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import formats, gpt2, run_directory, saving, weights
 from blindvalm_jax.models.transformer import ACTIVATIONS
 

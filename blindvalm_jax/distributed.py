@@ -22,15 +22,9 @@ import jax
 from orbax.checkpoint import multihost
 
 from blindvalm_jax import agreement, meeting, process_log
+from blindvalm_jax.command_line import print_error, print_stop
 from blindvalm_jax.console import is_first
-from blindvalm_jax.errors import (
-    PREEMPTED,
-    Preempted,
-    UserError,
-    first_line,
-    print_error,
-    print_stop,
-)
+from blindvalm_jax.errors import PREEMPTED, Preempted, UserError, first_line
 
 Found = TypeVar("Found")
 AUTO = "auto"

@@ -35,7 +35,8 @@ from typing import Any
 from absl import flags
 
 from blindvalm_jax import files, model_flags
-from blindvalm_jax.errors import UserError, run_main
+from blindvalm_jax.command_line import run_main
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.named_model import NamedModel
 from blindvalm_jax.tasks import compare, evaluation, identity, report, results, standing
 from blindvalm_jax.tasks.asked import Windows

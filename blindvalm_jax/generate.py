@@ -24,11 +24,12 @@ from pathlib import Path
 from absl import flags
 
 from blindvalm_jax import files, model_flags, terminal
+from blindvalm_jax.command_line import run_main
 from blindvalm_jax.decoding import generation, shading, tower_text
 from blindvalm_jax.decoding.generation import Generation, Generator, Taken, Written
 from blindvalm_jax.decoding.record import Record
 from blindvalm_jax.decoding.sampling import Sampling
-from blindvalm_jax.errors import UserError, run_main
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.trained import TrainedModel
 
 flags.adopt_module_key_flags(model_flags)

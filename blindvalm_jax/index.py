@@ -35,9 +35,10 @@ from pathlib import Path
 from absl import flags
 
 from blindvalm_jax import files, indexing, runs
+from blindvalm_jax.command_line import run_main
 from blindvalm_jax.config import DataConfig
 from blindvalm_jax.data import images
-from blindvalm_jax.errors import UserError, run_main
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import index_build, retrieval
 from blindvalm_jax.grounding.faiss_engine import INDEX_FILE, PAPER_NPROBE, FaissEngine, verify
 from blindvalm_jax.grounding.index import DTYPES, ImageIndex

@@ -12,9 +12,10 @@ import jax
 
 from blindvalm_jax import agreement, config, events, metrics, step
 from blindvalm_jax.checkpoints.manager import Checkpoints
+from blindvalm_jax.command_line import print_error
 from blindvalm_jax.console import is_first, say
 from blindvalm_jax.data import pipeline
-from blindvalm_jax.errors import DIVERGED, Preempted, print_error
+from blindvalm_jax.errors import DIVERGED, Preempted
 from blindvalm_jax.goodput import Goodput, Loss
 from blindvalm_jax.objectives.objective import Objective
 from blindvalm_jax.reporter import Reporter

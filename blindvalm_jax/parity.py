@@ -19,7 +19,8 @@ from typing import Any
 from absl import flags
 
 from blindvalm_jax import golden
-from blindvalm_jax.errors import UserError, print_error, run_main
+from blindvalm_jax.command_line import print_error, run_main
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.golden.case import Check, find, is_other, read
 
 _ONLY = flags.DEFINE_string("only", "*", "Run the cases whose name matches this pattern.")

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from absl import flags
 
+from blindvalm_jax.command_line import run_main
 from blindvalm_jax.config import DataConfig, GroundingConfig, TokenizerConfig
 from blindvalm_jax.data import output, packing, prepared, tokenizers
 from blindvalm_jax.data.manifest import Manifest
-from blindvalm_jax.errors import UserError, run_main
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import segments
 
 # The flags have the defaults of the settings that they stand for.

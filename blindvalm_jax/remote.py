@@ -19,8 +19,9 @@ from pathlib import Path
 import jax
 
 from blindvalm_jax import distributed, ownership
+from blindvalm_jax.command_line import run_main
 from blindvalm_jax.console import say, say_here
-from blindvalm_jax.errors import UserError, first_line, run_main
+from blindvalm_jax.errors import UserError, first_line
 from blindvalm_jax.stores import parts
 from blindvalm_jax.stores.mirror import Store
 from blindvalm_jax.survival import preemption

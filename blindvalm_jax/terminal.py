@@ -8,7 +8,8 @@ import signal
 import sys
 from collections.abc import Callable
 
-from blindvalm_jax.errors import UserError, print_error
+from blindvalm_jax.command_line import print_error
+from blindvalm_jax.errors import UserError
 
 _UNREAD = re.compile("[\ud800-\udfff]")  # how Python keeps bytes of an argument that are no text
 

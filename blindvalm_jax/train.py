@@ -22,7 +22,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from blindvalm_jax import addresses, config, distributed, planning, process_layout, remote
-from blindvalm_jax.errors import UserError, run_main
+from blindvalm_jax.command_line import run_main
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.starting import start
 from blindvalm_jax.survival import preemption
 

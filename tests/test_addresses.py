@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from blindvalm_jax import addresses, config, errors, runs, trained
+from blindvalm_jax import addresses, command_line, config, runs, trained
 from blindvalm_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,7 +95,7 @@ def test_an_argument_without_a_flag_is_looked_at_too(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["evaluate", "compare", "runs/a", "gs://bucket/b"])
     with pytest.raises(SystemExit) as end:
-        errors.run_main(lambda argv: 0)
+        command_line.run_main(lambda argv: 0)
     assert end.value.code == 1
     assert "argument: gs://bucket/b is an address" in capsys.readouterr().err
 

@@ -24,7 +24,7 @@ with distributed.joined(
 _ALONE = """
 import sys
 from blindvalm_jax import distributed
-from blindvalm_jax.errors import exit_after
+from blindvalm_jax.command_line import exit_after
 def main():
     with distributed.joined(
         sys.argv[1], processes=1, process=0, heartbeat_seconds=5, wait_seconds=10

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 import pytest
 
-from blindvalm_jax import errors
+from blindvalm_jax import command_line, errors
 
 
 def _interrupted(argv: Sequence[str]) -> None:
@@ -30,7 +30,7 @@ def test_an_interrupted_command_says_what_becomes_of_its_work(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["command"])
     with pytest.raises(SystemExit) as end:
-        errors.run_main(_interrupted, **given)  # type: ignore[arg-type]
+        command_line.run_main(_interrupted, **given)  # type: ignore[arg-type]
     assert end.value.code == 1
     assert capsys.readouterr().err == f"error: interrupted; {told}\n"
 
@@ -60,7 +60,7 @@ def test_a_full_disk_is_not_taken_for_device_memory(
 
     monkeypatch.setattr(sys, "argv", ["command"])
     with pytest.raises(SystemExit) as end:
-        errors.run_main(fails)
+        command_line.run_main(fails)
     assert end.value.code == 1
     [line] = capsys.readouterr().err.splitlines()
     assert told in line

@@ -171,7 +171,7 @@ def command(runs: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 COMMANDS = """
 import contextlib, io, json, sys
 from absl import flags
-from blindvalm_jax import errors, evaluate
+from blindvalm_jax import command_line, evaluate
 for arguments in json.load(sys.stdin):
     for name in flags.FLAGS:
         flags.FLAGS[name].unparse()
@@ -179,7 +179,7 @@ for arguments in json.load(sys.stdin):
     err, code = io.StringIO(), None
     with contextlib.redirect_stderr(err):
         try:
-            errors.run_main(evaluate.main)
+            command_line.run_main(evaluate.main)
         except SystemExit as end:
             code = end.code
     print(json.dumps([code, err.getvalue()]), flush=True)

@@ -1040,7 +1040,7 @@ def test_wrong_commands_are_one_line(
 @pytest.mark.parametrize("lines", [1, 10_000])
 def test_a_reader_that_goes_away_is_no_error(lines: int, unbuffered: str) -> None:
     program = (
-        "from blindvalm_jax.errors import run_main\n"
+        "from blindvalm_jax.command_line import run_main\n"
         f"run_main(lambda argv: [print('x' * 99) for _ in range({lines})] and 0)"
     )
     reads, writes = os.pipe()
@@ -1065,7 +1065,7 @@ def test_a_reader_that_goes_away_is_no_error(lines: int, unbuffered: str) -> Non
     ],
 )
 def test_standard_output_that_is_closed_or_full(shell: str, code: int, told: str) -> None:
-    program = "from blindvalm_jax.errors import run_main; run_main(lambda argv: print('x'))"
+    program = "from blindvalm_jax.command_line import run_main; run_main(lambda argv: print('x'))"
     line = f'exec "{sys.executable}" -c "{program}" {shell}'
     done = subprocess.run(line, shell=True, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr.partition(";")[0].strip()) == (code, told)
@@ -1074,7 +1074,7 @@ def test_standard_output_that_is_closed_or_full(shell: str, code: int, told: str
 
 def test_a_disk_that_is_full_elsewhere_takes_no_output_with_it() -> None:
     program = (
-        "from blindvalm_jax.errors import run_main\n"
+        "from blindvalm_jax.command_line import run_main\n"
         "def main(argv):\n"
         "    print('said')\n"
         "    with open('/dev/full', 'w') as full:\n"
@@ -1090,7 +1090,7 @@ def test_a_disk_that_is_full_elsewhere_takes_no_output_with_it() -> None:
 
 def test_another_broken_pipe_is_an_error() -> None:
     program = (
-        "import os; from blindvalm_jax.errors import run_main; reads, writes = os.pipe()\n"
+        "import os; from blindvalm_jax.command_line import run_main; reads, writes = os.pipe()\n"
         "run_main(lambda argv: os.close(reads) or os.write(writes, b'x') and 0)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

@@ -37,7 +37,7 @@ K = 3
 COMMANDS = """
 import contextlib, io, json, sys
 from absl import flags
-from blindvalm_jax import errors, index
+from blindvalm_jax import command_line, index
 for arguments in json.load(sys.stdin):
     for name in flags.FLAGS:
         flags.FLAGS[name].unparse()
@@ -45,7 +45,7 @@ for arguments in json.load(sys.stdin):
     out, err, code = io.StringIO(), io.StringIO(), None
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            errors.run_main(index.main)
+            command_line.run_main(index.main)
         except SystemExit as end:
             code = end.code
     print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)

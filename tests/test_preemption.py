@@ -18,7 +18,8 @@ import os, signal, sys, tempfile, time
 from pathlib import Path
 import fsspec
 from blindvalm_jax import addresses, remote
-from blindvalm_jax.errors import Preempted, exit_after
+from blindvalm_jax.command_line import exit_after
+from blindvalm_jax.errors import Preempted
 from blindvalm_jax.survival import preemption
 
 preemption._GRACE = 0.2

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from blindvalm_jax import console, errors, events, process_log
+from blindvalm_jax import command_line, console, events, process_log
 from blindvalm_jax.config import TrainConfig
 from blindvalm_jax.incidents import Incidents
 from tests.test_reporting import full_disk
@@ -38,8 +38,8 @@ def test_it_keeps_what_it_does_not_print_and_what_it_does(
     console.say("compiled")
     console.warn("a save\nfailed")
     console.say_here("mine is damaged")
-    errors.print_error("it ends")
-    errors.print_stop("step 3 is saved")
+    command_line.print_error("it ends")
+    command_line.print_stop("step 3 is saved")
     process_log.write("Traceback:\n  here\n")
     kept = ["compiled", "warning: a save failed", "mine is damaged", "error: it ends"]
     kept += ["stopped by SIGTERM: step 3 is saved", "Traceback:", "      here"]
@@ -74,7 +74,7 @@ def test_an_end_does_not_wait_for_a_file_system_that_hangs(
     """Nobody reads what is written there."""
     second.unlink()
     os.mkfifo(second)
-    ending = threading.Thread(target=lambda: errors.print_error("it ends"), daemon=True)
+    ending = threading.Thread(target=lambda: command_line.print_error("it ends"), daemon=True)
     ending.start()
     ending.join(60)
     assert not ending.is_alive()

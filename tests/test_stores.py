@@ -14,7 +14,8 @@ import pytest
 from absl import flags
 
 from blindvalm_jax import addresses, config
-from blindvalm_jax.errors import UserError, print_error
+from blindvalm_jax.command_line import print_error
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.interop import run_directory
 from blindvalm_jax.stores import downloads, inputs, places, settings
 from blindvalm_jax.trees import flatten

@@ -118,7 +118,7 @@ def test_a_curve_of_a_variant_that_is_not_compared_has_its_origin(
 _STOPPED = """
 import sys, time
 from pathlib import Path
-from blindvalm_jax.errors import exit_after
+from blindvalm_jax.command_line import exit_after
 from blindvalm_jax.survival import preemption
 from blindvalm_jax.toyworld import comparison
 from blindvalm_jax.toyworld.supply import Parts

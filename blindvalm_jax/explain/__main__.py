@@ -17,8 +17,9 @@ from pathlib import Path
 from absl import flags
 
 from blindvalm_jax import files, model_flags, terminal
+from blindvalm_jax.command_line import run_main
 from blindvalm_jax.decoding import tower_text
-from blindvalm_jax.errors import UserError, run_main
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.explain import probing, report, words
 
 flags.adopt_module_key_flags(model_flags)

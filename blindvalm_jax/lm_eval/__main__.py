@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import importlib.util
 
-from blindvalm_jax.errors import UserError, exit_after
+from blindvalm_jax.command_line import exit_after
+from blindvalm_jax.errors import UserError
 
 
 def main() -> int:

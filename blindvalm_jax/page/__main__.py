@@ -16,7 +16,8 @@ from pathlib import Path
 from absl import flags
 
 from blindvalm_jax import files
-from blindvalm_jax.errors import UserError, run_main
+from blindvalm_jax.command_line import run_main
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.page import drawing, records
 
 _OUT = flags.DEFINE_string("out", "", "the HTML file that is written")

@@ -19,7 +19,8 @@ import jax
 from jax.experimental import multihost_utils
 
 from blindvalm_jax import process_log
-from blindvalm_jax.errors import PREEMPTED, Preempted, print_stop
+from blindvalm_jax.command_line import print_stop
+from blindvalm_jax.errors import PREEMPTED, Preempted
 
 NOTHING_LOST = "the same command goes on from what is on disk"
 _GRACE = 5.0  # seconds in which a process that has nothing to save cleans up

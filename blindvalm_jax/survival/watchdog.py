@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 
 from blindvalm_jax import process_log
-from blindvalm_jax.errors import print_error
+from blindvalm_jax.command_line import print_error
 
 _LOOKS = 10  # within the seconds it waits
 _STDERR = 2  # whatever stands in for it in Python

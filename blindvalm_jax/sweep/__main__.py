@@ -35,7 +35,8 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from blindvalm_jax.errors import UserError, run_main
+from blindvalm_jax.command_line import run_main
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.sweep import cost, launching, plans, status, worker
 from blindvalm_jax.sweep.manifest import Manifest
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from blindvalm_jax import files, starting
 from blindvalm_jax.checkpoints import layout
+from blindvalm_jax.command_line import print_error
 from blindvalm_jax.config import Config
-from blindvalm_jax.errors import DIVERGED, Preempted, UserError, first_line, print_error
+from blindvalm_jax.errors import DIVERGED, Preempted, UserError, first_line
 from blindvalm_jax.runs import held
 from blindvalm_jax.survival import preemption
 from blindvalm_jax.sweep import outcome, plans, trunks

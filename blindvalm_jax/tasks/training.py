@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from blindvalm_jax import events, metrics, runs, trained
+from blindvalm_jax.command_line import print_error
 from blindvalm_jax.config import Config, EvalConfig
-from blindvalm_jax.errors import UserError, print_error
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.objectives.language import Language
 from blindvalm_jax.tasks import catalog, evaluation, identity, results, standing
 from blindvalm_jax.tasks.scoring import Scorer

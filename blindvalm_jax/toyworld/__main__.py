@@ -15,7 +15,8 @@ from pathlib import Path
 
 from absl import flags
 
-from blindvalm_jax.errors import UserError, run_main
+from blindvalm_jax.command_line import run_main
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.toyworld import knob_flags, recipes
 from blindvalm_jax.toyworld.world import WorldConfig
 

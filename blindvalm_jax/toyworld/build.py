@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from blindvalm_jax.errors import UserError, run_main
+from blindvalm_jax.command_line import run_main
+from blindvalm_jax.errors import UserError
 from blindvalm_jax.toyworld import knob_flags
 from blindvalm_jax.toyworld.world import WorldConfig
 

@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 
 from blindvalm_jax import files
-from blindvalm_jax.errors import PREEMPTED, Preempted, UserError, first_line, print_stop
+from blindvalm_jax.command_line import print_stop
+from blindvalm_jax.errors import PREEMPTED, Preempted, UserError, first_line
 from blindvalm_jax.survival import preemption
 from blindvalm_jax.toyworld import recipes
 from blindvalm_jax.toyworld.supply import Parts

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from blindvalm_jax import sinks
-from blindvalm_jax.errors import run_main
+from blindvalm_jax.command_line import run_main
 from blindvalm_jax.sweep.manifest import Manifest
 
 MOST_CUTS = 3  # of a run in a row: killed more often it would be given up

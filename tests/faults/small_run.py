@@ -50,7 +50,7 @@ import sys
 from absl import app
 {code}
 from blindvalm_jax import train
-from blindvalm_jax.errors import run_main
+from blindvalm_jax.command_line import run_main
 run_main(train.main, takes_addresses=["workdir"])
 """
 

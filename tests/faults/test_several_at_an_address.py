@@ -39,7 +39,7 @@ import sys
 {code}
 from absl import app
 import importlib
-from blindvalm_jax.errors import run_main
+from blindvalm_jax.command_line import run_main
 name = sys.argv[1]
 sys.argv = sys.argv[1:]
 module = importlib.import_module("blindvalm_jax." + name)
