@@ -14,23 +14,24 @@ from blindvalm_jax.errors import UserError
 from blindvalm_jax.stores import places
 from blindvalm_jax.trees import flatten
 
-# May differ when a run is resumed: none of them changes what is computed, beyond rounding. Paths of
-# data, tokenizer, tower, index and neighbours are among them because their contents are compared
-# (`check_data`, and the tower where it is read).
-_FREE = (
-    *("log", "eval", "checkpoint", "mesh", "data.workers", "data.cache", "data.files"),
-    *("data.eval_files", "data.windows", "data.tfds", "data.tfds_split", "data.tfds_eval_split"),
-    *("data.tfds_dir", "data.images", "data.eval_images", "tokenizer.path"),
-    *("grounding.tokenizer", "grounding.tower", "grounding.index", "grounding.prepared"),
-    *("data.on_corrupt", "train.branch_from"),  # what it began with, it holds
+# These may differ when a run is resumed: none of them changes what is computed, beyond rounding.
+# How it is computed, and what is said of it. The guard's settings change what becomes of updates
+# that would break the run, and of no other: one that has diverged goes on with them.
+OF_COMPUTING = (
+    *("log", "mesh", "data.workers", "data.cache"),
     *("train.remat", "train.scan_unroll", "train.loss_chunk", "train.watchdog_seconds"),
+    *("train.on_nonfinite", "train.nonfinite_limit"),
+    *("train.on_spike", "train.spike_factor", "train.spike_warmup"),
 )
-# These change what becomes of updates that would break the run, and of no other: a run that has
-# diverged goes on with them from its checkpoint.
-_OF_THE_GUARD = tuple(
-    f"train.{name}"
-    for name in ("on_nonfinite", "nonfinite_limit", "on_spike", "spike_factor", "spike_warmup")
+# What it is asked and keeps, and where it reads: contents of data, tokenizer, tower, index and
+# neighbours are compared (`check_data`, and the tower where it is read).
+OF_PLACES = (
+    *("eval", "checkpoint", "data.files", "data.eval_files", "data.windows", "data.on_corrupt"),
+    *("data.tfds", "data.tfds_split", "data.tfds_eval_split", "data.tfds_dir"),
+    *("data.images", "data.eval_images", "tokenizer.path"),
+    *("grounding.tokenizer", "grounding.tower", "grounding.index", "grounding.prepared"),
 )
+_FREE = (*OF_COMPUTING, *OF_PLACES, "train.branch_from")  # what it began with, it holds
 
 
 def check_names(allowed: Sequence[str], config: Config) -> None:
@@ -41,7 +42,7 @@ def check_names(allowed: Sequence[str], config: Config) -> None:
     """
     known = _flat(plain(config))
     for name in allowed:
-        if not _names(name, known):
+        if not any(named(key, [name]) for key in known):
             raise UserError(
                 f"--allow_changed={name}: there is no such setting; `python -m "
                 "blindvalm_jax.config` lists all of them"
@@ -78,8 +79,7 @@ def check(
     refused = [
         line
         for key, line in lines.items()
-        if not _is_free(key, changed[key][0], config, updates=updates)
-        and not any(_names(x, [key]) for x in allowed)
+        if not _is_free(key, changed[key][0], config, updates=updates) and not named(key, allowed)
     ]
     if refused:
         raise UserError(
@@ -115,9 +115,9 @@ def _flat(settings: Any) -> dict[str, Any]:
     return {key.replace("/", "."): value for key, value in flatten(settings).items()}
 
 
-def _names(name: str, settings: Iterable[str]) -> bool:
-    """Whether a name is that of one of these settings, or of its section."""
-    return any(key == name or key.startswith(f"{name}.") for key in settings)
+def named(key: str, by: Iterable[str]) -> bool:
+    """Whether one of these is the name of a setting, or of its section."""
+    return any(key == name or key.startswith(f"{name}.") for name in by)
 
 
 def _is_free(key: str, before: Any, config: Config, *, updates: int) -> bool:
@@ -126,4 +126,4 @@ def _is_free(key: str, before: Any, config: Config, *, updates: int) -> bool:
         return optim.same_until(updates, config.optimizer, lengths=lengths)
     if key == "train.microbatches":  # of a language model they draw dropout, and are shuffled
         return config.train.objective == "contrastive"
-    return any(_names(free, [key]) for free in (*_FREE, *_OF_THE_GUARD))
+    return named(key, _FREE)

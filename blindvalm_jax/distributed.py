@@ -24,11 +24,10 @@ from orbax.checkpoint import multihost
 from blindvalm_jax import agreement, meeting, process_log
 from blindvalm_jax.command_line import print_error, print_stop
 from blindvalm_jax.console import is_first
-from blindvalm_jax.errors import PREEMPTED, Preempted, UserError, first_line
+from blindvalm_jax.errors import LEFT, PREEMPTED, Preempted, UserError, first_line
 
 Found = TypeVar("Found")
 AUTO = "auto"
-_LEFT = 134  # as a shell reports the abort that JAX may be faster with: no error of this process
 _PATIENCE = 10.0  # seconds that a process which fails waits for the others to end with it
 _TURN_MS = 7 * 24 * 3600 * 1000  # the first process may prepare data for days
 _turns = itertools.count()
@@ -199,7 +198,7 @@ def _end_if_lost(error: BaseException) -> None:
             f"{jax.process_count()}: the same commands go on from the newest checkpoint "
             f"({first_line(error)})"
         )
-        _end(_LEFT)
+        _end(LEFT)
 
 
 def says_lost(error: BaseException) -> bool:

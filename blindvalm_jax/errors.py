@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from absl import flags
 
-PREEMPTED, DIVERGED = 42, 43
+# Exit codes. LEFT: other processes of the run are gone, or go on without this one; it is also what
+# a shell reports of the abort that JAX may be faster with.
+PREEMPTED, DIVERGED, LEFT = 42, 43, 134
 
 
 class UserError(ValueError):

@@ -106,6 +106,25 @@ def read_object(path: Path, *, hint: str = "") -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock file for a moment, behind whoever holds it, in this process or another.
+
+    Raises:
+      UserError: the file system knows no locks.
+      OSError: the file cannot be opened for writing.
+    """
+    with path.open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be locked ({error.strerror}): workers share a directory on a file "
+                "system with locks alone"
+            ) from error
+        yield
+
+
+@contextlib.contextmanager
 def held(path: Path) -> Iterator[None]:
     """Holds a lock file, which says who does; the lock ends with this process at the latest.
 

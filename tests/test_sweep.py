@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import signal
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from blindvalm_jax import config, starting
+from blindvalm_jax import changes, config, config_fields, starting
 from blindvalm_jax.checkpoints import layout
 from blindvalm_jax.config import Config
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.sweep import outcome, status, worker
-from blindvalm_jax.sweep.leases import Leases
+from blindvalm_jax.sweep.leases import Leases, holder
 from blindvalm_jax.sweep.manifest import Manifest, State
 from tests import small_models, small_text, test_train
 from tests.faults import small_sweep
@@ -65,9 +67,36 @@ def test_a_silent_holder_loses_its_lease_and_learns_of_it(tmp_path: Path) -> Non
     assert two.take("run") is None
     assert not one.renew("run")
     one.release("run")  # must not free the other's
-    holder = one.holder("run")
-    assert holder is not None
-    assert holder.worker == "two"
+    found = holder(tmp_path, "run")
+    assert found is not None
+    assert found.worker == "two"
+    assert holder(tmp_path / "nowhere", "run") is None
+
+
+def test_leases_that_may_be_read_alone_are_told_by_this_machines_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert leases(tmp_path, "one").take("run") is None
+
+    def touch(path: Path) -> None:
+        raise OSError(errno.EROFS, "read-only file system")
+
+    monkeypatch.setattr(Path, "touch", touch)
+    found = holder(tmp_path, "run")
+    assert found is not None
+    assert 50 < found.left <= 60
+
+
+def test_a_file_system_without_locks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(stream: Any, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"\.manifest\.lock cannot be locked \(Function not"):
+        Manifest(tmp_path).plan({"a": settings()})
+    assert not (tmp_path / "manifest.jsonl").exists()
 
 
 def test_a_kept_lease_is_renewed_and_its_loss_is_told(tmp_path: Path) -> None:
@@ -114,6 +143,33 @@ def test_manifest_plans_once_and_refuses_other_settings(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the run a with other settings: seed: 1 -> 2"):
         manifest.plan({"a": settings(seed=2)})
     assert len(manifest.lines()) == 2
+
+
+def test_how_runs_are_computed_may_change_and_is_kept(tmp_path: Path) -> None:
+    """As what is said of a lack of memory advises; what they compute may not."""
+    manifest = Manifest(tmp_path)
+    assert manifest.plan({name: settings() for name in "ab"}) == []
+    now = settings(train__remat="full")
+    said = ["2 runs go on with another setting, train.remat: 'none' -> 'full'"]
+    assert manifest.plan(dict.fromkeys("ab", now)) == said
+    assert manifest.plan(dict.fromkeys("ab", now)) == []
+    assert manifest.contents()["a"]["settings"] == {"train.remat": "full"}
+    assert manifest.states() == {"a": State(), "b": State()}
+    both = settings(train__remat="none", train__branch_from="elsewhere@4")
+    with pytest.raises(UserError, match=r"run b with other settings: train\.branch_from: '' ->"):
+        manifest.plan({"b": both})
+
+
+@pytest.mark.parametrize("name", [*changes.OF_COMPUTING, *changes.OF_PLACES])
+def test_what_may_change_are_names_of_settings(name: str) -> None:
+    assert any(changes.named(key, [name]) for key, _, _ in config_fields.describe(Config))
+
+
+def test_a_setting_that_is_no_more_is_another(tmp_path: Path) -> None:
+    line = {"run": "a", "event": "planned", "settings": {"train.gone": 3}}
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=r"with other settings: train\.gone: 3 -> None"):
+        Manifest(tmp_path).plan({"a": settings()})
 
 
 def test_manifest_tells_what_became_of_runs(tmp_path: Path) -> None:
@@ -225,7 +281,7 @@ def test_status_tells_how_a_run_ended_though_its_lease_was_left(tmp_path: Path) 
     run = worker.runs_of(tmp_path) / "a"
     run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text('{"step": 1000, "train/loss": null}\n')
-    a, b, c = status.lines(tmp_path, lease_seconds=60)
+    a, b, c = status.lines(tmp_path)
     assert a.split() == ["a", "diverged", "step", "1,000", "loss", "not", "finite"]
     assert b.split()[:3] == ["b", "training", "by"]
     assert c.split() == ["c", "waiting"]
@@ -283,9 +339,9 @@ def test_a_run_whose_directory_is_held_is_left_to_its_holder(tmp_path: Path) -> 
     directory.mkdir(parents=True)
     with (directory / ".run.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert not worker._done_by_this("a", own, manifest, runs, tmp_path)
+        assert worker._ended_here("a", own, manifest, runs, tmp_path) is None
     assert manifest.states() == {"a": State()}
-    assert own.holder("a") is None
+    assert holder(worker.leases_in(tmp_path), "a") is None
 
 
 def test_what_breaks_one_run_leaves_the_others(
@@ -306,6 +362,56 @@ def test_what_breaks_one_run_leaves_the_others(
         "c": State("done"),
     }
     assert "b diverged" in capfd.readouterr().err
+
+
+def test_a_worker_all_of_whose_runs_fail_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another's machine may be sound; where one has trained, runs that fail are to blame."""
+
+    def start(given: Config, workdir: Path) -> int:
+        if given.seed:
+            raise RuntimeError("no device")
+        return 0
+
+    monkeypatch.setattr(starting, "start", start)
+    sound, sick = tmp_path / "sound", tmp_path / "sick"
+    runs = {name: settings(seed=int(name > "a")) for name in "abcdef"}
+    Manifest(sound).plan(runs)
+    assert worker.work(sound, runs, lease_seconds=60) == 1
+    ended = [state.ended for state in Manifest(sound).states().values()]
+    assert ended == ["done", *["failed"] * 5]
+    del runs["a"]
+    Manifest(sick).plan(runs)
+    with pytest.raises(UserError, match="all 3 runs that this worker took have failed: it leaves"):
+        worker.work(sick, runs, lease_seconds=60)
+    ended = [state.ended for state in Manifest(sick).states().values()]
+    assert ended == ["failed", "failed", "failed", "", ""]
+
+
+def test_a_worker_without_faiss_takes_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = {"grounding__source": "images", "grounding__search": "faiss"}
+    runs = {"a": settings(**wanted, grounding__index=str(tmp_path))}
+    Manifest(tmp_path).plan(runs)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(UserError, match="FAISS is not installed"):
+        worker.work(tmp_path, runs, lease_seconds=60)
+    assert Manifest(tmp_path).states() == {"a": State()}
+
+
+def test_a_directory_that_is_no_runs_fails_its_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(starting, "start", lambda given, workdir: 0)
+    runs = {"a": settings(), "b": settings()}
+    (worker.runs_of(tmp_path) / "a" / "checkpoints").mkdir(parents=True)
+    Manifest(tmp_path).plan(runs)
+    assert worker.work(tmp_path, runs, lease_seconds=60) == 1
+    a, b = Manifest(tmp_path).states().values()
+    assert (a.ended, b.ended) == ("failed", "done")
+    assert a.about.startswith("--workdir=runs/a is not marked as a run's")
 
 
 def test_a_directory_out_of_reach_for_long_is_a_lost_lease(

@@ -104,6 +104,8 @@ def test_a_branch_of_a_trunk_that_failed_fails(
         ("run:trunk@4", {}, "which that keeps no checkpoint: it has 10 steps, .*keep_every=0 and"),
         ("run:trunk@12", {"checkpoint__keep_every": 4}, "at step 12, of which that keeps no"),
         ("run:trunk", {}, "expected RUN@STEP"),
+        ("run:trunk@0", {"checkpoint__keep_every": 4}, "at step 0, of which that keeps no"),
+        ("run:trunk@20", {"steps": 40, "checkpoint__keep_every": 4}, "nothing left to"),
     ],
 )
 def test_branches_that_could_never_begin_are_refused(
@@ -111,7 +113,7 @@ def test_branches_that_could_never_begin_are_refused(
 ) -> None:
     text = tmp_path / "text.txt"
     runs = {
-        "trunk": settings(text, 10, **of_trunk),
+        "trunk": settings(text, **{"steps": 10, **of_trunk}),
         "short": settings(text, 20, train__branch_from=branch),
     }
     with pytest.raises(UserError, match=message):
@@ -132,4 +134,4 @@ def test_runs_that_branch_from_each_other_are_refused(tmp_path: Path) -> None:
         "two": settings(tmp_path, 12, train__branch_from="run:one@8", **shape),
     }
     with pytest.raises(UserError, match="runs branch from each other: one, two"):
-        worker.work(tmp_path, runs, lease_seconds=60)
+        trunks.check(runs)

@@ -89,7 +89,7 @@ class FaissEngine:
         Raises:
           UserError: FAISS is missing; impossible sizes; a file that is damaged or does not fit.
         """
-        self._faiss = _faiss()
+        self._faiss = library()
         count = len(index.vectors)
         if not 1 <= neighbours <= count or not (candidates == 0 or candidates >= neighbours):
             raise UserError(
@@ -160,7 +160,12 @@ class FaissEngine:
         return np.where(index_QR < 0, -np.inf, scores_QR).astype(np.float32)
 
 
-def _faiss() -> Any:
+def library() -> Any:
+    """FAISS.
+
+    Raises:
+      UserError: it is not installed.
+    """
     try:
         return importlib.import_module("faiss")
     except ImportError as error:

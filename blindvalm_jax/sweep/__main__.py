@@ -22,7 +22,8 @@ device-seconds (docs/scaling_experiments.md), in DIR/report or --out.
 launch: prints the commands that train the sweep with a scheduler of launch/ (slurm, gke, tpu_vm,
 sky, local), N workers at once, and runs none.
 
-Exit codes: 0 all done, 1 error, or a run failed or diverged, 42 preempted and saved.
+Exit codes: 0 all done, 1 error, or a run failed or diverged, 42 preempted and saved, 134 this
+worker stood still for so long that another may have its run.
 """
 
 from __future__ import annotations
@@ -71,8 +72,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--workdir=DIR is needed")
     workdir = Path(_WORKDIR.value)
     if argv[1] == "status":
-        print("\n".join(status.lines(workdir, lease_seconds=_LEASE.value)))
-        return 0
+        return _status(workdir)
     if argv[1] == "report":
         return _report(workdir)
     return _run(workdir)
@@ -80,19 +80,29 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(workdir: Path) -> int:
     runs = plans.settings_of(_given("--config=configs/sweeps/NAME.py is needed"))
-    try:
-        manifest = Manifest(workdir)
-        manifest.plan(runs)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
     if _INDEX.value >= len(runs) or _INDEX.value < -1:
         raise UserError(f"--index={_INDEX.value}: the sweep has runs 0 to {len(runs) - 1}")
+    try:
+        manifest = Manifest(workdir)
+        changed = manifest.plan(runs)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
+    if changed:
+        print("\n".join(changed), flush=True)
     only = list(runs) if _INDEX.value < 0 else [list(runs)[_INDEX.value]]
     if _RETRY.value:
         for name in only:
             if manifest.states()[name].ended in ("failed", "diverged"):
                 manifest.add(name, "reopened")
     return worker.work(workdir, runs, lease_seconds=_LEASE.value, only=only)
+
+
+def _status(workdir: Path) -> int:
+    try:
+        print("\n".join(status.lines(workdir)))
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be read: {error.strerror}") from error
+    return 0
 
 
 def _launch(given: Sequence[str]) -> int:

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from filelock import FileLock
-
 from blindvalm_jax import files
 from blindvalm_jax.errors import UserError
 
 _RENEWALS = 4  # of a lease within its length: some may be late
+_READ_ALONE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,26 +41,15 @@ class Leases:
     """The leases of a directory, as one worker sees them."""
 
     def __init__(self, directory: Path, *, worker: str, seconds: float) -> None:
-        """Makes the directory; seconds: how long a silent holder keeps what it holds.
-
-        Raises:
-          UserError: the file system cannot lock files.
-        """
+        """Makes the directory; seconds: how long a silent holder keeps what it holds."""
         directory.mkdir(parents=True, exist_ok=True)
         self._directory, self._worker, self._seconds = directory, worker, seconds
-        self._lock = FileLock(directory / ".lock")
-        try:
-            with self._lock:
-                pass
-        except NotImplementedError as error:
-            raise UserError(
-                f"{directory} is on a file system without locks, which workers need to share it"
-            ) from error
+        self._lock = directory / ".lock"
 
     def take(self, name: str) -> Lease | None:
         """Takes a lease that is free; None: taken. Otherwise who holds it."""
-        with self._lock:
-            held = self._read(name)
+        with files.locked(self._lock):
+            held = holder(self._directory, name)
             if held is not None and not held.expired:
                 return held
             content = {"worker": self._worker, "seconds": self._seconds}
@@ -68,8 +58,8 @@ class Leases:
 
     def renew(self, name: str) -> bool:
         """Keeps a lease for its length from now on; False: it is another's by now."""
-        with self._lock:
-            held = self._read(name)
+        with files.locked(self._lock):
+            held = holder(self._directory, name)
             if held is None or held.worker != self._worker:
                 return False
             os.utime(self._path(name))
@@ -77,15 +67,10 @@ class Leases:
 
     def release(self, name: str) -> None:
         """Frees a lease, if it is still this worker's."""
-        with self._lock:
-            held = self._read(name)
+        with files.locked(self._lock):
+            held = holder(self._directory, name)
             if held is not None and held.worker == self._worker:
                 self._path(name).unlink()
-
-    def holder(self, name: str) -> Lease | None:
-        """Who holds a lease, expired or not."""
-        with self._lock:
-            return self._read(name)
 
     @contextlib.contextmanager
     def kept(self, name: str, *, lost: Callable[[], None]) -> Iterator[None]:
@@ -120,12 +105,20 @@ class Leases:
     def _path(self, name: str) -> Path:
         return self._directory / f"{name}.json"
 
-    def _read(self, name: str) -> Lease | None:
-        path = self._path(name)
-        if not path.exists():
-            return None
-        content = files.read_object(path)
-        clock = self._directory / ".clock"
+
+def holder(directory: Path, name: str) -> Lease | None:
+    """Who holds a lease of a directory, expired or not; one without leases need not be there."""
+    path, clock = directory / f"{name}.json", directory / ".clock"
+    try:
+        touched, content = path.stat().st_mtime, path.read_text()
+    except FileNotFoundError:
+        return None
+    try:
         clock.touch()
-        silent = clock.stat().st_mtime - path.stat().st_mtime
-        return Lease(str(content["worker"]), float(content["seconds"]) - silent)
+        now = clock.stat().st_mtime
+    except OSError as error:
+        if error.errno not in _READ_ALONE:
+            raise
+        now = time.time()  # this machine's own
+    held = json.loads(content)
+    return Lease(str(held["worker"]), float(held["seconds"]) - (now - touched))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from blindvalm_jax import config
+from blindvalm_jax import changes, config, files
 from blindvalm_jax.config import Config
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.trees import flatten
@@ -57,37 +56,51 @@ class Manifest:
         """Makes the directory."""
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / "manifest.jsonl"
-        self._lock = FileLock(directory / ".manifest.lock")
+        self._lock = directory / ".manifest.lock"
 
-    def plan(self, runs: Mapping[str, Config]) -> None:
+    def plan(self, runs: Mapping[str, Config]) -> list[str]:
         """Adds the runs that are not there yet, with the settings that are not the defaults.
 
+        Of runs that are there, settings of how they are computed (`changes.OF_COMPUTING`) may be
+        others from now on. Returns a line for each of these, and of how many runs.
+
         Raises:
-          UserError: a run is there with other settings.
+          UserError: a run is there with settings that make it another run.
         """
-        with self._lock:
-            there = {line["run"]: line for line in self.lines() if line["event"] == "planned"}
-            new = {}
+        with files.locked(self._lock):
+            changed = self.check(runs, free=changes.OF_COMPUTING)
+            there = self._planned()
             for name, settings in runs.items():
-                chosen = _chosen(settings)
-                if name not in there:
-                    new[name] = chosen
-                    continue
-                before = _now_complete(there[name]["settings"])
-                now = _now_complete(chosen)
-                changed = sorted(k for k in before.keys() | now.keys() if before[k] != now[k])
-                if changed:
-                    differences = "; ".join(f"{k}: {before[k]!r} -> {now[k]!r}" for k in changed)
-                    raise UserError(
-                        f"{self._path} has the run {name} with other settings: {differences}. "
-                        "Give the same sweep to go on, or another --workdir"
-                    )
-            for name, chosen in new.items():
-                self._append({"run": name, "event": "planned", "settings": chosen})
+                if name not in there or name in changed:
+                    self._append({"run": name, "event": "planned", "settings": _chosen(settings)})
+        said = collections.Counter(line for lines in changed.values() for line in lines)
+        return [f"{count} runs go on with another setting, {line}" for line, count in said.items()]
+
+    def check(self, runs: Mapping[str, Config], *, free: Sequence[str]) -> dict[str, list[str]]:
+        """Of the runs that were planned with other settings, a line for each of these.
+
+        free: settings and sections that may differ.
+
+        Raises:
+          UserError: others do.
+        """
+        planned, found = self._planned(), {}
+        for name in runs.keys() & planned.keys():
+            before, now = _complete(planned[name]), _complete(_chosen(runs[name]))
+            differ = [k for k in before | now if before.get(k) != now.get(k)]
+            lines = {k: f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in differ}
+            if refused := [line for k, line in lines.items() if not changes.named(k, free)]:
+                raise UserError(
+                    f"{self._path} has the run {name} with other settings: {'; '.join(refused)}. "
+                    "Give the same sweep, or another --workdir"
+                )
+            if lines:
+                found[name] = [*lines.values()]
+        return found
 
     def add(self, run: str, event: str, **about: Any) -> None:
         """Adds a line."""
-        with self._lock:
+        with files.locked(self._lock):
             self._append({"run": run, "event": event, **about})
 
     def lines(self) -> list[dict[str, Any]]:
@@ -133,9 +146,7 @@ class Manifest:
         The same sweep ends with the same, to the last bit of a loss, however often workers were
         killed on the way.
         """
-        planned = {
-            line["run"]: line["settings"] for line in self.lines() if line["event"] == "planned"
-        }
+        planned = self._planned()
         return {
             name: {
                 "settings": planned[name],
@@ -143,6 +154,12 @@ class Manifest:
                 **{"step": state.step, "loss": state.loss, "scores": dict(state.scores)},
             }
             for name, state in self.states().items()
+        }
+
+    def _planned(self) -> dict[str, dict[str, Any]]:
+        """The settings of each run, as they are by now."""
+        return {
+            line["run"]: line["settings"] for line in self.lines() if line["event"] == "planned"
         }
 
     def _append(self, line: Mapping[str, Any]) -> None:
@@ -174,7 +191,7 @@ def _chosen(settings: Config) -> dict[str, Any]:
     return {name: value for name, value in _plain(settings).items() if value != default[name]}
 
 
-def _now_complete(chosen: Mapping[str, Any]) -> dict[str, Any]:
+def _complete(chosen: Mapping[str, Any]) -> dict[str, Any]:
     return _plain(config.parse(config.default())) | dict(chosen)
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from blindvalm_jax import metrics
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.sweep import worker
+from blindvalm_jax.sweep import leases, worker
 from blindvalm_jax.sweep.leases import Lease
 from blindvalm_jax.sweep.manifest import Manifest, State
 
 
-def lines(workdir: Path, *, lease_seconds: float) -> list[str]:
+def lines(workdir: Path) -> list[str]:
     """A line for each run: how it ended, or who trains it, and its newest loss.
 
     Raises:
@@ -19,15 +19,15 @@ def lines(workdir: Path, *, lease_seconds: float) -> list[str]:
     """
     if not (workdir / "manifest.jsonl").exists():
         raise UserError(f"{workdir} holds no sweep: it has no manifest.jsonl")
-    leases = worker.leases_of(workdir, seconds=lease_seconds)
     found = []
+    place = worker.leases_in(workdir)
     for name, state in Manifest(workdir).states().items():
         records = metrics.records(worker.runs_of(workdir) / name / "metrics.jsonl")
         last = next((line for line in reversed(records) if "train/loss" in line), None)
         loss = last and last["train/loss"]  # null where it is not finite
         at = "" if last is None else f"step {last['step']:,}  loss "
         at += "" if last is None else "not finite" if loss is None else f"{loss:.4f}"
-        found.append(f"{name:30} {_word(state, leases.holder(name)):40} {at}".rstrip())
+        found.append(f"{name:30} {_word(state, leases.holder(place, name)):40} {at}".rstrip())
     return found
 
 

@@ -35,7 +35,8 @@ def check(runs: Mapping[str, Config]) -> None:
     """Refuses branches that could never begin, before anything is trained.
 
     Raises:
-      UserError: there is no such trunk in the sweep, or it does not keep a checkpoint of the step.
+      UserError: there is no such trunk in the sweep, it does not keep a checkpoint of the step, the
+        branch is no longer than that, or runs branch from each other.
     """
     for run, settings in runs.items():
         trunk = of(settings)
@@ -49,12 +50,18 @@ def check(runs: Mapping[str, Config]) -> None:
         kept_there = trunk.step in (last, *kept.keep_steps) or (
             kept.keep_every and trunk.step % kept.keep_every == 0
         )
-        if trunk.step > last or not kept_there:
+        if not 0 < trunk.step <= last or not kept_there:
             raise UserError(
                 f"run {run} branches from {trunk.run} at step {trunk.step}, of which that keeps "
                 f"no checkpoint: it has {last} steps, checkpoint.keep_every={kept.keep_every} and "
                 f"checkpoint.keep_steps={kept.keep_steps}"
             )
+        if settings.train.steps <= trunk.step:
+            raise UserError(
+                f"run {run} branches at step {trunk.step} of {trunk.run}, and has "
+                f"train.steps={settings.train.steps}: there is nothing left to train"
+            )
+    levels(runs)
 
 
 def ready(settings: Config, runs: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -14,7 +15,8 @@ from blindvalm_jax import files, starting
 from blindvalm_jax.checkpoints import layout
 from blindvalm_jax.command_line import print_error
 from blindvalm_jax.config import Config
-from blindvalm_jax.errors import DIVERGED, Preempted, UserError, first_line
+from blindvalm_jax.errors import DIVERGED, LEFT, Preempted, UserError, first_line
+from blindvalm_jax.grounding import faiss_engine
 from blindvalm_jax.runs import held
 from blindvalm_jax.survival import preemption
 from blindvalm_jax.sweep import outcome, plans, trunks
@@ -23,6 +25,8 @@ from blindvalm_jax.sweep.manifest import Manifest, State
 
 # Attempts in a row that never ended and left no newer checkpoint, before a run is called failed.
 _MOST_CUTS = 3
+# A worker all of whose runs fail, so many of them, is on a machine that no run should be lost to.
+_MOST_FAILURES = 3
 _POLL_SECONDS = 1.0
 
 
@@ -31,10 +35,15 @@ def runs_of(workdir: Path) -> Path:
     return workdir / "runs"
 
 
+def leases_in(workdir: Path) -> Path:
+    """Where the leases of the runs are."""
+    return workdir / "leases"
+
+
 def leases_of(workdir: Path, *, seconds: float) -> Leases:
     """The leases of a sweep for a worker of its own name."""
     worker = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-    return Leases(workdir / "leases", worker=worker, seconds=seconds)
+    return Leases(leases_in(workdir), worker=worker, seconds=seconds)
 
 
 def work(
@@ -50,10 +59,9 @@ def work(
     trained with those that they branch from, as far as nobody else trains these.
 
     Raises:
-      UserError: runs branch from each other.
+      UserError: FAISS is asked for and not installed, or the first runs of this worker all failed.
       Preempted: SIGTERM ended it, and its run is saved.
     """
-    trunks.levels(runs)
     with preemption.noticed():
         return _work(workdir, runs, list(runs) if only is None else only, lease_seconds)
 
@@ -63,14 +71,24 @@ def _work(
 ) -> int:
     manifest, leases = Manifest(workdir), leases_of(workdir, seconds=lease_seconds)
     told: list[str] = []
+    ends: list[str] = []  # of this worker's runs
     while True:
         states = manifest.states()
         left = [name for name in wanted if states[name].open]
         if not left:
             return _conclude(manifest, wanted)
+        if any(runs[name].grounding.search == "faiss" for name in left):
+            faiss_engine.library()  # or all of these would fail here
+        if ends == ["failed"] * _MOST_FAILURES:
+            raise UserError(
+                f"all {len(ends)} runs that this worker took have failed: it leaves the others; "
+                "mend what is said above and start it again, with --retry for those that failed"
+            )
         # several may wait for the same one
         left = list(dict.fromkeys(_first_of(name, states, runs, runs_of(workdir)) for name in left))
-        if any(_done_by_this(name, leases, manifest, runs, workdir) for name in left):
+        taken = (_ended_here(name, leases, manifest, runs, workdir) for name in left)
+        if (ended := next((end for end in taken if end is not None), None)) is not None:
+            ends += [ended] if ended else []
             told = []
             continue
         if told != left:
@@ -94,57 +112,64 @@ def _first_of(
     return _first_of(trunk.run, states, runs, place)
 
 
-def _done_by_this(
+def _ended_here(
     name: str, leases: Leases, manifest: Manifest, runs: Mapping[str, Config], workdir: Path
-) -> bool:
-    """Trains a run, if nobody else does."""
+) -> str | None:
+    """Trains a run, if nobody else does, and says how it ended.
+
+    "": another has ended it in the meantime; None: another trains it.
+    """
     if leases.take(name) is not None:
-        return False
+        return None
     directory = runs_of(workdir) / name
-    with leases.kept(name, lost=_end_at_once):
+    with leases.kept(name, lost=_end_at_once), contextlib.ExitStack() as stack:
+        # Another may have ended it between the look at the manifest and the lease.
+        if not manifest.states()[name].open:
+            return ""
         try:
-            with held(directory):  # by a worker that is silent and lives, say
-                # Another may have ended it between the look at the manifest and the lease.
-                if manifest.states()[name].open:
-                    _attempt(manifest, name, runs[name], directory)
-        except files.HeldError:
-            return False
-    return True
+            stack.enter_context(held(directory))
+        except files.HeldError:  # by a worker that is silent and lives, say
+            return None
+        except UserError as error:
+            return _failed(manifest, name, str(error), workdir)
+        return _attempt(manifest, name, runs[name], directory)
 
 
-def _attempt(manifest: Manifest, name: str, settings: Config, workdir: Path) -> None:
+def _attempt(manifest: Manifest, name: str, settings: Config, workdir: Path) -> str:
     """Trains a run and writes down how it ended; what ends it ends no other run."""
-    newest = max(layout.steps(workdir), default=0)
+    sweep, newest = workdir.parents[1], max(layout.steps(workdir), default=0)
     cut = manifest.states()[name].cut_at(newest)
     if cut >= _MOST_CUTS:
         about = f"{cut} attempts in a row were cut off, and left no newer checkpoint"
-        manifest.add(name, "failed", about=about)
-        print_error(f"{name}: {about}; given up")
-        return
+        return _failed(manifest, name, about, sweep)
     print(f"{name}: {f'goes on at step {newest}' if newest else 'begun'}", flush=True)
     process = f"{socket.gethostname()}:{os.getpid()}"
     manifest.add(name, "started", process=process, step=newest)
-    about = ""
     try:
-        code = starting.start(plans.placed(settings, workdir.parents[1]), workdir)
+        code = starting.start(plans.placed(settings, sweep), workdir)
     except UserError as error:
-        code, about = 1, str(error)
-        print_error(f"{name}: {error}")
+        return _failed(manifest, name, str(error), sweep)
     except Exception as error:  # a lack of memory, a bug: the other runs go on
-        code, about = 1, f"{type(error).__name__}: {first_line(error)}"
         traceback.print_exc()
-        print_error(f"{name}: {about}")
+        return _failed(manifest, name, f"{type(error).__name__}: {first_line(error)}", sweep)
     except (Preempted, KeyboardInterrupt):
         with preemption.kept():
             manifest.add(name, "preempted")
         raise
-    if code == 0:
-        manifest.add(name, "done", **outcome.of(workdir))
-        return
     if code == DIVERGED:
-        about = outcome.of_divergence(workdir)
-    about = outcome.about(about, workdir.parent.parent)
-    manifest.add(name, "diverged" if code == DIVERGED else "failed", about=about)
+        about = outcome.about(outcome.of_divergence(workdir), sweep)
+        manifest.add(name, "diverged", about=about)
+        return "diverged"
+    if code:
+        return _failed(manifest, name, f"ended with {code}", sweep)
+    manifest.add(name, "done", **outcome.of(workdir))
+    return "done"
+
+
+def _failed(manifest: Manifest, name: str, about: str, sweep: Path) -> str:
+    print_error(f"{name}: {about}")
+    manifest.add(name, "failed", about=outcome.about(about, sweep))
+    return "failed"
 
 
 def _conclude(manifest: Manifest, names: Sequence[str]) -> int:
@@ -158,6 +183,9 @@ def _conclude(manifest: Manifest, names: Sequence[str]) -> int:
 
 
 def _end_at_once() -> None:
-    """What trains under a lease that is another's would write over the other's work."""
-    print_error("this worker stood still and its run was taken over by another: it ends here")
-    os._exit(1)
+    """What trains under a lease that is another's would write over the other's work.
+
+    That is no error of the run: schedulers start a worker again that ends so.
+    """
+    print_error("this worker stood still, so that another may have its run by now: it ends here")
+    os._exit(LEFT)
