@@ -269,7 +269,9 @@ def write_record(
         starts = files.read_object(path).get("starts", []) if path.exists() else []
     code = {"commit": commit(), "code_sha256": CODE_SHA256}
     written = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    devices = [jax.devices()[0].device_kind, jax.device_count()]
     start: dict[str, Any] = {"time": written, "began": began, "step": step, **code}
+    start["devices"] = devices
     if before is not None and (changed := changes.between(before, given)):
         start["changed"] = changed
     starts.append(start)
@@ -278,7 +280,7 @@ def write_record(
         "config_as_given": changes.plain(given),
         "versions": versions(),
         **code,
-        "devices": [jax.devices()[0].device_kind, jax.device_count()],
+        "devices": devices,
         "processes": jax.process_count(),
         **places.as_given(about),
         "starts": starts,

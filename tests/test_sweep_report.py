@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from blindvalm_jax import config
+from blindvalm_jax.config import Config
 from blindvalm_jax.costs import of_settings
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.scaling import results
@@ -120,17 +121,24 @@ def planned() -> Planned:
     return Planned.of(parsed, of_settings.account(parsed), family="gpt2")
 
 
-def written(sweep_: Path, metrics: list[dict[str, Any]], *, name: str = "a", **tasks: Any) -> Path:
+def written(
+    sweep_: Path,
+    metrics: list[dict[str, Any]],
+    *,
+    name: str = "a",
+    settings: Config | None = None,
+    **tasks: Any,
+) -> Path:
     """A run that is done, as if it had been trained on two devices."""
     directory = sweep_ / "runs" / name
     (directory / "eval").mkdir(parents=True)
     (directory / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in metrics))
-    record = {"devices": ["H100", 2], "tokenizer": {"fingerprint": name}}
+    record = {"devices": ["H100", 2], "tokenizer": {"fingerprint": name}, "starts": [{"step": 0}]}
     (directory / "run.json").write_text(json.dumps(record))
     if tasks:
         (directory / "eval" / "results.json").write_text(json.dumps({"tasks": tasks}))
     manifest = Manifest(sweep_)
-    manifest.plan({name: planned().settings})
+    manifest.plan({name: settings or planned().settings})
     manifest.add(name, "done")
     return directory
 
@@ -151,19 +159,51 @@ def test_seconds_are_of_all_updates_and_devices_without_the_start(tmp_path: Path
     assert read(tmp_path / "c").unusable == "done, and has no held-out loss of its last update"
 
 
+def test_seconds_are_of_the_devices_that_updates_were_made_on(tmp_path: Path) -> None:
+    """A run went on at step 6 on more of another kind; the line behind that is its start's."""
+    seconds = [(2, 9.0), (4, 5.0), (6, 5.0), (8, 8.0), (10, 2.0)]
+    timed = [{"step": i, "perf/step_seconds": t} for i, t in seconds]
+    directory = written(tmp_path, [*timed, {"step": 10, "eval/loss": 3.0}])
+    starts = [{"step": 0, "devices": ["cpu", 1]}, {"step": 6, "devices": ["H100", 4]}]
+    record = {"devices": ["H100", 4], "tokenizer": {"fingerprint": ""}, "starts": starts}
+    (directory / "run.json").write_text(json.dumps(record))
+    found = read(tmp_path)
+    assert (found.seconds, found.device) == (2.0 * 10 * 4, "H100")
+    record["starts"] = [*starts, {"step": 8, "devices": ["cpu", 1]}]
+    (directory / "run.json").write_text(json.dumps(record))
+    assert (read(tmp_path).seconds, read(tmp_path).device) == (None, "")
+
+
+def test_what_was_trained_with_other_settings_is_no_result(tmp_path: Path) -> None:
+    """Of N, tokens and FLOPs the config tells, of losses the directory."""
+    written(tmp_path, [{"step": 10, "eval/loss": 3.0}])
+    one = planned()
+    decoder = dataclasses.replace(one.settings.decoder, layers=3)
+    other = dataclasses.replace(one, settings=dataclasses.replace(one.settings, decoder=decoder))
+    with pytest.raises(UserError, match=r"run a with other settings: decoder\.layers: 12 -> 3"):
+        collected.read(tmp_path, {"a": other})
+    data = dataclasses.replace(one.settings.data, files="moved.txt")
+    moved = dataclasses.replace(one, settings=dataclasses.replace(one.settings, data=data))
+    (found,) = collected.read(tmp_path, {"a": moved})
+    assert found.loss == 3.0
+    Manifest(tmp_path).plan({"b": one.settings})
+    said = collected.notes(tmp_path, [found])
+    assert "In the directory and not in this config: b." in said
+
+
 def test_runs_of_one_size_are_timed_together(tmp_path: Path) -> None:
     """A short branch has few updates of its own, or its start alone."""
     timed = [{"step": i, "perf/step_seconds": t} for i, t in ((2, 9.0), (9, 2.0), (10, 7.0))]
     written(tmp_path, [*timed, {"step": 10, "eval/loss": 3.0}])
-    written(tmp_path, [{"step": 10, "perf/step_seconds": 9.0, "eval/loss": 1.0}], name="b")
     one = planned()
     longer = dataclasses.replace(one.settings.train, steps=20)
-    other = Planned.of(
-        dataclasses.replace(one.settings, train=longer), one.account, family=one.family
-    )
+    settings = dataclasses.replace(one.settings, train=longer)
+    start = {"step": 10, "perf/step_seconds": 9.0, "eval/loss": 1.0}
+    written(tmp_path, [start], name="b", settings=settings)
+    other = Planned.of(settings, one.account, family=one.family)
     found = collected.read(tmp_path, {"a": one, "b": other})
     assert [x.seconds for x in found] == [2.0 * 10 * 2, 2.0 * 20 * 2]
-    blind = Planned.of(one.settings, one.account, family="blind")
+    blind = Planned.of(settings, one.account, family="blind")
     assert collected.read(tmp_path, {"a": one, "b": blind})[1].seconds is None
 
 
@@ -193,14 +233,14 @@ def test_readers_are_told_what_is_not_alike(tmp_path: Path) -> None:
         "Trained on 2 x H100.",
         "Runs have different tokenizers: their losses a token cannot be compared.",
     ]
-    record = {"devices": ["A100", 2], "tokenizer": {"fingerprint": "a"}}
+    record = {"devices": ["A100", 2], "tokenizer": {"fingerprint": "a"}, "starts": []}
     (other / "run.json").write_text(json.dumps(record))
     said = collected.notes(tmp_path, found)
     assert said[0] == "Trained on 2 x A100, 2 x H100."
     found = collected.read(tmp_path, {"a": planned(), "b": planned()})
-    assert [run.device for run in found] == ["H100", "A100"]
+    assert [run.device for run in found] == ["H100", ""]
     (other / "run.json").write_text("{}")
-    with pytest.raises(UserError, match="does not say devices and tokenizer"):
+    with pytest.raises(UserError, match="lacks starts, devices or tokenizer"):
         collected.notes(tmp_path, found)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from blindvalm_jax import files, metrics
+from blindvalm_jax import changes, files, metrics
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.scaling.results import Result, Score
 from blindvalm_jax.sweep import outcome, trunks, worker
@@ -20,15 +20,19 @@ def read(workdir: Path, runs: Mapping[str, Planned]) -> list[Result]:
     """A result of each run that was planned, in their order, whatever became of it.
 
     Raises:
-      UserError: there is no sweep, or a file of a run is not what it should be.
+      UserError: there is no sweep, its runs were planned with settings that make them others, or a
+        file of a run is not what it should be.
     """
     if not (workdir / "manifest.jsonl").exists():
         raise UserError(f"{workdir} holds no sweep: it has no manifest.jsonl")
-    states, place = Manifest(workdir).states(), worker.runs_of(workdir)
+    manifest, place = Manifest(workdir), worker.runs_of(workdir)
+    settings = {name: plan.settings for name, plan in runs.items()}
+    manifest.check(settings, free=(*changes.OF_COMPUTING, *changes.OF_PLACES))
+    states = manifest.states()
     windows: dict[tuple[Any, ...], list[_Window]] = {}
     for name, plan in runs.items():
-        if found := _windows(place / name):
-            windows.setdefault(_alike(plan, place / name), []).extend(found)
+        for window in _windows(place / name):
+            windows.setdefault(_alike(plan, window.devices), []).append(window)
     return [
         _result(name, plan, states.get(name, State()), place / name, windows, _root(name, runs))
         for name, plan in runs.items()
@@ -49,16 +53,23 @@ def notes(workdir: Path, results: Sequence[Result]) -> list[str]:
         lines.append(f"Trained on {', '.join(f'{count} x {kind}' for kind, count in devices)}.")
     if commits := sorted({record.commit for record in records if record.commit}):
         lines.append(f"Code of the runs: {', '.join(commits)}.")
+    names = {result.name for result in results}
+    if others := [name for name in Manifest(workdir).states() if name not in names]:
+        lines.append(f"In the directory and not in this config: {', '.join(others)}.")
     if len({record.tokenizer for record in records}) > 1:
         lines.append("Runs have different tokenizers: their losses a token cannot be compared.")
     return lines
 
 
+_Devices = tuple[str, int]  # kind and number
+
+
 class _Window(NamedTuple):
-    """Updates between two lines of metrics, and the seconds of each."""
+    """Updates between two lines of metrics, the seconds of each, and on what they were made."""
 
     updates: int
     seconds: float
+    devices: _Devices
 
 
 def _result(
@@ -72,8 +83,8 @@ def _result(
     at_end = outcome.of(directory)
     last = plan.settings.train.steps
     done = state.ended == "done" and at_end["step"] == last
-    alike = [] if at_end["step"] is None else windows.get(_alike(plan, directory), [])
-    kind, count = _record(directory).devices if alike else ("", 0)
+    kind, count = ("", 0) if at_end["step"] is None else _record(directory).devices
+    alike = windows.get(_alike(plan, (kind, count)), [])
     return Result(
         name=name,
         family=plan.family,
@@ -85,7 +96,7 @@ def _result(
         seconds=_median(alike) * last * count if alike else None,
         loss=float(at_end["loss"]) if done and at_end["loss"] is not None else None,
         scores=_scores(at_end["scores"], directory) if done else {},
-        device=kind,
+        device=kind if alike else "",
         ended=state.ended,
         about=state.about,
         trunk=trunk,
@@ -102,24 +113,28 @@ def _root(name: str, runs: Mapping[str, Planned]) -> str:
 
 
 def _windows(directory: Path) -> list[_Window]:
-    """Of a run, without its first line, in which starting took its time."""
+    """Of a run, without the first line of each start, in which starting took its time."""
     lines = metrics.records(directory / "metrics.jsonl")
     timed = [x for x in lines if x.get("perf/step_seconds") is not None]
-    return [
-        _Window(now["step"] - before["step"], float(now["perf/step_seconds"]))
-        for before, now in itertools.pairwise(timed)
-        if now["step"] > before["step"]
-    ]
+    starts = _record(directory).starts if timed else ()
+    found = []
+    for before, now in itertools.pairwise(timed):
+        # A start drops the lines of steps that it takes again.
+        began = next((start for start in reversed(starts) if start.step < now["step"]), None)
+        if began is not None and began.step < before["step"] < now["step"]:
+            updates = now["step"] - before["step"]
+            found.append(_Window(updates, float(now["perf/step_seconds"]), began.devices))
+    return found
 
 
-def _alike(plan: Planned, directory: Path) -> tuple[Any, ...]:
+def _alike(plan: Planned, devices: _Devices) -> tuple[Any, ...]:
     """What runs have in common whose updates take the same time, however many they have.
 
     A branch has few updates of its own, and those of its trunk tell as much.
     """
     settings = plan.settings
     rows, length = settings.train.batch_size, settings.data.sequence_length
-    return plan.family, plan.size, plan.n, rows, length, *_record(directory).devices
+    return plan.family, plan.size, plan.n, rows, length, *devices
 
 
 def _median(windows: Sequence[_Window]) -> float:
@@ -148,14 +163,22 @@ def _scores(asked: Mapping[str, float], directory: Path) -> dict[str, Score]:
     }
 
 
+class _Start(NamedTuple):
+    """From which step a run was trained on which devices."""
+
+    step: int
+    devices: _Devices
+
+
 @dataclasses.dataclass(frozen=True)
 class _Record:
-    """What run.json says of where a run was trained: kind and number of devices, and on what.
+    """What run.json says of where a run was trained, last and from each start on, and on what.
 
-    commit: of the code that began it, "" where it was in none.
+    commit: of the code that trained it last, "" where it was in none.
     """
 
-    devices: tuple[str, int]
+    devices: _Devices
+    starts: tuple[_Start, ...]
     tokenizer: str
     commit: str
 
@@ -164,11 +187,18 @@ def _record(directory: Path) -> _Record:
     path = directory / "run.json"
     record = files.read_object(path, hint="the record of a run that has metrics")
     try:
-        kind, count = record["devices"]
+        last = record["devices"]
+        starts = [(start["step"], start.get("devices", last)) for start in record["starts"]]
         return _Record(
-            devices=(str(kind), int(count)),
+            devices=_devices(last),
+            starts=tuple(_Start(int(step), _devices(given)) for step, given in starts),
             tokenizer=str(record["tokenizer"]["fingerprint"]),
             commit=str(record.get("commit") or ""),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} does not say devices and tokenizer: {error!r}") from error
+        raise UserError(f"{path} lacks starts, devices or tokenizer: {error!r}") from error
+
+
+def _devices(given: Any) -> _Devices:
+    kind, count = given
+    return str(kind), int(count)

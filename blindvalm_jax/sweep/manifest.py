@@ -85,7 +85,7 @@ class Manifest:
           UserError: others do.
         """
         planned, found = self._planned(), {}
-        for name in runs.keys() & planned.keys():
+        for name in (name for name in runs if name in planned):
             before, now = _complete(planned[name]), _complete(_chosen(runs[name]))
             differ = [k for k in before | now if before.get(k) != now.get(k)]
             lines = {k: f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in differ}
