@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -17,17 +18,20 @@ from ml_collections import ConfigDict
 
 from blindvalm_jax import compilation, config, ladder, optim, partitioning, presets
 from blindvalm_jax.config import Config
-from blindvalm_jax.costs import language, of_settings, parameters, products, searching
-from blindvalm_jax.costs.account import Account
+from blindvalm_jax.costs import language, of_settings, parameters, products, searching, tables
+from blindvalm_jax.costs.account import HOST_SEARCH, Account
 from blindvalm_jax.costs.products import Product
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.grounding.faiss_engine import default_settings
+from blindvalm_jax.grounding.faiss_engine import FaissEngine, default_settings
+from blindvalm_jax.grounding.index import ImageIndex
+from blindvalm_jax.interop import clip_model
 from blindvalm_jax.models.clip import TowerConfig
 from blindvalm_jax.models.contrastive import Clip, ClipConfig
 from blindvalm_jax.models.vision import VisionConfig
 from blindvalm_jax.objectives.contrastive_model import Model
 from blindvalm_jax.objectives.shapes import Shapes
 from blindvalm_jax.sweep import cost
+from tests import small_index, small_valm, test_train, tiny_tokenizers
 
 ROWS, LENGTH = 64, 64
 VARIANTS = ("gpt2", "blind", "eos", "valm", "valm_eos")
@@ -176,9 +180,57 @@ def test_gflops_a_token_of_valm_at_the_papers_size() -> None:
     assert account.gathered == 4 * 768 * 4
     searched = account.units * (2 * 768 * (131_072 + 256) + 32 / 131_072 * 191_500_000 * 64)
     assert account.budget - account.device_budget == pytest.approx(searched, rel=1e-6)
-    encoded = account.once["images encoded with vit_l14"]
+    once = {what: flops or 0.0 for what, flops in account.once.items()}
+    encoded = once["images encoded with vit_l14"]
     assert encoded == pytest.approx(3.1e19, rel=0.01)
-    assert account.once["lists and codes of the index"] < encoded / 100
+    assert 0 < once["lists and codes of the index"] < encoded / 100
+
+
+def valm_of(clip: Path, index: str, **grounding: object) -> Config:
+    values = ladder.rung(config.default(), "10m", "valm", LENGTH)
+    values.tokenizer.update(kind="clip", path=str(clip))
+    values.grounding.update(tower=str(clip), index=index, **grounding)
+    return config.parse(values)
+
+
+def test_a_named_clip_says_what_its_images_took_once(tmp_path: Path) -> None:
+    """By its own image tower, whatever width it has; of a CLIP that is no run of ours no more."""
+    clip = small_valm.write_clip(tmp_path / "clip")
+    once = of_settings.account(valm_of(clip, "vectors:1000")).once
+    image = products.image_tower(clip_model.load_vision(clip).config)
+    assert once == {
+        "the training of the CLIP": None,
+        "images encoded": 1000 * sum(one.forward for one in image),
+    }
+    text_alone = test_train.write_tower(tmp_path / "text", vocab_size=700)
+    tiny_tokenizers.write_pair(text_alone, *tiny_tokenizers.clip_parts())
+    once = of_settings.account(valm_of(text_alone, "vectors:1000")).once
+    assert once == {"the training of the CLIP": None, "images encoded": None}
+    said = tables.of_run(of_settings.account(valm_of(text_alone, "vectors:1000")), mfu=0.4)
+    assert "once, outside of the budget: images encoded: not counted, nothing here tells it" in said
+
+
+def test_what_is_found_ahead_is_found_for_every_token(tmp_path: Path) -> None:
+    values = ladder.rung(config.default(), "10m", "valm", LENGTH)
+    values.grounding.update(index="vectors:4096", search="prepared", prepared=str(tmp_path))
+    account = of_settings.account(config.parse(values))
+    (what,) = account.once_a_unit
+    longer = dataclasses.replace(account, units=3 * account.units)
+    assert longer.once[what] == pytest.approx(3 * (account.once[what] or math.nan))
+    assert tables.done_once([account, longer, account])[what] == longer.once[what]
+
+
+@pytest.mark.faiss
+def test_an_index_of_faiss_that_is_there_is_the_one_that_is_asked(tmp_path: Path) -> None:
+    clip, index = small_valm.write_clip(tmp_path / "clip"), tmp_path / "index"
+    small_index.build(index, 300)
+    opened = ImageIndex.open(index)
+    FaissEngine(opened, neighbours=2, lists=5)
+    made = default_settings(300, small_index.WIDTH, lists=5)
+    assert made != default_settings(300, small_index.WIDTH)
+    account = of_settings.account(valm_of(clip, str(index), search="faiss"))
+    (search,) = (one for one in account.products if one.part == HOST_SEARCH)
+    assert search.flops == searching.ivf_pq(300, small_index.WIDTH, made, nprobe=32).flops
 
 
 def test_a_position_of_clips_text_tower() -> None:

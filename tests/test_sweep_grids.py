@@ -8,19 +8,23 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from blindvalm_jax import config, optim
+from blindvalm_jax import config, ladder, optim, partitioning
 from blindvalm_jax.costs import of_settings
+from blindvalm_jax.data import packing, tokenizers
 from blindvalm_jax.errors import UserError
+from blindvalm_jax.objectives.shapes import Shapes
 from blindvalm_jax.scaling import rules
 from blindvalm_jax.scaling.rules import Rules
 from blindvalm_jax.sweep import grids, plans, trunks
 from blindvalm_jax.sweep.manifest import Manifest
 from blindvalm_jax.toyworld import recipes, sizes, supply
 from blindvalm_jax.toyworld.world import WorldConfig, objects
+from tests import small_aligned, small_text
 
 FAMILIES = ("gpt2", "blind", "eos", "valm")
 SIZES = ("2x32x2", "3x64x4", "4x128x4")
@@ -262,12 +266,40 @@ def test_runs_that_are_written_out_are_planned_as_they_are() -> None:
     runs = ConfigDict()
     for name, variant in (("a", "gpt2"), ("b", "blind_valm_eos"), ("c", "random_tower")):
         runs[name] = recipes.language(WorldConfig(), variant)
+    runs["clip"] = recipes.clip(WorldConfig())
     found = plans.planned(ConfigDict({"runs": runs}))
-    assert [run.family for run in found.values()] == ["gpt2", "eos", "random_tower"]
+    families = [run.family for name, run in found.items() if name != "clip"]
+    assert families == ["gpt2", "eos", "random_tower"]
     for name, run in found.items():
         assert run.settings == config.parse(copy.deepcopy(runs[name]))
         assert run.share == 1
         assert run.budget == run.flops == of_settings.account(run.settings).budget
+
+
+def test_what_a_tower_with_its_own_tokens_costs_is_known_of_prepared_text(tmp_path: Path) -> None:
+    named = small_aligned.write(tmp_path)
+    windows = packing.Recipe(
+        source=small_text.write_text(tmp_path / "a.txt", small_text.documents(20, longest=60)),
+        tokenizer=tokenizers.load("gpt2", named["tokenizer"]),
+        tower_tokenizer=tokenizers.load("clip", named["tower_tokenizer"]),
+        sequence_length=16,
+    )
+    made = packing.prepare(windows, tmp_path / "windows", workers=1)
+    values = given(sizes=SIZES[:1], budgets=(1e11,))
+    values.base = ladder.rung(config.default(), "10m", "blind", 16)
+    values.base.optimizer.schedule = "constant_cooldown"
+    values.base.tokenizer.update(kind="gpt2", path=named["tokenizer"])
+    values.base.decoder.vocab_size = made.tokenizer.vocab_size
+    values.base.grounding.update(tower=named["tower"], tokenizer=named["tower_tokenizer"])
+    values.families = grids.variants(values.base, ("blind",))
+    with pytest.raises(UserError, match=r"families\.blind with 2x32x2: the tower has a tokenizer"):
+        plans.planned(values)
+    values.base.data.windows = str(tmp_path / "windows")
+    (run,) = plans.planned(values).values()
+    told = Shapes(run.settings, None, partitioning.make_mesh(run.settings.mesh, jax.devices()[:1]))
+    assert told.tower_length == made.tower_length
+    per_token = told.describe(told.abstract_batch())["flops_per_token"]["total"]
+    assert run.flops == pytest.approx(per_token * run.tokens)
 
 
 def test_a_toy_world_tells_its_sizes_before_it_is_made() -> None:

@@ -271,5 +271,6 @@ def test_what_is_done_once_is_told_for_each_family() -> None:
     (once,) = report.once(plans)
     assert once.what == "images encoded with vit_l14"
     assert once.families == ("valm", "valm_eos")
+    assert once.flops is not None
     assert once.flops > 1e14
     assert once.share == pytest.approx(once.flops / plans["valm"].budget)

@@ -30,10 +30,12 @@ class Line:
 class Account:
     """What a run costs.
 
-    unit: token or pair. vocabulary: its entries. once: FLOPs of what is done once, by what it is,
-    outside of the budget. units: trained on in all. padded_tower: the frozen tower as the reference
+    unit: token or pair. vocabulary: its entries. once_whole: FLOPs of what is done once, by what it
+    is, outside of the budget, None where nothing tells; once_a_unit: the same of what is done once
+    for each unit. units: trained on in all. padded_tower: the frozen tower as the reference
     pads it (`USEFUL`), for comparison. read: bytes of the index that a query reads, which queries
     of a batch share where the search is exact. gathered: bytes of the vectors found for a token.
+    guessed: whether the tower's positions in a row are (`shapes.tower_length`).
     """
 
     unit: str
@@ -42,11 +44,13 @@ class Account:
     trained: dict[str, int]
     frozen: dict[str, int]
     frozen_bytes: dict[str, float]
-    once: dict[str, float]
+    once_whole: dict[str, float | None]
     units: int
+    once_a_unit: dict[str, float] = dataclasses.field(default_factory=dict)
     padded_tower: tuple[Product, ...] = ()
     read: float | None = None
     gathered: float | None = None
+    guessed: bool = False
 
     @property
     def parameters(self) -> int:
@@ -85,6 +89,11 @@ class Account:
         """Of the budget what devices compute."""
         host = sum(one.training for one in self.products if one.part == HOST_SEARCH)
         return self.budget - host * self.units
+
+    @property
+    def once(self) -> dict[str, float | None]:
+        """FLOPs of what is done once, outside of the budget; None where nothing tells."""
+        return self.once_whole | {what: x * self.units for what, x in self.once_a_unit.items()}
 
     def lines(self) -> list[Line]:
         """The account part by part."""

@@ -7,20 +7,20 @@ Made from them alone, without data and without compiling: the vocabulary is that
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
-from blindvalm_jax import presets, system
+from blindvalm_jax import system
 from blindvalm_jax.config import Config
-from blindvalm_jax.costs import language, parameters, products, searching
+from blindvalm_jax.costs import clips, language, parameters, products, searching
 from blindvalm_jax.costs.account import HOST_SEARCH, USEFUL, Account
 from blindvalm_jax.costs.products import FORWARD, Product
-from blindvalm_jax.grounding.faiss_engine import PAPER_NPROBE, default_settings
+from blindvalm_jax.grounding import faiss_engine
+from blindvalm_jax.grounding.faiss_engine import PAPER_NPROBE, FaissSettings, default_settings
+from blindvalm_jax.grounding.index import ImageIndex
 from blindvalm_jax.models.clip import TowerConfig
-from blindvalm_jax.models.vision import VisionConfig
 from blindvalm_jax.objectives import contrastive_shapes
-from blindvalm_jax.objectives.shapes import ALIGNED, tower_of, vectors_of, vocabulary
+from blindvalm_jax.objectives.shapes import tower_length, tower_of, vectors_of, vocabulary
 from blindvalm_jax.toyworld import recipes, sizes
-
-_CLIP_IMAGE = 224  # pixels
 
 
 def account(settings: Config) -> Account:
@@ -33,18 +33,36 @@ def account(settings: Config) -> Account:
     if told.train.objective == "contrastive":
         return _contrastive(told)
     made = _language(told)
-    return dataclasses.replace(made, once={**_of_world(settings, told), **made.once})
+    once = {**_of_clip(settings, told), **made.once_whole}
+    return dataclasses.replace(made, once_whole=once)
 
 
-def _of_world(settings: Config, told: Config) -> dict[str, float]:
-    """FLOPs of a toy world's CLIP and of its images' embeddings, where settings name them."""
-    if recipes.OWN not in (settings.grounding.tower, settings.grounding.index):
+def _of_clip(settings: Config, told: Config) -> dict[str, float | None]:
+    """FLOPs of training the CLIP that settings name, and of its images' embeddings."""
+    grounding, vectors = settings.grounding, vectors_of(told.grounding)
+    if recipes.OWN in (grounding.tower, grounding.index):
+        return _of_world(settings, vectors)
+    if grounding.source == "none":
         return {}
+    named = grounding.tower not in ("", "random")
+    found = {"the training of the CLIP": clips.training(grounding.tower)} if named else {}
+    if not vectors:
+        return found
+    if named:
+        tower, encoding = clips.image_tower(grounding.tower), "images encoded"
+    else:
+        name, tower = clips.of_openai(told.grounding.random.projection)
+        encoding = f"images encoded{name and f' with {name}'}"
+    return found | {encoding: None if tower is None else searching.encoding(vectors, tower)}
+
+
+def _of_world(settings: Config, vectors: int) -> dict[str, float | None]:
+    """The same of a toy world."""
     clip = _contrastive(sizes.told(sizes.clip(settings)))
-    found = {"the toy world's CLIP": clip.budget}
+    found: dict[str, float | None] = {"the toy world's CLIP": clip.budget}
     if settings.grounding.index == recipes.OWN:
         image = sum(one.forward for one in clip.products if one.part == "image tower")
-        found["its images embedded"] = image * vectors_of(told.grounding)
+        found["its images embedded"] = image * vectors
     return found
 
 
@@ -63,7 +81,7 @@ def _contrastive(settings: Config) -> Account:
         trained=parameters.pair(shape),
         frozen={},
         frozen_bytes={},
-        once={},
+        once_whole={},
         units=settings.train.steps * settings.train.batch_size,
     )
 
@@ -73,11 +91,12 @@ def _language(settings: Config) -> Account:
     tower, aligned = tower_of(settings, entries)
     vectors, length = vectors_of(settings.grounding), settings.data.sequence_length
     exact = settings.grounding.search == "exact"
+    positions, guessed = tower_length(settings.data, aligned=aligned)
     found = language.token(
         settings,
         vocab_size=entries.vocab_size,
         tower=tower,
-        tower_length=round(ALIGNED * length) if aligned else length,
+        tower_length=positions,
         vectors=vectors if exact else 0,
     )
     units = settings.train.steps * settings.train.batch_size * length
@@ -93,8 +112,9 @@ def _language(settings: Config) -> Account:
         trained={name: count for name, count in trained.items() if count},
         frozen={},
         frozen_bytes={},
-        once={},
+        once_whole={},
         units=units,
+        guessed=guessed,
     )
     if tower is not None:
         made = _with_tower(made, settings, tower)
@@ -119,11 +139,11 @@ def _with_images(made: Account, settings: Config, tower: TowerConfig, vectors: i
     """With the search, what it reads, and what is done once for it."""
     grounding, width = settings.grounding, tower.projection
     value = _value_bytes(settings)
-    once, found = _encoding(vectors, width), made.products
+    found, once = made.products, dict(made.once_whole)
     query, part = searching.exact(vectors, width, value_bytes=value), "search"
     if grounding.search == "faiss":
         asked = {"lists": grounding.lists, "code_bytes": grounding.code_bytes}
-        index = default_settings(vectors, width, **asked)
+        index = _made_index(grounding.index) or default_settings(vectors, width, **asked)
         visited = {"nprobe": grounding.nprobe or PAPER_NPROBE, "candidates": grounding.rerank}
         query, part = searching.ivf_pq(vectors, width, index, **visited), HOST_SEARCH
         once["lists and codes of the index"] = searching.building(vectors, width, index)
@@ -134,34 +154,24 @@ def _with_images(made: Account, settings: Config, tower: TowerConfig, vectors: i
         length, eos = settings.data.sequence_length, grounding.readout == "eos"
         row = products.packed_tower(tower, length=length, eos=eos)
         token = sum(one.forward for one in row) / length + query.flops
-        once["neighbours by exact search, each token seen once"] = token * made.units
-        return dataclasses.replace(made, once=once, gathered=read)
+        ahead = {"neighbours by exact search, each token seen once": token}
+        return dataclasses.replace(made, once_a_unit=ahead, gathered=read)
     return dataclasses.replace(
         made,
         products=found,
         frozen_bytes={**made.frozen_bytes, part: query.held},
-        once=once,
+        once_whole=once,
         read=query.read,
         gathered=read,
     )
 
 
-def _encoding(vectors: int, width: int) -> dict[str, float]:
-    """FLOPs of encoding all images with the OpenAI CLIP whose features are so wide, if one is."""
-    for name, (patch, (layers, inner, heads), _, projection, _) in presets.OPENAI_CLIPS.items():
-        if projection == width:
-            tower = VisionConfig(
-                kind="vit",
-                image_size=_CLIP_IMAGE,
-                width=inner,
-                projection=projection,
-                patch=patch,
-                layers=layers,
-                heads=heads,
-                mlp_width=4 * inner,
-            )
-            return {f"images encoded with {name}": searching.encoding(vectors, tower)}
-    return {}
+def _made_index(directory: str) -> FaissSettings | None:
+    """Of the FAISS index beside an image index, if it is there: a run takes that."""
+    place = Path(directory).expanduser()
+    if not (place / faiss_engine.RECORD_FILE).exists():
+        return None
+    return faiss_engine.settings_of(ImageIndex.open(place))
 
 
 def _value_bytes(settings: Config) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from blindvalm_jax import flops, markdown
@@ -84,10 +84,7 @@ def of_sweep(
     rows.append(("all", "", "", "", f"{whole:.3e}", f"{computed:.3e}"))
     head = ("run", "trained parameters", "MFLOPs a unit", "units", "FLOPs", "without its trunk's")
     lines = markdown.aligned(head, rows, numbers=5)
-    lines += [
-        f"once, outside of the budget: {what}: {cost:.3e} FLOPs"
-        for what, cost in _once(accounts).items()
-    ]
+    lines += [_in_words(what, cost) for what, cost in done_once(accounts.values()).items()]
     return [*lines, *_hours(_on_devices(accounts, shares), mfu=mfu)]
 
 
@@ -115,8 +112,19 @@ def _on_devices(accounts: Mapping[str, Account], shares: Mapping[str, float]) ->
     return sum(one.device_budget * shares[name] for name, one in accounts.items())
 
 
-def _once(accounts: Mapping[str, Account]) -> dict[str, float]:
-    return {what: cost for one in accounts.values() for what, cost in one.once.items()}
+def done_once(accounts: Iterable[Account]) -> dict[str, float | None]:
+    """What runs need once; of what they need more or less of, the most."""
+    found: dict[str, float | None] = {}
+    for account in accounts:
+        for what, cost in account.once.items():
+            before = found.get(what)
+            found[what] = cost if before is None or cost is None else max(before, cost)
+    return found
+
+
+def _in_words(what: str, cost: float | None) -> str:
+    counted = "not counted, nothing here tells it" if cost is None else f"{cost:.3e} FLOPs"
+    return f"once, outside of the budget: {what}: {counted}"
 
 
 def as_json(account: Account, *, mfu: float) -> dict[str, Any]:
@@ -159,6 +167,11 @@ def _facts(account: Account) -> list[str]:
             f"so with the tower's texts padded to its context, {USEFUL:.0%} of it in use: "
             f"{mega(account.padded)} MFLOPs a {unit}"
         )
+    if account.guessed:
+        lines.append(
+            "the tower has a tokenizer of its own: how long its rows are is guessed without "
+            "prepared text (data.windows)"
+        )
     if account.read is not None:
         shared = any(one.part == "search" for one in account.products)
         lines.append(
@@ -167,8 +180,7 @@ def _facts(account: Account) -> list[str]:
         )
     if account.gathered is not None:
         lines.append(f"vectors gathered for a token: {account.gathered / 1e3:,.2f} kB")
-    once = account.once.items()
-    return lines + [f"once, outside of the budget: {what}: {cost:.3e} FLOPs" for what, cost in once]
+    return lines + [_in_words(what, cost) for what, cost in account.once.items()]
 
 
 def _hours(model_flops: float, *, mfu: float) -> list[str]:

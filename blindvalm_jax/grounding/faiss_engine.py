@@ -281,6 +281,15 @@ def _read_record(index: ImageIndex) -> _Record:
     return _Record(settings, made_by, values.get("sha256"))
 
 
+def settings_of(index: ImageIndex) -> FaissSettings:
+    """What `faiss.index` of an image index was made with.
+
+    Raises:
+      UserError: it is not there, damaged, or of other vectors.
+    """
+    return _read_record(index).settings
+
+
 def _rebuilding(index: ImageIndex, settings: Mapping[str, int]) -> str:
     """The command that makes `faiss.index` again, with the settings as far as they are known."""
     known = [f" --{name}={settings[name]}" for name in ("lists", "code_bytes") if name in settings]

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from blindvalm_jax import config, fitting, flops, partitioning, system
+from blindvalm_jax import addresses, config, fitting, flops, partitioning, system
 from blindvalm_jax.console import say
-from blindvalm_jax.data import pipeline, tokenizers
+from blindvalm_jax.data import manifest, pipeline, tokenizers
 from blindvalm_jax.data.manifest import TokenizerRecord
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding import images, retrieval
@@ -29,7 +29,7 @@ from blindvalm_jax.objectives.objective import Scalars
 # Entries of the vocabularies that have a fixed one; CLIP's has fairseq's four specials in front.
 _VOCABULARIES = {"clip": 49_412, "gpt2": 50_257}
 _CLIP_SPECIALS = 4
-ALIGNED = 1.25  # tower tokens for one of the language model's, at most, where they differ
+_ALIGNED = 1.25  # tower tokens for one of the language model's, at most, where they differ
 # In the place of an index: how many vectors one would hold.
 _TOLD = re.compile(r"vectors:(\d+)")
 
@@ -169,9 +169,8 @@ class Shapes(ShapesAlone):
 
     @property
     def tower_length(self) -> int:
-        """Tower tokens of a row (S); where the tower has a tokenizer of its own, an upper guess."""
-        length = self._settings.data.sequence_length
-        return round(ALIGNED * length) if self._aligned else length
+        """Tower tokens of a row, S."""
+        return tower_length(self._settings.data, aligned=self._aligned)[0]
 
     def describe(self, batch: Batch) -> dict[str, Any]:
         """Cost of a token."""
@@ -236,6 +235,18 @@ def tower_of(
         system.read_tower(settings, None)  # says what is missing
     shape, shares_tokens = _named_tower(grounding.tower)
     return shape, not (shares_tokens or vocabulary.kind == "clip")
+
+
+def tower_length(data: config.DataConfig, *, aligned: bool) -> tuple[int, bool]:
+    """Tower tokens of a row, S, and whether that is an upper guess.
+
+    Of a tower with a tokenizer of its own it is known of prepared text alone, of `data.windows`.
+    """
+    if not aligned:
+        return data.sequence_length, False
+    here = data.windows and not addresses.is_address(data.windows)
+    known = manifest.load(Path(data.windows).expanduser()).tower_length if here else None
+    return known or round(_ALIGNED * data.sequence_length), known is None
 
 
 @functools.lru_cache(maxsize=8)

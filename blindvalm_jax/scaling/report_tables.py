@@ -228,9 +228,12 @@ def once(costs: Sequence[Once]) -> list[Block]:
     if not costs:
         return [Text("Nothing that these runs need is done once outside of their budgets.")]
     about = "In no budget above: it is shared by all runs of the families that need it."
+    if any(one.flops is None for one in costs):
+        about += " Of what has a dash nothing here tells what it took."
     rows = [
-        [one.what, ", ".join(map(label, one.families)), f"{one.flops:.3g}", f"{one.share:.3g}"]
+        [one.what, ", ".join(map(label, one.families)), *(_or(x, "{:.3g}".format) for x in cost)]
         for one in costs
+        for cost in [(one.flops, one.share)]
     ]
     head = ["what", "families", FLOPS, "times the largest budget"]
     return [Text(about), Table(head, rows)]

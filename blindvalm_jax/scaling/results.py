@@ -29,12 +29,15 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Once:
-    """What families need that is done once; share: of the largest budget, how many times."""
+    """What families need that is done once; share: of the largest budget, how many times.
+
+    flops, share: None where nothing tells them.
+    """
 
     what: str
     families: tuple[str, ...]
-    flops: float
-    share: float
+    flops: float | None
+    share: float | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,8 +78,9 @@ class Planned:
     ) -> Planned:
         """A run; budget: None where it is compared by what it costs itself."""
         shape = settings.decoder
-        updates = settings.train.steps * settings.train.batch_size
-        account = dataclasses.replace(account, units=updates * settings.data.sequence_length)
+        rows = settings.train.steps * settings.train.batch_size
+        units = rows * (settings.data.sequence_length if account.unit == "token" else 1)
+        account = dataclasses.replace(account, units=units)
         return cls(
             settings=settings,
             account=account,
@@ -251,6 +252,12 @@ def _model(
         parsed = schema.parse(settings)
         _check_inputs(parsed)
         account = of_settings.account(parsed)
+        if account.guessed:
+            raise UserError(
+                "the tower has a tokenizer of its own, and what its rows cost is known of prepared "
+                "text alone: make windows (python -m blindvalm_jax.prepare) and name them, "
+                "data.windows"
+            )
     except (UserError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"families.{family} with {size}: {error}") from error
     return settings, account, counted(account, parsed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from blindvalm_jax.costs import tables
 from blindvalm_jax.scaling import analysis
 from blindvalm_jax.scaling import report as page
 from blindvalm_jax.scaling.bootstrap import DRAWS
@@ -32,14 +33,17 @@ def write(workdir: Path, runs: Mapping[str, Planned], *, out: Path, draws: int =
 
 def once(runs: Mapping[str, Planned]) -> list[Once]:
     """What is done once, and for which families; of runs that need more or less of it, the most."""
-    costs: dict[str, float] = {}
     families: dict[str, list[str]] = {}
     for plan in runs.values():
-        for what, flops in plan.account.once.items():
-            costs[what] = max(flops, costs.get(what, 0.0))
+        for what in plan.account.once:
             families.setdefault(what, []).append(plan.family)
     largest = max(plan.budget for plan in runs.values())
     return [
-        Once(what, tuple(dict.fromkeys(families[what])), flops, flops / largest)
-        for what, flops in costs.items()
+        Once(
+            what,
+            tuple(dict.fromkeys(families[what])),
+            flops,
+            None if flops is None else flops / largest,
+        )
+        for what, flops in tables.done_once(plan.account for plan in runs.values()).items()
     ]
