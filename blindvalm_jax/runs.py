@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import platform
@@ -28,6 +29,7 @@ _WRITTEN = (
     *("parameters.txt", "placement.md", "profile", "quarantine", "run.json", "saved.json"),
     *("tensorboard", "tower", "wandb", "wandb.json"),
 )
+_TIMED = ("remat", "scan_unroll", "loss_chunk")
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -271,7 +273,7 @@ def write_record(
     written = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     devices = [jax.devices()[0].device_kind, jax.device_count()]
     start: dict[str, Any] = {"time": written, "began": began, "step": step, **code}
-    start["devices"] = devices
+    start |= {"devices": devices, "computed": _computed(resolved)}
     if before is not None and (changed := changes.between(before, given)):
         start["changed"] = changed
     starts.append(start)
@@ -287,6 +289,12 @@ def write_record(
     }
     files.write_json(workdir / "config.json", changes.plain(resolved))
     files.write_json(path, record)
+
+
+def _computed(resolved: Config) -> dict[str, Any]:
+    """Settings of a start that change how long its updates take, and not what they are."""
+    train, mesh = resolved.train, dataclasses.asdict(resolved.mesh)
+    return {"mesh": mesh} | {name: getattr(train, name) for name in _TIMED}
 
 
 def versions() -> dict[str, str]:

@@ -30,6 +30,7 @@ from blindvalm_jax import (
     trainer,
     trees,
 )
+from blindvalm_jax.costs import clips, of_settings
 from blindvalm_jax.data import pipeline, tokenizers
 from blindvalm_jax.data.windows import Windows
 from blindvalm_jax.errors import UserError
@@ -370,6 +371,12 @@ def test_the_tower_of_a_language_model_says_what_its_clip_says(
     packed: Any = side_by_side({"params": tower.params}, *inputs)
     np.testing.assert_allclose(packed[0, ends], expected, rtol=0, atol=1e-5)
     assert np.abs(np.asarray(expected[0] - expected[1])).max() > 1e-2
+
+
+def test_what_it_took_is_known_of_the_run(finished: Path, world: Path) -> None:
+    account = of_settings.account(config.parse(settings(world)))
+    assert clips.training(str(finished)) == pytest.approx(account.budget)
+    assert clip_model.vision_shape(finished) == clip_model.load_vision(finished).config
 
 
 def test_another_tokenizer_than_the_tower_s_is_refused_before_compilation(

@@ -199,15 +199,18 @@ def test_a_named_clip_says_what_its_images_took_once(tmp_path: Path) -> None:
     once = of_settings.account(valm_of(clip, "vectors:1000")).once
     image = products.image_tower(clip_model.load_vision(clip).config)
     assert once == {
-        "the training of the CLIP": None,
-        "images encoded": 1000 * sum(one.forward for one in image),
+        "training of the CLIP clip": None,
+        "images encoded with clip": 1000 * sum(one.forward for one in image),
     }
     text_alone = test_train.write_tower(tmp_path / "text", vocab_size=700)
     tiny_tokenizers.write_pair(text_alone, *tiny_tokenizers.clip_parts())
     once = of_settings.account(valm_of(text_alone, "vectors:1000")).once
-    assert once == {"the training of the CLIP": None, "images encoded": None}
+    assert once == {"training of the CLIP text": None, "images encoded with text": None}
     said = tables.of_run(of_settings.account(valm_of(text_alone, "vectors:1000")), mfu=0.4)
-    assert "once, outside of the budget: images encoded: not counted, nothing here tells it" in said
+    line = (
+        "once, outside of the budget: images encoded with text: not counted, nothing here tells it"
+    )
+    assert line in said
 
 
 def test_what_is_found_ahead_is_found_for_every_token(tmp_path: Path) -> None:

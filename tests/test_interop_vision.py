@@ -26,7 +26,7 @@ from blindvalm_jax.interop import (
     rules,
     weights,
 )
-from blindvalm_jax.interop.clip_model import load_clip, load_vision
+from blindvalm_jax.interop.clip_model import load_clip, load_vision, vision_shape
 from blindvalm_jax.interop.clip_text import load_tower
 from blindvalm_jax.models.contrastive import Clip, ClipConfig
 from blindvalm_jax.models.vision import CLIP_MEAN, CLIP_STD, VisionConfig, VisionTower
@@ -112,6 +112,7 @@ def test_a_whole_clip_is_its_towers_and_its_scale(tmp_path: Path) -> None:
     _, tensors = _whole(tmp_path)
     clip = load_clip(tmp_path)
     text, vision = load_tower(tmp_path), load_vision(tmp_path)
+    assert vision_shape(tmp_path) == vision.config
     assert (clip.config.text, clip.config.vision) == (text.config, vision.config)
     assert clip.config.temperature_start == pytest.approx(1 / 0.07, rel=1e-4)
     assert clip.config.temperature_cap == 100.0

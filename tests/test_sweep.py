@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -155,6 +156,11 @@ def test_how_runs_are_computed_may_change_and_is_kept(tmp_path: Path) -> None:
     assert manifest.plan(dict.fromkeys("ab", now)) == []
     assert manifest.contents()["a"]["settings"] == {"train.remat": "full"}
     assert manifest.states() == {"a": State(), "b": State()}
+    manifest.add("a", "done")
+    assert manifest.plan(dict.fromkeys("ab", settings())) == [
+        "1 runs go on with another setting, train.remat: 'full' -> 'none'"
+    ]
+    assert manifest.contents()["a"]["settings"] == {"train.remat": "full"}
     both = settings(train__remat="none", train__branch_from="elsewhere@4")
     with pytest.raises(UserError, match=r"run b with other settings: train\.branch_from: '' ->"):
         manifest.plan({"b": both})
@@ -387,6 +393,31 @@ def test_a_worker_all_of_whose_runs_fail_leaves_the_others(
         worker.work(sick, runs, lease_seconds=60)
     ended = [state.ended for state in Manifest(sick).states().values()]
     assert ended == ["failed", "failed", "failed", "", ""]
+
+
+def test_branches_of_a_failed_trunk_tell_nothing_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(given: Config, workdir: Path) -> int:
+        if given.seed:
+            raise RuntimeError("no device")
+        return 0
+
+    monkeypatch.setattr(starting, "start", start)
+    branch = settings(seed=1, train__branch_from="run:trunk@4")
+    runs = {"trunk": settings(seed=1), **dict.fromkeys("abcd", branch), "sound": settings()}
+    Manifest(tmp_path).plan(runs)
+    assert worker.work(tmp_path, runs, lease_seconds=60) == 1
+    ended = [state.ended for state in Manifest(tmp_path).states().values()]
+    assert ended == [*["failed"] * 5, "done"]
+
+
+def test_schedulers_start_a_worker_again_that_lost_its_lease() -> None:
+    program = "from blindvalm_jax.sweep import worker; worker._end_at_once()"
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 134
+    assert ended.stderr.startswith("error: this worker stood still, so that another may have its")
 
 
 def test_a_worker_without_faiss_takes_no_run(

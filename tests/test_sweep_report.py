@@ -169,9 +169,31 @@ def test_seconds_are_of_the_devices_that_updates_were_made_on(tmp_path: Path) ->
     (directory / "run.json").write_text(json.dumps(record))
     found = read(tmp_path)
     assert (found.seconds, found.device) == (2.0 * 10 * 4, "H100")
-    record["starts"] = [*starts, {"step": 8, "devices": ["cpu", 1]}]
+    record["starts"] = [*starts, {"step": 8, "devices": ["TPU v4", 4]}]
+    record["devices"] = ["TPU v4", 4]
     (directory / "run.json").write_text(json.dumps(record))
-    assert (read(tmp_path).seconds, read(tmp_path).device) == (None, "")
+    found = read(tmp_path)
+    assert (found.seconds, found.device) == (None, "")
+    assert collected.notes(tmp_path, [found])[0] == "Trained on 4 x H100, 4 x TPU v4, 1 x cpu."
+    del starts[0]["devices"]  # begun before starts had them
+    record |= {"starts": starts, "devices": ["H100", 4]}
+    (directory / "run.json").write_text(json.dumps(record))
+    assert read(tmp_path).seconds == 2.0 * 10 * 4
+
+
+def test_what_is_computed_in_other_ways_is_timed_apart(tmp_path: Path) -> None:
+    for name, remat, seconds in (("a", "none", 2.0), ("b", "full", 3.0)):
+        timed = [{"step": i, "perf/step_seconds": seconds} for i in (5, 10)]
+        directory = written(tmp_path, [*timed, {"step": 10, "eval/loss": 3.0}], name=name)
+        start = {"step": 0, "devices": ["H100", 2], "computed": {"remat": remat}}
+        record = {"devices": ["H100", 2], "tokenizer": {"fingerprint": ""}, "starts": [start]}
+        (directory / "run.json").write_text(json.dumps(record))
+    found = collected.read(tmp_path, {"a": planned(), "b": planned()})
+    assert [run.seconds for run in found] == [2.0 * 10 * 2, 3.0 * 10 * 2]
+    said = (
+        'Computed in different ways, which are timed apart: {"remat": "full"}; {"remat": "none"}.'
+    )
+    assert said in collected.notes(tmp_path, found)
 
 
 def test_what_was_trained_with_other_settings_is_no_result(tmp_path: Path) -> None:
@@ -233,12 +255,12 @@ def test_readers_are_told_what_is_not_alike(tmp_path: Path) -> None:
         "Trained on 2 x H100.",
         "Runs have different tokenizers: their losses a token cannot be compared.",
     ]
-    record = {"devices": ["A100", 2], "tokenizer": {"fingerprint": "a"}, "starts": []}
+    record = {"devices": ["A100", 2], "tokenizer": {"fingerprint": "a"}, "starts": [{"step": 0}]}
     (other / "run.json").write_text(json.dumps(record))
     said = collected.notes(tmp_path, found)
     assert said[0] == "Trained on 2 x A100, 2 x H100."
     found = collected.read(tmp_path, {"a": planned(), "b": planned()})
-    assert [run.device for run in found] == ["H100", ""]
+    assert [run.device for run in found] == ["H100", "A100"]
     (other / "run.json").write_text("{}")
     with pytest.raises(UserError, match="lacks starts, devices or tokenizer"):
         collected.notes(tmp_path, found)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-
 from blindvalm_jax import files, hub, presets
 from blindvalm_jax.errors import UserError
-from blindvalm_jax.interop import clip_model, formats
+from blindvalm_jax.interop import formats, run_directory
 from blindvalm_jax.models.vision import VisionConfig
 
 _IMAGE = 224  # pixels, of OpenAI's
 
 
-@functools.lru_cache(maxsize=8)
 def training(name: str) -> float | None:
     """Model FLOPs of its training, where it is a run of ours; None: nothing here tells.
 
@@ -24,19 +21,10 @@ def training(name: str) -> float | None:
         return None
     record = files.read_object(path / "run.json", hint="the record of the run that trained a CLIP")
     try:
-        asked = record["config_as_given"]["train"]
-        return float(record["flops_per_pair"]["total"] * asked["steps"] * asked["batch_size"])
-    except KeyError:  # the text side of a language model's run, say
-        return None
-
-
-@functools.lru_cache(maxsize=8)
-def image_tower(name: str) -> VisionConfig | None:
-    """The shape of its image tower; None: it has none that is read."""
-    try:
-        return clip_model.load_vision(name).config
-    except UserError:
-        return None
+        pair, rows = record["flops_per_pair"], record["config_as_given"]["train"]["batch_size"]
+        return float(pair["total"] * rows * run_directory.steps(path)[-1])
+    except KeyError as error:
+        raise UserError(f"{path / 'run.json'} lacks {error}: it is no run of a CLIP") from error
 
 
 def of_openai(width: int) -> tuple[str, VisionConfig | None]:
@@ -57,4 +45,4 @@ def of_openai(width: int) -> tuple[str, VisionConfig | None]:
                 mlp_width=4 * inner,
             )
             return name, tower
-    return "", None
+    return "a CLIP", None

@@ -17,6 +17,7 @@ from blindvalm_jax.costs.products import FORWARD, Product
 from blindvalm_jax.grounding import faiss_engine
 from blindvalm_jax.grounding.faiss_engine import PAPER_NPROBE, FaissSettings, default_settings
 from blindvalm_jax.grounding.index import ImageIndex
+from blindvalm_jax.interop import clip_model
 from blindvalm_jax.models.clip import TowerConfig
 from blindvalm_jax.objectives import contrastive_shapes
 from blindvalm_jax.objectives.shapes import tower_length, tower_of, vectors_of, vocabulary
@@ -44,16 +45,16 @@ def _of_clip(settings: Config, told: Config) -> dict[str, float | None]:
         return _of_world(settings, vectors)
     if grounding.source == "none":
         return {}
-    named = grounding.tower not in ("", "random")
-    found = {"the training of the CLIP": clips.training(grounding.tower)} if named else {}
-    if not vectors:
-        return found
-    if named:
-        tower, encoding = clips.image_tower(grounding.tower), "images encoded"
-    else:
+    found: dict[str, float | None] = {}
+    if grounding.tower in ("", "random"):
         name, tower = clips.of_openai(told.grounding.random.projection)
-        encoding = f"images encoded{name and f' with {name}'}"
-    return found | {encoding: None if tower is None else searching.encoding(vectors, tower)}
+    else:
+        name, tower = Path(grounding.tower).name, clip_model.vision_shape(grounding.tower)
+        found[f"training of the CLIP {name}"] = clips.training(grounding.tower)
+    if vectors:
+        cost = None if tower is None else searching.encoding(vectors, tower)
+        found[f"images encoded with {name}"] = cost
+    return found
 
 
 def _of_world(settings: Config, vectors: int) -> dict[str, float | None]:

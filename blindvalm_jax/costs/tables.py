@@ -113,13 +113,15 @@ def _on_devices(accounts: Mapping[str, Account], shares: Mapping[str, float]) ->
 
 
 def done_once(accounts: Iterable[Account]) -> dict[str, float | None]:
-    """What runs need once; of what they need more or less of, the most."""
-    found: dict[str, float | None] = {}
+    """What runs need once; of what they need more or less of, the most. None: nothing tells."""
+    every: dict[str, list[float | None]] = {}
     for account in accounts:
         for what, cost in account.once.items():
-            before = found.get(what)
-            found[what] = cost if before is None or cost is None else max(before, cost)
-    return found
+            every.setdefault(what, []).append(cost)
+    return {
+        what: max((cost for cost in costs if cost is not None), default=None)
+        for what, costs in every.items()
+    }
 
 
 def _in_words(what: str, cost: float | None) -> str:

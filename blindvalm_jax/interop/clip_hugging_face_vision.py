@@ -38,6 +38,8 @@ _SCALE = {"logit_scale_init_value": fields.Field(2.6592, float, low=-10.0, high=
 _SWITCHES = {"do_rescale": fields.switch(True), "do_normalize": fields.switch(True)}
 _RESCALE = {"rescale_factor": fields.Field(1 / 255, float)}
 
+_MODELS = ("clip", "clip_vision_model")
+_PROJECTION = "visual_projection.weight"
 # Older files hold the positions 0, 1, 2, ... as a buffer.
 _BUFFER = "vision_model.embeddings.position_ids"
 
@@ -50,7 +52,7 @@ def load(directory: Path) -> tuple[VisionConfig, dict[str, Any]]:
     """
     content = files.read_object(directory / "config.json")
     source = str(directory)
-    if content.get("model_type") not in ("clip", "clip_vision_model"):
+    if content.get("model_type") not in _MODELS:
         raise UserError(
             f"{source}/config.json: expected model_type clip or clip_vision_model, "
             f"got {content.get('model_type')!r}"
@@ -68,6 +70,15 @@ def load(directory: Path) -> tuple[VisionConfig, dict[str, Any]]:
     )
     weights.check(params, config, source)
     return config, params
+
+
+def shape(directory: Path) -> VisionConfig | None:
+    """The shape of the image tower, None where there is none; of tensors its projection is read."""
+    content = files.read_object(directory / "config.json")
+    if content.get("model_type") not in _MODELS:
+        return None
+    tensors = tensor_files.read_hugging_face(directory, skip=lambda name: name != _PROJECTION)
+    return vision_config(content, tensors, directory) if _PROJECTION in tensors else None
 
 
 def load_both(directory: Path) -> tuple[ClipConfig, dict[str, Any]]:

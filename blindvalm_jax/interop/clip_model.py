@@ -11,7 +11,7 @@ from blindvalm_jax.interop import clip_hugging_face_vision, formats, run_directo
 from blindvalm_jax.models.contrastive import ClipConfig
 from blindvalm_jax.models.vision import VisionConfig
 
-__all__ = ["Clip", "Vision", "load_clip", "load_vision"]
+__all__ = ["Clip", "Vision", "load_clip", "load_vision", "vision_shape"]
 
 
 class Clip(NamedTuple):
@@ -107,6 +107,24 @@ def load_vision(name: str | Path) -> Vision:
     if not isinstance(config, VisionConfig):
         raise TypeError(f"{path} gave a {type(config).__name__}")
     return Vision(config, params, source, weights.params_sha256(params))
+
+
+def vision_shape(name: str | Path) -> VisionConfig | None:
+    """The shape of the image tower that `load_vision` gives, whose weights are not read.
+
+    None: there is none.
+
+    Raises:
+      UserError: nothing is there, or its files do not say.
+    """
+    path = hub.local_path(name)
+    layout = formats.open_model(path).layout
+    if layout == "hf_clip":
+        return clip_hugging_face_vision.shape(path)
+    shape = {"weights": weights.spec, "run": run_directory.spec}.get(layout, lambda _: None)(path)
+    if isinstance(shape, ClipConfig):
+        shape = shape.vision
+    return shape if isinstance(shape, VisionConfig) else None
 
 
 def _layout(path: Path) -> str:

@@ -83,6 +83,17 @@ def load(directory: Path, *, step: int | None = None) -> Trained:
     )
 
 
+def spec(directory: Path) -> weights.Spec:
+    """The shape of the model of a run, whose checkpoints are not read.
+
+    Raises:
+      UserError: the run's files lack something or do not agree.
+    """
+    settings = config.from_dict(files.read_object(directory / "config.json"))
+    path = directory / "run.json"
+    return spec_of(settings, files.read_object(path), path)
+
+
 def _tokenizer_directory(windows: str, run: Path) -> Path | None:
     """Where the tokenizer lies, beside the windows, which may be in a store or of a run moved."""
     if addresses.is_address(windows):

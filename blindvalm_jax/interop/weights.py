@@ -178,17 +178,7 @@ def load(directory: str | Path, *, kind: str | tuple[str, ...] | None = None) ->
       UserError: naming the file, and the tensor, that is missing or wrong.
     """
     directory = Path(directory).expanduser()
-    path = directory / CONFIG_FILE
-    content = files.read_object(path)
-    needed = {"format", "kind", "config", "tokenizer", "source", "sha256"}
-    if content.keys() != needed:
-        raise UserError(f"{path} is no config of our weights: its keys must be {sorted(needed)}")
-    if content["format"] != FORMAT:
-        raise UserError(f"{path}: expected format {FORMAT}, got {content['format']!r}")
-    expected = (kind,) if isinstance(kind, str) else kind or tuple(_KINDS)
-    if content["kind"] not in expected:
-        raise UserError(f"{path}: expected kind {' or '.join(expected)}, got {content['kind']!r}")
-    config = rebuild(_KINDS[content["kind"]], content["config"], f"{path}: config")
+    config, content = _described(directory / CONFIG_FILE, kind)
     params_path = directory / PARAMS_FILE
     params = trees.unflatten(tensor_files.read_safetensors(params_path))
     check(params, config, str(params_path))
@@ -199,6 +189,26 @@ def load(directory: str | Path, *, kind: str | tuple[str, ...] | None = None) ->
             f"the file has changed since it was written; convert or copy it again"
         )
     return Weights(params, content["kind"], config, content["source"], sha256, content["tokenizer"])
+
+
+def spec(directory: str | Path) -> Spec:
+    """The shape of the model in a directory, whose weights are not read; raises as `load`."""
+    return _described(Path(directory).expanduser() / CONFIG_FILE, None)[0]
+
+
+def _described(path: Path, kind: str | tuple[str, ...] | None) -> tuple[Spec, dict[str, Any]]:
+    """What a config file of ours says: the shape of the model, and all."""
+    content = files.read_object(path)
+    needed = {"format", "kind", "config", "tokenizer", "source", "sha256"}
+    if content.keys() != needed:
+        raise UserError(f"{path} is no config of our weights: its keys must be {sorted(needed)}")
+    if content["format"] != FORMAT:
+        raise UserError(f"{path}: expected format {FORMAT}, got {content['format']!r}")
+    expected = (kind,) if isinstance(kind, str) else kind or tuple(_KINDS)
+    if content["kind"] not in expected:
+        raise UserError(f"{path}: expected kind {' or '.join(expected)}, got {content['kind']!r}")
+    config = rebuild(_KINDS[content["kind"]], content["config"], f"{path}: config")
+    return config, content
 
 
 def is_weights_directory(directory: Path) -> bool:

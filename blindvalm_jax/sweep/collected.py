@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ def read(workdir: Path, runs: Mapping[str, Planned]) -> list[Result]:
     windows: dict[tuple[Any, ...], list[_Window]] = {}
     for name, plan in runs.items():
         for window in _windows(place / name):
-            windows.setdefault(_alike(plan, window.devices), []).append(window)
+            windows.setdefault(_alike(plan, window.on), []).append(window)
     return [
         _result(name, plan, states.get(name, State()), place / name, windows, _root(name, runs))
         for name, plan in runs.items()
@@ -47,10 +48,14 @@ def notes(workdir: Path, results: Sequence[Result]) -> list[str]:
     """
     used = [worker.runs_of(workdir) / result.name for result in results if not result.unusable]
     records = [_record(directory) for directory in used]
-    devices = sorted({record.devices for record in records})
+    every = {start.on or record.on for record in records for start in record.starts}
+    devices = sorted({(on.kind, on.number) for on in every})
     lines = []
     if devices:
         lines.append(f"Trained on {', '.join(f'{count} x {kind}' for kind, count in devices)}.")
+    ways = sorted({on.computed for on in every if on.computed})
+    if len(ways) > 1:
+        lines.append(f"Computed in different ways, which are timed apart: {'; '.join(ways)}.")
     if commits := sorted({record.commit for record in records if record.commit}):
         lines.append(f"Code of the runs: {', '.join(commits)}.")
     names = {result.name for result in results}
@@ -61,7 +66,13 @@ def notes(workdir: Path, results: Sequence[Result]) -> list[str]:
     return lines
 
 
-_Devices = tuple[str, int]  # kind and number
+@dataclasses.dataclass(frozen=True)
+class _On:
+    """Devices, their kind and number, and how they computed, as JSON, "" of starts without it."""
+
+    kind: str
+    number: int
+    computed: str
 
 
 class _Window(NamedTuple):
@@ -69,7 +80,7 @@ class _Window(NamedTuple):
 
     updates: int
     seconds: float
-    devices: _Devices
+    on: _On
 
 
 def _result(
@@ -83,8 +94,8 @@ def _result(
     at_end = outcome.of(directory)
     last = plan.settings.train.steps
     done = state.ended == "done" and at_end["step"] == last
-    kind, count = ("", 0) if at_end["step"] is None else _record(directory).devices
-    alike = windows.get(_alike(plan, (kind, count)), [])
+    on = None if at_end["step"] is None else _record(directory).on
+    alike = [] if on is None else windows.get(_alike(plan, on), [])
     return Result(
         name=name,
         family=plan.family,
@@ -93,10 +104,10 @@ def _result(
         n=plan.n,
         tokens=plan.tokens,
         flops=plan.flops,
-        seconds=_median(alike) * last * count if alike else None,
+        seconds=_median(alike) * last * on.number if on and alike else None,
         loss=float(at_end["loss"]) if done and at_end["loss"] is not None else None,
         scores=_scores(at_end["scores"], directory) if done else {},
-        device=kind if alike else "",
+        device=on.kind if on and alike else "",
         ended=state.ended,
         about=state.about,
         trunk=trunk,
@@ -121,20 +132,22 @@ def _windows(directory: Path) -> list[_Window]:
     for before, now in itertools.pairwise(timed):
         # A start drops the lines of steps that it takes again.
         began = next((start for start in reversed(starts) if start.step < now["step"]), None)
-        if began is not None and began.step < before["step"] < now["step"]:
+        if began is None or began.on is None:
+            continue
+        if began.step < before["step"] < now["step"]:
             updates = now["step"] - before["step"]
-            found.append(_Window(updates, float(now["perf/step_seconds"]), began.devices))
+            found.append(_Window(updates, float(now["perf/step_seconds"]), began.on))
     return found
 
 
-def _alike(plan: Planned, devices: _Devices) -> tuple[Any, ...]:
+def _alike(plan: Planned, on: _On) -> tuple[Any, ...]:
     """What runs have in common whose updates take the same time, however many they have.
 
     A branch has few updates of its own, and those of its trunk tell as much.
     """
     settings = plan.settings
     rows, length = settings.train.batch_size, settings.data.sequence_length
-    return plan.family, plan.size, plan.n, rows, length, *devices
+    return plan.family, plan.size, plan.n, rows, length, on
 
 
 def _median(windows: Sequence[_Window]) -> float:
@@ -164,20 +177,20 @@ def _scores(asked: Mapping[str, float], directory: Path) -> dict[str, Score]:
 
 
 class _Start(NamedTuple):
-    """From which step a run was trained on which devices."""
+    """From which step a run was trained on what; None where nothing tells."""
 
     step: int
-    devices: _Devices
+    on: _On | None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Record:
-    """What run.json says of where a run was trained, last and from each start on, and on what.
+    """What run.json says of where a run was trained, last and from each start on.
 
     commit: of the code that trained it last, "" where it was in none.
     """
 
-    devices: _Devices
+    on: _On
     starts: tuple[_Start, ...]
     tokenizer: str
     commit: str
@@ -187,18 +200,25 @@ def _record(directory: Path) -> _Record:
     path = directory / "run.json"
     record = files.read_object(path, hint="the record of a run that has metrics")
     try:
-        last = record["devices"]
-        starts = [(start["step"], start.get("devices", last)) for start in record["starts"]]
+        starts = record["starts"]
+        last = _on({**starts[-1], "devices": record["devices"]})
+        # Before starts had devices, all were taken for those of the last one.
+        older = last if not any("devices" in start for start in starts) else None
+        found = (
+            _Start(int(start["step"]), _on(start) if "devices" in start else older)
+            for start in starts
+        )
         return _Record(
-            devices=_devices(last),
-            starts=tuple(_Start(int(step), _devices(given)) for step, given in starts),
+            on=last,
+            starts=tuple(found),
             tokenizer=str(record["tokenizer"]["fingerprint"]),
             commit=str(record.get("commit") or ""),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} lacks starts, devices or tokenizer: {error!r}") from error
 
 
-def _devices(given: Any) -> _Devices:
-    kind, count = given
-    return str(kind), int(count)
+def _on(start: Mapping[str, Any]) -> _On:
+    kind, number = start["devices"]
+    computed = json.dumps(start["computed"], sort_keys=True) if "computed" in start else ""
+    return _On(str(kind), int(number), computed)

@@ -250,9 +250,10 @@ def _model(
     try:
         settings.update(changes)
         parsed = schema.parse(settings)
-        _check_inputs(parsed)
+        _check_here(parsed, "grounding.tower", "grounding.index", "tokenizer.path")
         account = of_settings.account(parsed)
         if account.guessed:
+            _check_here(parsed, "data.windows")
             raise UserError(
                 "the tower has a tokenizer of its own, and what its rows cost is known of prepared "
                 "text alone: make windows (python -m blindvalm_jax.prepare) and name them, "
@@ -263,8 +264,8 @@ def _model(
     return settings, account, counted(account, parsed)
 
 
-def _check_inputs(settings: Config) -> None:
-    for name in ("grounding.tower", "grounding.index", "tokenizer.path"):
+def _check_here(settings: Config, *names: str) -> None:
+    for name in names:
         section, _, key = name.partition(".")
         value = getattr(getattr(settings, section), key)
         if addresses.is_address(value):

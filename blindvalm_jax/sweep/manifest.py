@@ -61,14 +61,18 @@ class Manifest:
     def plan(self, runs: Mapping[str, Config]) -> list[str]:
         """Adds the runs that are not there yet, with the settings that are not the defaults.
 
-        Of runs that are there, settings of how they are computed (`changes.OF_COMPUTING`) may be
-        others from now on. Returns a line for each of these, and of how many runs.
+        Of runs that are there and not done, settings of how they are computed
+        (`changes.OF_COMPUTING`) may be others from now on. Returns a line for each of these, and of
+        how many runs.
 
         Raises:
           UserError: a run is there with settings that make it another run.
         """
         with files.locked(self._lock):
             changed = self.check(runs, free=changes.OF_COMPUTING)
+            for name, state in self.states().items():
+                if state.ended == "done":
+                    changed.pop(name, None)
             there = self._planned()
             for name, settings in runs.items():
                 if name not in there or name in changed:

@@ -115,33 +115,39 @@ def _first_of(
 def _ended_here(
     name: str, leases: Leases, manifest: Manifest, runs: Mapping[str, Config], workdir: Path
 ) -> str | None:
-    """Trains a run, if nobody else does, and says how it ended.
+    """Trains a run, if nobody else does, and says how it ended; None: another trains it.
 
-    "": another has ended it in the meantime; None: another trains it.
+    "": another has ended it in the meantime, or it fails by what others did before.
     """
     if leases.take(name) is not None:
         return None
     directory = runs_of(workdir) / name
     with leases.kept(name, lost=_end_at_once), contextlib.ExitStack() as stack:
-        # Another may have ended it between the look at the manifest and the lease.
-        if not manifest.states()[name].open:
-            return ""
         try:
             stack.enter_context(held(directory))
         except files.HeldError:  # by a worker that is silent and lives, say
             return None
         except UserError as error:
             return _failed(manifest, name, str(error), workdir)
-        return _attempt(manifest, name, runs[name], directory)
+        # Another may have ended it between the look at the manifest and the lease.
+        if not manifest.states()[name].open:
+            return ""
+        can_begin = trunks.ready(runs[name], runs_of(workdir))
+        ended = _attempt(manifest, name, runs[name], directory)
+        return ended if can_begin else ""
 
 
 def _attempt(manifest: Manifest, name: str, settings: Config, workdir: Path) -> str:
-    """Trains a run and writes down how it ended; what ends it ends no other run."""
+    """Trains a run, writes down how it ended, which ends no other, and returns that.
+
+    "": it is given up, as attempts before were cut off.
+    """
     sweep, newest = workdir.parents[1], max(layout.steps(workdir), default=0)
     cut = manifest.states()[name].cut_at(newest)
     if cut >= _MOST_CUTS:
         about = f"{cut} attempts in a row were cut off, and left no newer checkpoint"
-        return _failed(manifest, name, about, sweep)
+        _failed(manifest, name, about, sweep)
+        return ""
     print(f"{name}: {f'goes on at step {newest}' if newest else 'begun'}", flush=True)
     process = f"{socket.gethostname()}:{os.getpid()}"
     manifest.add(name, "started", process=process, step=newest)
