@@ -370,17 +370,17 @@ def test_what_breaks_one_run_leaves_the_others(
     assert "b diverged" in capfd.readouterr().err
 
 
+def fails_with_a_seed(given: Config, workdir: Path) -> int:
+    if given.seed:
+        raise RuntimeError("no device")
+    return 0
+
+
 def test_a_worker_all_of_whose_runs_fail_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another's machine may be sound; where one has trained, runs that fail are to blame."""
-
-    def start(given: Config, workdir: Path) -> int:
-        if given.seed:
-            raise RuntimeError("no device")
-        return 0
-
-    monkeypatch.setattr(starting, "start", start)
+    monkeypatch.setattr(starting, "start", fails_with_a_seed)
     sound, sick = tmp_path / "sound", tmp_path / "sick"
     runs = {name: settings(seed=int(name > "a")) for name in "abcdef"}
     Manifest(sound).plan(runs)
@@ -398,12 +398,7 @@ def test_a_worker_all_of_whose_runs_fail_leaves_the_others(
 def test_branches_of_a_failed_trunk_tell_nothing_of_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def start(given: Config, workdir: Path) -> int:
-        if given.seed:
-            raise RuntimeError("no device")
-        return 0
-
-    monkeypatch.setattr(starting, "start", start)
+    monkeypatch.setattr(starting, "start", fails_with_a_seed)
     branch = settings(seed=1, train__branch_from="run:trunk@4")
     runs = {"trunk": settings(seed=1), **dict.fromkeys("abcd", branch), "sound": settings()}
     Manifest(tmp_path).plan(runs)
