@@ -566,6 +566,22 @@ def test_a_law_that_is_off_at_a_budget_is_doubted(found: Analysis) -> None:
     assert "of GPT-2 at this budget" not in text
 
 
+def test_laws_that_the_best_runs_contradict_are_doubted(found: Analysis) -> None:
+    *before, last = found.seen(FLOPS)
+    other = last.runs["gpt2"].held_out + 0.001
+    best = dataclasses.replace(last.runs["blind"], loss=other)
+    changed = dataclasses.replace(last, runs={**last.runs, "blind": best})
+    text = sentences.supported(
+        dataclasses.replace(found, at={**found.at, FLOPS: (*before, changed)})
+    )[0]
+    assert "BLIND-VALM has a lower loss than GPT-2" in text
+    said = (
+        f"the best runs of GPT-2 and BLIND-VALM say otherwise, {other - 0.001:.4f} and {other:.4f}"
+    )
+    assert said in text
+    assert "say otherwise" not in sentences.supported(found)[0]
+
+
 def test_numbers_that_runs_do_not_tell_are_not_printed(found: Analysis, tmp_path: Path) -> None:
     flat = [
         dataclasses.replace(run, loss=2.5 + 300 * run.tokens**-0.37)

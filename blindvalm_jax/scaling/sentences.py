@@ -13,7 +13,7 @@ import numpy as np
 from blindvalm_jax.scaling.analysis import Analysis, AtBudget, compared
 from blindvalm_jax.scaling.families import Comparison, Estimate, estimate
 from blindvalm_jax.scaling.family_fits import UNITS
-from blindvalm_jax.scaling.results import FLOPS
+from blindvalm_jax.scaling.results import FLOPS, Result
 from blindvalm_jax.scaling.wording import budget, label, nats, percent, times
 
 _SPENT = 0.9  # of a budget, by a run that tells of it
@@ -72,6 +72,7 @@ def _loss(analysis: Analysis, at: AtBudget) -> str:
         else:
             parts.append(f"{label(name)} and {reference} cannot be told apart in loss ({told})")
         doubts.update(dict.fromkeys(_missed(analysis, versus.comparison)))
+        doubts.update(dict.fromkeys(_contradicted(at, versus.comparison)))
     for name in at.reached:
         doubts.update(dict.fromkeys(_doubts(analysis, at, name)))
     return f"{_where(at)}: {'; '.join(parts)}." + (f" But {'; '.join(doubts)}." if doubts else "")
@@ -91,6 +92,27 @@ def _missed(analysis: Analysis, comparison: Comparison) -> list[str]:
     return [f"laws miss the {what} by more, {missed:.4f} (rms)"]
 
 
+def _contradicted(at: AtBudget, comparison: Comparison) -> list[str]:
+    """That the best runs of two families do not differ as their laws are told to."""
+    told = sign(comparison.difference)
+    first, second = (_best_run(at, name) for name in comparison.names)
+    if not told or first is None or second is None:
+        return []
+    if told * (second.held_out - first.held_out) > 0:
+        return []
+    names = " and ".join(map(label, comparison.names))
+    return [
+        f"the best runs of {names} say otherwise, {first.held_out:.4f} and {second.held_out:.4f}"
+    ]
+
+
+def _best_run(at: AtBudget, name: str) -> Result | None:
+    """The run of lowest loss that cost no more than the budget, if it cost nearly that."""
+    run = at.runs.get(name)
+    spent = run is not None and (run.cost(at.unit) or 0.0) >= _SPENT * at.budget
+    return run if spent else None
+
+
 def _doubts(analysis: Analysis, at: AtBudget, name: str) -> list[str]:
     """What speaks against the loss of a family at a budget."""
     texts, reached, fit = [], at.reached[name], analysis.families[name]
@@ -103,8 +125,7 @@ def _doubts(analysis: Analysis, at: AtBudget, name: str) -> list[str]:
         if max(above, below) >= _SIDED and not min(above, below):
             side = "below" if above else "above"
             texts.append(f"the law lies {side} all runs of {label(name)} at this budget")
-    run = at.runs.get(name)
-    if run is not None and (run.cost(at.unit) or 0.0) >= _SPENT * at.budget:
+    if (run := _best_run(at, name)) is not None:
         low, high = reached.loss.low - 2 * fit.rms, reached.loss.high + 2 * fit.rms
         if not low <= run.held_out <= high:
             texts.append(
