@@ -72,6 +72,9 @@ def test_a_silent_holder_loses_its_lease_and_learns_of_it(tmp_path: Path) -> Non
     assert found is not None
     assert found.worker == "two"
     assert holder(tmp_path / "nowhere", "run") is None
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(UserError, match=r"run\.json is no lease .* delete it"):
+        two.renew("run")
 
 
 def test_leases_that_may_be_read_alone_are_told_by_this_machines_time(
@@ -151,14 +154,14 @@ def test_how_runs_are_computed_may_change_and_is_kept(tmp_path: Path) -> None:
     manifest = Manifest(tmp_path)
     assert manifest.plan({name: settings() for name in "ab"}) == []
     now = settings(train__remat="full")
-    said = ["2 runs go on with another setting, train.remat: 'none' -> 'full'"]
+    said = ["another setting from now on, in 2 runs: train.remat: 'none' -> 'full'"]
     assert manifest.plan(dict.fromkeys("ab", now)) == said
     assert manifest.plan(dict.fromkeys("ab", now)) == []
     assert manifest.contents()["a"]["settings"] == {"train.remat": "full"}
     assert manifest.states() == {"a": State(), "b": State()}
     manifest.add("a", "done")
     assert manifest.plan(dict.fromkeys("ab", settings())) == [
-        "1 runs go on with another setting, train.remat: 'full' -> 'none'"
+        "another setting from now on, in 1 runs: train.remat: 'full' -> 'none'"
     ]
     assert manifest.contents()["a"]["settings"] == {"train.remat": "full"}
     both = settings(train__remat="none", train__branch_from="elsewhere@4")

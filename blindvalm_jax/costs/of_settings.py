@@ -140,14 +140,15 @@ def _with_images(made: Account, settings: Config, tower: TowerConfig, vectors: i
     """With the search, what it reads, and what is done once for it."""
     grounding, width = settings.grounding, tower.projection
     value = _value_bytes(settings)
-    found, once = made.products, dict(made.once_whole)
+    found, once = made.products, made.once_whole
     query, part = searching.exact(vectors, width, value_bytes=value), "search"
     if grounding.search == "faiss":
         asked = {"lists": grounding.lists, "code_bytes": grounding.code_bytes}
         index = _made_index(grounding.index) or default_settings(vectors, width, **asked)
         visited = {"nprobe": grounding.nprobe or PAPER_NPROBE, "candidates": grounding.rerank}
         query, part = searching.ivf_pq(vectors, width, index, **visited), HOST_SEARCH
-        once["lists and codes of the index"] = searching.building(vectors, width, index)
+        building = searching.building(vectors, width, index)
+        once = {**once, "lists and codes of the index": building}
         found = (*found, Product(part=part, flops=query.flops, times=FORWARD))
         value = 4  # on disk
     read = searching.gathered(grounding.neighbours, width, value_bytes=value)

@@ -121,10 +121,12 @@ def vision_shape(name: str | Path) -> VisionConfig | None:
     layout = formats.open_model(path).layout
     if layout == "hf_clip":
         return clip_hugging_face_vision.shape(path)
-    shape = {"weights": weights.spec, "run": run_directory.spec}.get(layout, lambda _: None)(path)
-    if isinstance(shape, ClipConfig):
-        shape = shape.vision
-    return shape if isinstance(shape, VisionConfig) else None
+    if layout not in ("weights", "run"):
+        return None
+    spec = weights.spec(path) if layout == "weights" else run_directory.spec(path)
+    if isinstance(spec, ClipConfig):
+        return spec.vision
+    return spec if isinstance(spec, VisionConfig) else None
 
 
 def _layout(path: Path) -> str:

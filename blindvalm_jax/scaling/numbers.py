@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ def _law(fit: FamilyFit) -> dict[str, Any]:
     return {
         **{
             name: _estimate(
-                Estimate(getattr(law, name), *draws.interval(lambda x, k=name: getattr(x, k)))  # type: ignore[misc]
+                Estimate(getattr(law, name), *draws.interval(operator.attrgetter(name)))
             )
             for name in names
         },

@@ -107,7 +107,11 @@ class Leases:
 
 
 def holder(directory: Path, name: str) -> Lease | None:
-    """Who holds a lease of a directory, expired or not; one without leases need not be there."""
+    """Who holds a lease of a directory, expired or not; one without leases need not be there.
+
+    Raises:
+      UserError: its file is no lease.
+    """
     path, clock = directory / f"{name}.json", directory / ".clock"
     try:
         touched, content = path.stat().st_mtime, path.read_text()
@@ -120,5 +124,8 @@ def holder(directory: Path, name: str) -> Lease | None:
         if error.errno not in _READ_ALONE:
             raise
         now = time.time()  # this machine's own
-    held = json.loads(content)
-    return Lease(str(held["worker"]), float(held["seconds"]) - (now - touched))
+    try:
+        held = json.loads(content)
+        return Lease(str(held["worker"]), float(held["seconds"]) - (now - touched))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no lease ({error!r}): delete it") from error

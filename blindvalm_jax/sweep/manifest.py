@@ -45,8 +45,9 @@ class State:
 
     def cut_at(self, newest: int | None) -> int:
         """`cut`, or 0 where the newest checkpoint is now of a later step than `began`."""
-        known = self.began is not None and newest is not None
-        return 0 if known and newest > self.began else self.cut  # type: ignore[operator]
+        if self.began is None or newest is None or newest <= self.began:
+            return self.cut
+        return 0
 
 
 class Manifest:
@@ -78,7 +79,7 @@ class Manifest:
                 if name not in there or name in changed:
                     self._append({"run": name, "event": "planned", "settings": _chosen(settings)})
         said = collections.Counter(line for lines in changed.values() for line in lines)
-        return [f"{count} runs go on with another setting, {line}" for line, count in said.items()]
+        return [f"another setting from now on, in {n} runs: {line}" for line, n in said.items()]
 
     def check(self, runs: Mapping[str, Config], *, free: Sequence[str]) -> dict[str, list[str]]:
         """Of the runs that were planned with other settings, a line for each of these.
