@@ -74,12 +74,19 @@ def test_an_end_does_not_wait_for_a_file_system_that_hangs(
     """Nobody reads what is written there."""
     second.unlink()
     os.mkfifo(second)
+    before = set(threading.enumerate())
     ending = threading.Thread(target=lambda: command_line.print_error("it ends"), daemon=True)
     ending.start()
     ending.join(60)
     assert not ending.is_alive()
     assert capfd.readouterr().err == "error: it ends\n"
-    os.close(os.open(second, os.O_RDONLY | os.O_NONBLOCK))  # whoever waits there goes on
+    reader = os.open(second, os.O_RDONLY | os.O_NONBLOCK)  # whoever waits there goes on
+    waiting = set(threading.enumerate()) - before
+    for thread in waiting:
+        thread.join(60)
+    os.close(reader)
+    assert waiting
+    assert not any(thread.is_alive() for thread in waiting)
 
 
 def test_a_log_that_cannot_be_written_is_said_once(
