@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from blindvalm_jax import compilation, config, ladder, optim, partitioning, presets
 from blindvalm_jax.config import Config
 from blindvalm_jax.costs import language, of_settings, parameters, products, searching, tables
-from blindvalm_jax.costs.account import HOST_SEARCH, Account
+from blindvalm_jax.costs.account import HOST_SEARCH, Account, Made
 from blindvalm_jax.costs.products import Product
 from blindvalm_jax.errors import UserError
 from blindvalm_jax.grounding.faiss_engine import FaissEngine, default_settings
@@ -180,7 +180,7 @@ def test_gflops_a_token_of_valm_at_the_papers_size() -> None:
     assert account.gathered == 4 * 768 * 4
     searched = account.units * (2 * 768 * (131_072 + 256) + 32 / 131_072 * 191_500_000 * 64)
     assert account.budget - account.device_budget == pytest.approx(searched, rel=1e-6)
-    once = {what: flops or 0.0 for what, flops in account.once.items()}
+    once = {one.what: flops or 0.0 for one, flops in account.once.items()}
     encoded = once["images encoded with vit_l14"]
     assert encoded == pytest.approx(3.1e19, rel=0.01)
     assert 0 < once["lists and codes of the index"] < encoded / 100
@@ -198,14 +198,18 @@ def test_a_named_clip_says_what_its_images_took_once(tmp_path: Path) -> None:
     clip = small_valm.write_clip(tmp_path / "clip")
     once = of_settings.account(valm_of(clip, "vectors:1000")).once
     image = products.image_tower(clip_model.load_vision(clip).config)
+    encoded = 1000 * sum(one.forward for one in image)
     assert once == {
-        "training of the CLIP clip": None,
-        "images encoded with clip": 1000 * sum(one.forward for one in image),
+        Made("training of the CLIP clip", str(clip)): None,
+        Made("images encoded with clip", f"{clip}, vectors:1000"): encoded,
     }
     text_alone = test_train.write_tower(tmp_path / "text", vocab_size=700)
     tiny_tokenizers.write_pair(text_alone, *tiny_tokenizers.clip_parts())
     once = of_settings.account(valm_of(text_alone, "vectors:1000")).once
-    assert once == {"training of the CLIP text": None, "images encoded with text": None}
+    assert {one.what: cost for one, cost in once.items()} == {
+        "training of the CLIP text": None,
+        "images encoded with text": None,
+    }
     said = tables.of_run(of_settings.account(valm_of(text_alone, "vectors:1000")), mfu=0.4)
     line = (
         "once, outside of the budget: images encoded with text: not counted, nothing here tells it"
@@ -221,6 +225,40 @@ def test_what_is_found_ahead_is_found_for_every_token(tmp_path: Path) -> None:
     longer = dataclasses.replace(account, units=3 * account.units)
     assert longer.once[what] == pytest.approx(3 * (account.once[what] or math.nan))
     assert tables.done_once([account, longer, account])[what] == longer.once[what]
+
+
+def test_things_of_one_name_that_are_made_apart_are_counted_apart(tmp_path: Path) -> None:
+    clips = [small_valm.write_clip(tmp_path / name / "clip") for name in ("a", "b")]
+    accounts = [
+        of_settings.account(valm_of(clip, f"vectors:{count}"))
+        for clip, count in zip(clips, (1000, 5000), strict=True)
+    ]
+    once = tables.done_once([*accounts, accounts[0]])
+    assert once == {**accounts[0].once, **accounts[1].once}
+    names = tables.names_of(once)
+    assert sorted(names.values()) == sorted(
+        [
+            *(f"training of the CLIP clip ({clip})" for clip in clips),
+            f"images encoded with clip ({clips[0]}, vectors:1000)",
+            f"images encoded with clip ({clips[1]}, vectors:5000)",
+        ]
+    )
+    assert set(tables.names_of(accounts[0].once).values()) == {
+        "training of the CLIP clip",
+        "images encoded with clip",
+    }
+
+
+def test_what_is_guessed_is_said_of_a_run_and_of_a_sweep() -> None:
+    values = ladder.rung(config.default(), "10m", "gpt2", LENGTH)
+    values.tokenizer.kind = "train"
+    account = of_settings.account(config.parse(values))
+    (guess,) = account.guessed
+    assert guess.startswith("the vocabulary is yet to be learned")
+    assert f"guessed: {guess}" in tables.of_run(account, mfu=0.4)
+    both = {"a": account, "b": account}
+    assert tables.of_sweep(both, dict.fromkeys(both, 1.0), mfu=0.4).count(f"guessed: {guess}") == 1
+    assert tables.as_json(account, mfu=0.4)["guessed"] == [guess]
 
 
 @pytest.mark.faiss

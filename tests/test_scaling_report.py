@@ -543,6 +543,24 @@ def test_a_doubt_is_said_where_the_best_size_was_never_trained() -> None:
     assert at.notes[0] == "the least N trained is the best"
     assert at.n.value == pytest.approx(least)
     assert at.n.low >= least * (1 - 1e-9)
+    told = sentences.supported(_notes_at(found, at.notes[:1]))[0]
+    assert "But of GPT-2 the least N trained is the best" in told
+
+
+@pytest.mark.parametrize(
+    "note", ["the largest N trained may be the best", "D* above those trained"]
+)
+def test_doubts_of_the_best_size_stand_in_the_sentence(note: str, found: Analysis) -> None:
+    assert note not in sentences.supported(found)[0]
+    assert f"of GPT-2 {note}" in sentences.supported(_notes_at(found, (note,)))[0]
+
+
+def _notes_at(found: Analysis, notes: tuple[str, ...]) -> Analysis:
+    """With these notes on GPT-2 at the largest budget of FLOPs."""
+    *before, last = found.seen(FLOPS)
+    noted = dataclasses.replace(last.reached["gpt2"], notes=notes)
+    last = dataclasses.replace(last, reached={**last.reached, "gpt2": noted})
+    return dataclasses.replace(found, at={**found.at, FLOPS: (*before, last)})
 
 
 def test_a_law_that_is_off_at_a_budget_is_doubted(found: Analysis) -> None:

@@ -281,6 +281,20 @@ def test_what_is_said_of_a_run_names_no_place_of_the_sweep(tmp_path: Path) -> No
     )
 
 
+@pytest.mark.parametrize(
+    ("sweep", "said", "expected"),
+    [
+        (".", "data.files=../text/a.txt is missing", "data.files=../text/a.txt is missing"),
+        ("sweep", "/home/mysweep/a.txt, sweep/b", "/home/mysweep/a.txt, b"),
+        ("a", "/data/x.txt and 'a/x.txt'", "/data/x.txt and 'x.txt'"),
+    ],
+)
+def test_other_places_stay_whole_beside_a_relative_one(
+    sweep: str, said: str, expected: str
+) -> None:
+    assert outcome.about(said, Path(sweep)) == expected
+
+
 def test_status_tells_how_a_run_ended_though_its_lease_was_left(tmp_path: Path) -> None:
     """By a worker that was killed behind the line of its end."""
     Manifest(tmp_path).plan({name: settings() for name in "abc"})
@@ -305,9 +319,32 @@ def test_half_a_line_of_a_dead_worker_is_replaced(tmp_path: Path) -> None:
     assert manifest.states() == {"a": State()}
     manifest.add("a", "done")
     assert manifest.states() == {"a": State("done")}
-    path.write_text(path.read_text() + '{"run": "a"}\n')
-    with pytest.raises(UserError, match=r"manifest\.jsonl, line 3, is no line of a manifest"):
-        manifest.states()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"run": "a"}',
+        b'{"run": "b", "event": "planned"}',
+        b'{"run": ["a"], "event": "done"}',
+        b'["run", "event"]',
+        b"\xff\xfe",
+        b"",
+    ],
+)
+def test_a_line_that_is_none_of_a_manifest_is_named(tmp_path: Path, line: bytes) -> None:
+    manifest = Manifest(tmp_path)
+    manifest.plan({"a": settings()})
+    with (tmp_path / "manifest.jsonl").open("ab") as stream:
+        stream.write(line + b"\n")
+    with pytest.raises(UserError, match=r"manifest\.jsonl, line 2, is no line of a manifest"):
+        manifest.plan({"a": settings()})
+
+
+def test_a_lease_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"a\.json is no lease .*: delete it"):
+        leases(tmp_path, "first").take("a")
 
 
 def test_a_worker_trains_what_is_open_and_names_what_failed(

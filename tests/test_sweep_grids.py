@@ -179,6 +179,7 @@ def test_the_grid_follows_rules_and_the_command_line() -> None:
         ({"budgets": ("much",)}, "must be numbers"),
         ({"sizes": ("2x32",)}, "expected LAYERSxWIDTHxHEADS, got '2x32'"),
         ({"budgets": (1e9,)}, r"run gpt2-2x32-1e9: 1[0-9] updates of 256 .* \(and 2 more runs\)"),
+        ({"budgets": (1e8, 1e12)}, r"run gpt2-2x32-1e8: 1 updates of 256 .* the budget is 1e\+08"),
         ({"budgets": (math.inf,)}, "must be numbers"),
         ({"sizes": (2,)}, "expected LAYERSxWIDTHxHEADS, got 2"),
         ({"sizes": ("2x32x2", "2x32x4")}, "two runs of the grid are called gpt2-2x32-3e11"),
@@ -268,8 +269,7 @@ def test_runs_that_are_written_out_are_planned_as_they_are() -> None:
         runs[name] = recipes.language(WorldConfig(), variant)
     runs["clip"] = recipes.clip(WorldConfig())
     found = plans.planned(ConfigDict({"runs": runs}))
-    families = [run.family for name, run in found.items() if name != "clip"]
-    assert families == ["gpt2", "eos", "random_tower"]
+    assert [run.family for run in found.values()] == ["gpt2", "eos", "random_tower", "clip"]
     for name, run in found.items():
         assert run.settings == config.parse(copy.deepcopy(runs[name]))
         assert run.share == 1
@@ -289,7 +289,6 @@ def test_what_a_tower_with_its_own_tokens_costs_is_known_of_prepared_text(tmp_pa
     values.base = ladder.rung(config.default(), "10m", "blind", 16)
     values.base.optimizer.schedule = "constant_cooldown"
     values.base.tokenizer.update(kind="gpt2", path=named["tokenizer"])
-    values.base.decoder.vocab_size = made.tokenizer.vocab_size
     values.base.grounding.update(tower=named["tower"], tokenizer=named["tower_tokenizer"])
     values.families = grids.variants(values.base, ("blind",))
     with pytest.raises(UserError, match=r"families\.blind with 2x32x2: the tower has a tokenizer"):
@@ -300,6 +299,43 @@ def test_what_a_tower_with_its_own_tokens_costs_is_known_of_prepared_text(tmp_pa
     assert told.tower_length == made.tower_length
     per_token = told.describe(told.abstract_batch())["flops_per_token"]["total"]
     assert run.flops == pytest.approx(per_token * run.tokens)
+
+
+def test_a_vocabulary_is_that_of_prepared_text_or_of_the_tokenizer_that_is_named(
+    tmp_path: Path,
+) -> None:
+    """And none that is yet to be learned, of which a budget would be guessed."""
+    named = small_aligned.write(tmp_path)
+    learned = tokenizers.load("gpt2", named["tokenizer"])
+    windows = packing.Recipe(
+        source=small_text.write_text(tmp_path / "a.txt", small_text.documents(20, longest=60)),
+        tokenizer=learned,
+        tower_tokenizer=None,
+        sequence_length=16,
+    )
+    packing.prepare(windows, tmp_path / "windows", workers=1)
+    clip = tokenizers.load("clip", named["tower_tokenizer"])
+    values = given(sizes=SIZES[:1], budgets=(1e11,))
+    values.base = ladder.rung(config.default(), "10m", "gpt2", 16)
+    values.base.optimizer.schedule = "constant_cooldown"
+    values.families = grids.variants(values.base, ("gpt2",))
+
+    def counted(kind: str, *, path: str = "", windows: str = "") -> int:
+        values.base.tokenizer.update(kind=kind, path=path)
+        values.base.data.windows = windows
+        (run,) = plans.planned(values).values()
+        return run.account.vocabulary
+
+    assert learned.vocab_size != clip.vocab_size
+    assert counted("gpt2", path=named["tokenizer"]) == learned.vocab_size
+    assert counted("clip", path=named["tower_tokenizer"]) == clip.vocab_size
+    assert counted("clip", path="a/hub-id") == 49_412
+    for kind in ("gpt2", "train"):
+        assert counted(kind, windows=str(tmp_path / "windows")) == learned.vocab_size
+    with pytest.raises(UserError, match=r"gpt2 with 2x32x2: the vocabulary is yet to be learned"):
+        counted("train")
+    with pytest.raises(UserError, match=r"data\.windows=gs://b/w: a grid reads how large it is"):
+        counted("train", windows="gs://b/w")
 
 
 def test_a_toy_world_tells_its_sizes_before_it_is_made() -> None:
@@ -329,8 +365,12 @@ def test_what_a_toy_world_takes_once_is_outside_of_the_budget() -> None:
     )
     clip = of_settings.account(config.parse(recipes.clip(world)))
     assert not plain.once
-    assert blind.once == {"the toy world's CLIP": clip.budget}
+    ((trained, cost),) = blind.once.items()
+    assert (trained.what, cost) == ("the toy world's CLIP", clip.budget)
     count = len(objects(world)) * world.images_per_object
     forward = sum(x.forward for x in clip.products if x.part == "image tower")
-    assert valm.once == {**blind.once, "its images embedded": forward * count}
+    assert valm.once == {
+        **blind.once,
+        trained._replace(what="its images embedded"): forward * count,
+    }
     assert clip.budget == pytest.approx(clip.training * 1000 * 128)

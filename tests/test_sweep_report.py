@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ml_collections import ConfigDict
 
 from blindvalm_jax import config
 from blindvalm_jax.config import Config
@@ -22,6 +23,8 @@ from blindvalm_jax.scaling.results import Result, Score
 from blindvalm_jax.sweep import collected, plans, report, worker
 from blindvalm_jax.sweep.grids import Planned
 from blindvalm_jax.sweep.manifest import Manifest
+from blindvalm_jax.toyworld import recipes
+from blindvalm_jax.toyworld.world import WorldConfig
 from tests import small_models, small_tasks, small_text, test_train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -239,6 +242,10 @@ def test_scores_are_accuracies_of_the_last_update(tmp_path: Path) -> None:
     (directory / "eval" / "results.json").write_text(json.dumps({"tasks": {"text": text}}))
     with pytest.raises(UserError, match=r"results\.json lacks colors, which metrics\.jsonl has"):
         read(tmp_path)
+    for broken in ({}, {"tasks": [1]}, {"tasks": {"colors": {"n": 40}, "text": text}}):
+        (directory / "eval" / "results.json").write_text(json.dumps(broken))
+        with pytest.raises(UserError, match=r"results\.json and metrics\.jsonl do not tell them"):
+            read(tmp_path)
     (directory / "eval" / "results.json").unlink()
     with pytest.raises(UserError, match="is missing: it says how many questions"):
         read(tmp_path)
@@ -264,6 +271,34 @@ def test_readers_are_told_what_is_not_alike(tmp_path: Path) -> None:
     (other / "run.json").write_text("{}")
     with pytest.raises(UserError, match="lacks starts, devices or tokenizer"):
         collected.notes(tmp_path, found)
+
+
+def test_a_clip_stands_in_no_law(tmp_path: Path) -> None:
+    """Its loss is that of pairs."""
+    parsed = config.parse(recipes.clip(WorldConfig()))
+    steps = parsed.train.steps
+    written(tmp_path, [{"step": steps, "eval/loss": 3.0}], settings=parsed)
+    values = ConfigDict({"runs": {"a": recipes.clip(WorldConfig())}})
+    (found,) = collected.read(tmp_path, plans.planned(values))
+    assert (found.family, found.loss) == ("clip", None)
+    assert "done, and has no held-out loss of its last update: it trains a CLIP" in found.unusable
+    assert found.n == of_settings.account(parsed).parameters
+
+
+def test_runs_that_cost_something_else_than_was_planned_are_told_of(tmp_path: Path) -> None:
+    """As where a tokenizer has other entries than its kind has."""
+    plan = planned()
+    counted = plan.account.of_devices
+    for name, recorded in (("a", counted), ("b", 2 * counted)):
+        directory = written(tmp_path, [{"step": 10, "eval/loss": 3.0}], name=name)
+        record = json.loads((directory / "run.json").read_text())
+        record["flops_per_token"] = {"total": recorded}
+        (directory / "run.json").write_text(json.dumps(record))
+    runs = {"a": plan, "b": plan}
+    found = collected.read(tmp_path, runs)
+    (said,) = collected.costs_otherwise(tmp_path, runs, found)
+    assert f"b {2 * counted:.4g} and not {counted:.4g}: they were trained with another" in said
+    assert not collected.costs_otherwise(tmp_path, runs, found[:1])
 
 
 def test_a_run_nobody_began_and_a_directory_without_a_sweep(tmp_path: Path) -> None:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 from blindvalm_jax.costs.products import Product
 
 USEFUL = 0.6  # share of positions that hold a token where the reference pads texts to 77
 HOST_SEARCH = "search (host)"
 _TRAINED_BYTES = 12  # fp32: a parameter and its two moments
+
+
+class Made(NamedTuple):
+    """What is done once: in words, and which of those that are called so."""
+
+    what: str
+    which: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +38,12 @@ class Line:
 class Account:
     """What a run costs.
 
-    unit: token or pair. vocabulary: its entries. once_whole: FLOPs of what is done once, by what it
-    is, outside of the budget, None where nothing tells; once_a_unit: the same of what is done once
-    for each unit. units: trained on in all. padded_tower: the frozen tower as the reference
+    unit: token or pair. vocabulary: its entries. once_whole: FLOPs of what is done once, outside of
+    the budget, None where nothing tells; once_a_unit: the same of what is done once for each unit.
+    units: trained on in all. padded_tower: the frozen tower as the reference
     pads it (`USEFUL`), for comparison. read: bytes of the index that a query reads, which queries
     of a batch share where the search is exact. gathered: bytes of the vectors found for a token.
-    guessed: whether the tower's positions in a row are (`shapes.tower_length`).
+    guessed: what is taken for granted, as nothing tells it yet, and what to do, a sentence each.
     """
 
     unit: str
@@ -44,13 +52,13 @@ class Account:
     trained: dict[str, int]
     frozen: dict[str, int]
     frozen_bytes: dict[str, float]
-    once_whole: dict[str, float | None]
+    once_whole: dict[Made, float | None]
     units: int
-    once_a_unit: dict[str, float] = dataclasses.field(default_factory=dict)
+    once_a_unit: dict[Made, float] = dataclasses.field(default_factory=dict)
     padded_tower: tuple[Product, ...] = ()
     read: float | None = None
     gathered: float | None = None
-    guessed: bool = False
+    guessed: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -64,7 +72,7 @@ class Account:
 
     @property
     def full(self) -> float:
-        """With every key counted, as papers do that know no mask."""
+        """With every key counted, as papers do that know no mask, and the vocabulary's padding."""
         return sum(one.full for one in self.products)
 
     @property
@@ -85,13 +93,17 @@ class Account:
         return self.training * self.units
 
     @property
-    def device_budget(self) -> float:
-        """Of the budget what devices compute."""
-        host = sum(one.training for one in self.products if one.part == HOST_SEARCH)
-        return self.budget - host * self.units
+    def of_devices(self) -> float:
+        """Of a unit's model FLOPs what devices compute."""
+        return sum(one.training for one in self.products if one.part != HOST_SEARCH)
 
     @property
-    def once(self) -> dict[str, float | None]:
+    def device_budget(self) -> float:
+        """Of the budget what devices compute."""
+        return self.of_devices * self.units
+
+    @property
+    def once(self) -> dict[Made, float | None]:
         """FLOPs of what is done once, outside of the budget; None where nothing tells."""
         return self.once_whole | {what: x * self.units for what, x in self.once_a_unit.items()}
 

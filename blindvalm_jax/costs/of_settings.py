@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from blindvalm_jax import system
-from blindvalm_jax.config import Config
+from blindvalm_jax import addresses, system
+from blindvalm_jax.config import Config, GroundingConfig
 from blindvalm_jax.costs import clips, language, parameters, products, searching
-from blindvalm_jax.costs.account import HOST_SEARCH, USEFUL, Account
+from blindvalm_jax.costs.account import HOST_SEARCH, USEFUL, Account, Made
 from blindvalm_jax.costs.products import FORWARD, Product
 from blindvalm_jax.grounding import faiss_engine
 from blindvalm_jax.grounding.faiss_engine import PAPER_NPROBE, FaissSettings, default_settings
@@ -22,6 +22,15 @@ from blindvalm_jax.models.clip import TowerConfig
 from blindvalm_jax.objectives import contrastive_shapes
 from blindvalm_jax.objectives.shapes import tower_length, tower_of, vectors_of, vocabulary
 from blindvalm_jax.toyworld import recipes, sizes
+
+_GUESSED_ROWS = (
+    "the tower has a tokenizer of its own, and how long its rows are is guessed without prepared "
+    "text: make windows (python -m blindvalm_jax.prepare) and name them, data.windows"
+)
+_GUESSED_ENTRIES = (
+    "the vocabulary is yet to be learned, and taken for as large as it may become: learn it first "
+    "(python -m blindvalm_jax.prepare --tokenizer=train) and name it, tokenizer.path"
+)
 
 
 def account(settings: Config) -> Account:
@@ -35,35 +44,48 @@ def account(settings: Config) -> Account:
         return _contrastive(told)
     made = _language(told)
     once = {**_of_clip(settings, told), **made.once_whole}
-    return dataclasses.replace(made, once_whole=once)
+    guessed = made.guessed
+    windows = settings.data.windows
+    here = windows and not addresses.is_address(windows)
+    known = here or settings.tokenizer.path or settings.decoder.vocab_size
+    if settings.tokenizer.kind == "train" and not known:
+        guessed = (*guessed, _GUESSED_ENTRIES)
+    return dataclasses.replace(made, once_whole=once, guessed=guessed)
 
 
-def _of_clip(settings: Config, told: Config) -> dict[str, float | None]:
+def _of_clip(settings: Config, told: Config) -> dict[Made, float | None]:
     """FLOPs of training the CLIP that settings name, and of its images' embeddings."""
     grounding, vectors = settings.grounding, vectors_of(told.grounding)
     if recipes.OWN in (grounding.tower, grounding.index):
         return _of_world(settings, vectors)
     if grounding.source == "none":
         return {}
-    found: dict[str, float | None] = {}
+    found: dict[Made, float | None] = {}
     if grounding.tower in ("", "random"):
         name, tower = clips.of_openai(told.grounding.random.projection)
     else:
         name, tower = Path(grounding.tower).name, clip_model.vision_shape(grounding.tower)
-        found[f"training of the CLIP {name}"] = clips.training(grounding.tower)
+        trained = Made(f"training of the CLIP {name}", grounding.tower)
+        found[trained] = clips.training(grounding.tower)
     if vectors:
         cost = None if tower is None else searching.encoding(vectors, tower)
-        found[f"images encoded with {name}"] = cost
+        found[Made(f"images encoded with {name}", _which(grounding))] = cost
     return found
 
 
-def _of_world(settings: Config, vectors: int) -> dict[str, float | None]:
+def _which(grounding: GroundingConfig) -> str:
+    """Tower and index, by which what is made of them differs."""
+    return f"{grounding.tower or 'no tower named'}, {grounding.index}"
+
+
+def _of_world(settings: Config, vectors: int) -> dict[Made, float | None]:
     """The same of a toy world."""
     clip = _contrastive(sizes.told(sizes.clip(settings)))
-    found: dict[str, float | None] = {"the toy world's CLIP": clip.budget}
+    world = settings.data.tfds
+    found: dict[Made, float | None] = {Made("the toy world's CLIP", world): clip.budget}
     if settings.grounding.index == recipes.OWN:
         image = sum(one.forward for one in clip.products if one.part == "image tower")
-        found["its images embedded"] = image * vectors
+        found[Made("its images embedded", world)] = image * vectors
     return found
 
 
@@ -88,7 +110,9 @@ def _contrastive(settings: Config) -> Account:
 
 
 def _language(settings: Config) -> Account:
-    entries = vocabulary(settings.tokenizer, entries=settings.decoder.vocab_size)
+    entries = vocabulary(
+        settings.tokenizer, entries=settings.decoder.vocab_size, windows=settings.data.windows
+    )
     tower, aligned = tower_of(settings, entries)
     vectors, length = vectors_of(settings.grounding), settings.data.sequence_length
     exact = settings.grounding.search == "exact"
@@ -115,7 +139,7 @@ def _language(settings: Config) -> Account:
         frozen_bytes={},
         once_whole={},
         units=units,
-        guessed=guessed,
+        guessed=(_GUESSED_ROWS,) if guessed else (),
     )
     if tower is not None:
         made = _with_tower(made, settings, tower)
@@ -148,7 +172,8 @@ def _with_images(made: Account, settings: Config, tower: TowerConfig, vectors: i
         visited = {"nprobe": grounding.nprobe or PAPER_NPROBE, "candidates": grounding.rerank}
         query, part = searching.ivf_pq(vectors, width, index, **visited), HOST_SEARCH
         building = searching.building(vectors, width, index)
-        once = {**once, "lists and codes of the index": building}
+        asks = f"{_which(grounding)}: {index.lists} lists, codes of {index.code_bytes} bytes"
+        once = {**once, Made("lists and codes of the index", asks): building}
         found = (*found, Product(part=part, flops=query.flops, times=FORWARD))
         value = 4  # on disk
     read = searching.gathered(grounding.neighbours, width, value_bytes=value)
@@ -156,7 +181,8 @@ def _with_images(made: Account, settings: Config, tower: TowerConfig, vectors: i
         length, eos = settings.data.sequence_length, grounding.readout == "eos"
         row = products.packed_tower(tower, length=length, eos=eos)
         token = sum(one.forward for one in row) / length + query.flops
-        ahead = {"neighbours by exact search, each token seen once": token}
+        asks = f"{_which(grounding)}: readout {grounding.readout}"
+        ahead = {Made("neighbours by exact search, each token seen once", asks): token}
         return dataclasses.replace(made, once_a_unit=ahead, gathered=read)
     return dataclasses.replace(
         made,

@@ -48,7 +48,7 @@ class Product:
 
     @property
     def full(self) -> float:
-        """Those of training with every key counted, masked or not."""
+        """Those of training with what counts for nothing: masked keys and padding."""
         return self.flops * self.times
 
     @property

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from blindvalm_jax import flops, markdown
-from blindvalm_jax.costs.account import USEFUL, Account
+from blindvalm_jax.costs.account import USEFUL, Account, Made
 
 # Devices that hours are given for, by the beginning of their `device_kind`.
 DEVICES = {
@@ -84,7 +85,10 @@ def of_sweep(
     rows.append(("all", "", "", "", f"{whole:.3e}", f"{computed:.3e}"))
     head = ("run", "trained parameters", "MFLOPs a unit", "units", "FLOPs", "without its trunk's")
     lines = markdown.aligned(head, rows, numbers=5)
-    lines += [_in_words(what, cost) for what, cost in done_once(accounts.values()).items()]
+    lines += [f"guessed: {guess}" for guess in _guesses(accounts.values())]
+    once = done_once(accounts.values())
+    names = names_of(once)
+    lines += [_in_words(names[one], cost) for one, cost in once.items()]
     return [*lines, *_hours(_on_devices(accounts, shares), mfu=mfu)]
 
 
@@ -112,16 +116,26 @@ def _on_devices(accounts: Mapping[str, Account], shares: Mapping[str, float]) ->
     return sum(one.device_budget * shares[name] for name, one in accounts.items())
 
 
-def done_once(accounts: Iterable[Account]) -> dict[str, float | None]:
+def done_once(accounts: Iterable[Account]) -> dict[Made, float | None]:
     """What runs need once; of what they need more or less of, the most. None: nothing tells."""
-    every: dict[str, list[float | None]] = {}
+    every: dict[Made, list[float | None]] = {}
     for account in accounts:
-        for what, cost in account.once.items():
-            every.setdefault(what, []).append(cost)
+        for one, cost in account.once.items():
+            every.setdefault(one, []).append(cost)
     return {
-        what: max((cost for cost in costs if cost is not None), default=None)
-        for what, costs in every.items()
+        one: max((cost for cost in costs if cost is not None), default=None)
+        for one, costs in every.items()
     }
+
+
+def names_of(once: Collection[Made]) -> dict[Made, str]:
+    """How each is called: with which it is, where several would be called the same."""
+    called = collections.Counter(one.what for one in once)
+    return {one: f"{one.what} ({one.which})" if called[one.what] > 1 else one.what for one in once}
+
+
+def _guesses(accounts: Iterable[Account]) -> list[str]:
+    return list(dict.fromkeys(guess for account in accounts for guess in account.guessed))
 
 
 def _in_words(what: str, cost: float | None) -> str:
@@ -143,7 +157,8 @@ def as_json(account: Account, *, mfu: float) -> dict[str, Any]:
             "padded_tower": account.padded,
         },
         "budget_flops": account.budget,
-        "once_flops": account.once,
+        "guessed": [*account.guessed],
+        "once_flops": {one.what: cost for one, cost in account.once.items()},
         "bytes_read_by_a_query": account.read,
         "bytes_gathered_for_a_token": account.gathered,
         "parts": [dataclasses.asdict(line) for line in account.lines()],
@@ -162,18 +177,14 @@ def _facts(account: Account) -> list[str]:
     lines = [
         f"budget: {account.units:,} {unit}s x {mega(account.training)} MFLOPs = "
         f"{account.budget:.3e} FLOPs",
-        f"with every key counted, masked ones too: {mega(account.full)} MFLOPs a {unit}",
+        f"with masked keys and padding of the vocabulary: {mega(account.full)} MFLOPs a {unit}",
     ]
     if account.padded is not None:
         lines.append(
             f"so with the tower's texts padded to its context, {USEFUL:.0%} of it in use: "
             f"{mega(account.padded)} MFLOPs a {unit}"
         )
-    if account.guessed:
-        lines.append(
-            "the tower has a tokenizer of its own: how long its rows are is guessed without "
-            "prepared text (data.windows)"
-        )
+    lines += [f"guessed: {guess}" for guess in account.guessed]
     if account.read is not None:
         shared = any(one.part == "search" for one in account.products)
         lines.append(
@@ -182,7 +193,7 @@ def _facts(account: Account) -> list[str]:
         )
     if account.gathered is not None:
         lines.append(f"vectors gathered for a token: {account.gathered / 1e3:,.2f} kB")
-    return lines + [_in_words(what, cost) for what, cost in account.once.items()]
+    return lines + [_in_words(one.what, cost) for one, cost in account.once.items()]
 
 
 def _hours(model_flops: float, *, mfu: float) -> list[str]:

@@ -99,7 +99,7 @@ class ContrastiveShapes(ShapesAlone, Towers):
         super().__init__(settings, mesh, vocabulary(settings.tokenizer))
         if workdir is not None:
             entries = self._record.tower_vocab_size
-            say(f"no images are named: shapes alone, a vocabulary of {entries:,} (tokenizer.kind)")
+            say(f"no images are named: shapes alone, a vocabulary of {entries:,} (tokenizer)")
 
 
 def clip_shape(settings: config.Config, text: TowerConfig) -> ClipConfig:

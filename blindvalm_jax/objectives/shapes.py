@@ -125,7 +125,7 @@ class Shapes(ShapesAlone):
         settings = self._settings
         say(
             f"no data is named: shapes alone, a vocabulary of {self._vocabulary.vocab_size:,} "
-            + ("(decoder.vocab_size)" if settings.decoder.vocab_size else "(tokenizer.kind)")
+            + ("(decoder.vocab_size)" if settings.decoder.vocab_size else "(tokenizer)")
         )
 
     def abstract_frozen(self) -> dict[str, Any]:
@@ -202,15 +202,22 @@ class Shapes(ShapesAlone):
         return system.read_start(shapes, self.model.decoder, named, self._vocabulary)
 
 
-def vocabulary(named: config.TokenizerConfig, *, entries: int = 0) -> TokenizerRecord:
-    """A vocabulary of this kind; entries: of it, 0: as many as the kind has, or is to learn.
+def vocabulary(
+    named: config.TokenizerConfig, *, entries: int = 0, windows: str = ""
+) -> TokenizerRecord:
+    """A vocabulary of this kind.
+
+    entries: of it; 0: as many as the tokenizer of prepared text has (windows: its directory), or
+    the one that is named and lies here, or else as the kind has, or is to learn.
 
     Raises:
-      UserError: a tokenizer that was learned before is named, and cannot be read.
+      UserError: windows, or a tokenizer that lies here or was learned before, cannot be read.
     """
     kind = named.kind
-    if not entries and kind == "train" and named.path:
-        entries = tokenizers.load(kind, named.path).vocab_size
+    if not entries and windows and not addresses.is_address(windows):
+        entries = manifest.load(Path(windows).expanduser()).tokenizer.vocab_size
+    if not entries and named.path and (kind == "train" or Path(named.path).expanduser().is_dir()):
+        entries = _entries(kind, named.path)
     return TokenizerRecord(
         kind=kind,
         vocab_size=entries or _VOCABULARIES.get(kind) or named.train_vocab_size,
@@ -219,6 +226,12 @@ def vocabulary(named: config.TokenizerConfig, *, entries: int = 0) -> TokenizerR
         pad_id=0,
         fingerprint="",
     )
+
+
+@functools.lru_cache(maxsize=8)
+def _entries(kind: str, path: str) -> int:
+    """Of a tokenizer; of a sweep each run asks anew."""
+    return tokenizers.load(kind, path).vocab_size
 
 
 def tower_of(

@@ -16,7 +16,7 @@ from blindvalm_jax.config_fields import field
 class Rules:
     """How learning rate, batch and warm-up follow from N, the trained parameters of a run."""
 
-    reference: float = field(1e6, "N at which a run has the two values below", low=1.0)
+    reference: float = field(1e6, "N at which a run has the two values below", low=1.0, high=1e15)
     learning_rate: float = field(1e-3, "peak learning rate there", low=0.0)
     learning_rate_exponent: float = field(0.0, "it grows as N to this", low=-2.0, high=2.0)
     batch_size: float = field(8.0, "rows of an update there", low=1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +67,30 @@ def notes(workdir: Path, results: Sequence[Result]) -> list[str]:
     return lines
 
 
+def costs_otherwise(
+    workdir: Path, runs: Mapping[str, Planned], results: Sequence[Result]
+) -> list[str]:
+    """A line if a token cost other FLOPs by the records of runs than by what was planned.
+
+    Raises:
+      UserError: the record of a run lacks something.
+    """
+    off = []
+    for name in (result.name for result in results if not result.unusable):
+        recorded = _record(worker.runs_of(workdir) / name).flops
+        counted = runs[name].account.of_devices
+        if recorded is not None and not math.isclose(recorded, counted, rel_tol=1e-4):
+            off.append(f"{name} {recorded:.4g} and not {counted:.4g}")
+    if not off:
+        return []
+    more = f" (and {len(off) - 1} more runs)" if len(off) > 1 else ""
+    return [
+        f"Runs recorded other FLOPs a token than are counted here, {off[0]}{more}: they were "
+        "trained with another vocabulary, tower or text than this config tells, or by code that "
+        "counted otherwise."
+    ]
+
+
 @dataclasses.dataclass(frozen=True)
 class _On:
     """Devices, their kind and number, and how they computed, as JSON, "" of starts without it."""
@@ -95,6 +120,8 @@ def _result(
     last = plan.settings.train.steps
     done = state.ended == "done" and at_end["step"] == last
     on = None if at_end["step"] is None else _record(directory).on
+    of_language = plan.account.unit == "token"
+    loss = at_end["loss"] if done and of_language else None
     alike = [] if on is None else windows.get(_alike(plan, on), [])
     return Result(
         name=name,
@@ -105,11 +132,11 @@ def _result(
         tokens=plan.tokens,
         flops=plan.flops,
         seconds=_median(alike) * last * on.number if on and alike else None,
-        loss=float(at_end["loss"]) if done and at_end["loss"] is not None else None,
+        loss=None if loss is None else float(loss),
         scores=_scores(at_end["scores"], directory) if done else {},
         device=on.kind if on and alike else "",
         ended=state.ended,
-        about=state.about,
+        about=state.about or ("" if of_language else "it trains a CLIP"),
         trunk=trunk,
     )
 
@@ -163,17 +190,23 @@ def _scores(asked: Mapping[str, float], directory: Path) -> dict[str, Score]:
     if not asked:
         return {}
     path = directory / "eval" / "results.json"
-    entries = files.read_object(path, hint="it says how many questions a task has")["tasks"]
-    if missing := sorted(asked.keys() - entries.keys()):
-        raise UserError(f"{path} lacks {', '.join(missing)}, which metrics.jsonl has scores of")
-    # Prompts about one item are not so many questions: those that hang together count once.
-    return {
-        task: Score(
-            float(accuracy), int(entry.get("clusters", entry["n"])), float(entry["random"] or 0)
-        )
-        for task, accuracy in asked.items()
-        if (entry := entries[task])["metric"] == "accuracy"
-    }
+    answers = files.read_object(path, hint="it says how many questions a task has")
+    try:
+        entries = answers["tasks"]
+        if missing := sorted(asked.keys() - entries.keys()):
+            raise UserError(f"{path} lacks {', '.join(missing)}, which metrics.jsonl has scores of")
+        # Prompts about one item are not so many questions: those that hang together count once.
+        return {
+            task: Score(
+                float(accuracy), int(entry.get("clusters", entry["n"])), float(entry["random"] or 0)
+            )
+            for task, accuracy in asked.items()
+            if (entry := entries[task])["metric"] == "accuracy"
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"scores of {', '.join(asked)}: {path} and metrics.jsonl do not tell them ({error!r})"
+        ) from error
 
 
 class _Start(NamedTuple):
@@ -187,13 +220,15 @@ class _Start(NamedTuple):
 class _Record:
     """What run.json says of where a run was trained, last and from each start on.
 
-    commit: of the code that trained it last, "" where it was in none.
+    commit: of the code that trained it last, "" where it was in none. flops: model FLOPs of a
+    token without the search of a host; None: it does not say.
     """
 
     on: _On
     starts: tuple[_Start, ...]
     tokenizer: str
     commit: str
+    flops: float | None
 
 
 def _record(directory: Path) -> _Record:
@@ -213,6 +248,9 @@ def _record(directory: Path) -> _Record:
             starts=tuple(found),
             tokenizer=str(record["tokenizer"]["fingerprint"]),
             commit=str(record.get("commit") or ""),
+            flops=float(record["flops_per_token"]["total"])
+            if "flops_per_token" in record
+            else None,
         )
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} lacks starts, devices or tokenizer: {error!r}") from error

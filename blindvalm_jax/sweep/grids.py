@@ -77,7 +77,7 @@ class Planned:
         cls, settings: Config, account: Account, *, family: str, budget: float | None = None
     ) -> Planned:
         """A run; budget: None where it is compared by what it costs itself."""
-        shape = settings.decoder
+        shape = settings.decoder if account.unit == "token" else settings.clip.text
         rows = settings.train.steps * settings.train.batch_size
         units = rows * (settings.data.sequence_length if account.unit == "token" else 1)
         account = dataclasses.replace(account, units=units)
@@ -184,6 +184,8 @@ def thin(runs: Iterable[Planned]) -> list[str]:
 
 def counted(account: Account, settings: Config) -> int:
     """N of a run: its trained parameters but for rows of the table that no token has."""
+    if account.unit != "token":
+        return account.parameters
     decoder = settings.decoder
     padding = padded_vocab(account.vocabulary, decoder.vocab_multiple) - account.vocabulary
     return account.parameters - padding * decoder.width
@@ -254,11 +256,7 @@ def _model(
         account = of_settings.account(parsed)
         if account.guessed:
             _check_here(parsed, "data.windows")
-            raise UserError(
-                "the tower has a tokenizer of its own, and what its rows cost is known of prepared "
-                "text alone: make windows (python -m blindvalm_jax.prepare) and name them, "
-                "data.windows"
-            )
+            raise UserError(account.guessed[0])
     except (UserError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"families.{family} with {size}: {error}") from error
     return settings, account, counted(account, parsed)
@@ -309,7 +307,8 @@ def _of_size(
     named: dict[str, Planned] = {}
     for family, of_family in runs.items():
         names = [f"{family}-{run.size}-{label(run.budget)}" for run in of_family.values()]
-        shared = _branched(names, [*of_family.values()]) if grid.branches else of_family.values()
+        branched = grid.branches and not misfits
+        shared = _branched(names, [*of_family.values()]) if branched else of_family.values()
         named |= dict(zip(names, shared, strict=True))
     return named
 

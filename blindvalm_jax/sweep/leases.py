@@ -114,7 +114,7 @@ def holder(directory: Path, name: str) -> Lease | None:
     """
     path, clock = directory / f"{name}.json", directory / ".clock"
     try:
-        touched, content = path.stat().st_mtime, path.read_text()
+        touched, content = path.stat().st_mtime, path.read_bytes()
     except FileNotFoundError:
         return None
     try:

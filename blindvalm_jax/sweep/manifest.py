@@ -117,17 +117,14 @@ class Manifest:
         if not self._path.exists():
             return []
         found = []
-        whole = self._path.read_bytes().rpartition(b"\n")[0].decode()
-        for number, text in enumerate(whole.splitlines(), start=1):
+        for number, text in enumerate(self._path.read_bytes().split(b"\n")[:-1], start=1):
             try:
-                line = json.loads(text)
-                line["run"], line["event"]  # what every line has
+                found.append(_line(text))
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
-                    f"{self._path}, line {number}, is no line of a manifest: {text[:80]!r}; "
-                    "take it out to go on"
+                    f"{self._path}, line {number}, is no line of a manifest: "
+                    f"{text[:80].decode(errors='backslashreplace')!r}; take it out to go on"
                 ) from error
-            found.append(line)
         return found
 
     def states(self) -> dict[str, State]:
@@ -178,6 +175,16 @@ class Manifest:
             stream.write((json.dumps({"time": at, **line}) + "\n").encode())
             stream.flush()
             os.fsync(stream.fileno())
+
+
+def _line(text: bytes) -> dict[str, Any]:
+    """A line; raises `ValueError`, `KeyError` or `TypeError` where it lacks what all such have."""
+    line: dict[str, Any] = json.loads(text)
+    kinds = {"run": str, "event": str} | ({"settings": dict} if line["event"] == "planned" else {})
+    for name, kind in kinds.items():
+        if not isinstance(line[name], kind):
+            raise TypeError(f"{name} is {line[name]!r}")
+    return line
 
 
 def _ended(event: str, line: Mapping[str, Any]) -> State:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,5 +39,5 @@ def about(text: str, sweep: Path) -> str:
     So that the line is right where the directory was moved to, and the same in another one.
     """
     for place in (sweep.absolute(), sweep):
-        text = text.replace(f"{place}/", "")
+        text = re.sub(rf"(?<![\w./~-]){re.escape(f'{place}/')}", "", text)
     return text

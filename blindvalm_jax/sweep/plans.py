@@ -15,6 +15,8 @@ from blindvalm_jax.errors import UserError
 from blindvalm_jax.sweep import grids, trunks
 from blindvalm_jax.sweep.grids import Planned
 
+CLIP = "clip"  # the family of contrastive runs, of which no law is made
+
 
 def is_sweep(given: Any) -> bool:
     """Whether a config is that of a sweep: runs that are written out, or a grid of them."""
@@ -83,7 +85,9 @@ def _described(name: str, settings: Config) -> Planned:
         account = of_settings.account(settings)
     except UserError as error:
         raise UserError(f"run {name}: {error}") from error
-    return Planned.of(settings, account, family=family(settings.grounding))
+    of_language = settings.train.objective == "language"
+    kind = family(settings.grounding) if of_language else CLIP
+    return Planned.of(settings, account, family=kind)
 
 
 def family(grounding: GroundingConfig) -> str:

@@ -23,7 +23,9 @@ def write(workdir: Path, runs: Mapping[str, Planned], *, out: Path, draws: int =
     """
     results = collected.read(workdir, runs)
     found = analysis.analyse(results, draws=draws)
-    page.write(found, out, once=once(runs), notes=collected.notes(workdir, results))
+    notes = collected.notes(workdir, results)
+    notes += collected.costs_otherwise(workdir, runs, results)
+    page.write(found, out, once=once(runs), notes=notes)
     print("\n".join(supported(found)))
     for left_out in (found.left_out, found.unfitted):
         for why, names in page.grouped(left_out).items():
@@ -33,17 +35,15 @@ def write(workdir: Path, runs: Mapping[str, Planned], *, out: Path, draws: int =
 
 def once(runs: Mapping[str, Planned]) -> list[Once]:
     """What is done once, and for which families; of runs that need more or less of it, the most."""
-    families: dict[str, list[str]] = {}
-    for plan in runs.values():
-        for what in plan.account.once:
-            families.setdefault(what, []).append(plan.family)
     largest = max(plan.budget for plan in runs.values())
+    found = tables.done_once(plan.account for plan in runs.values())
+    names = tables.names_of(found)
     return [
         Once(
-            what,
-            tuple(dict.fromkeys(families[what])),
+            names[one],
+            tuple(dict.fromkeys(x.family for x in runs.values() if one in x.account.once)),
             flops,
             None if flops is None else flops / largest,
         )
-        for what, flops in tables.done_once(plan.account for plan in runs.values()).items()
+        for one, flops in found.items()
     ]
