@@ -31,6 +31,8 @@ from blindvalm_jax.models.vision import VisionConfig
 from blindvalm_jax.objectives.contrastive_model import Model
 from blindvalm_jax.objectives.shapes import Shapes
 from blindvalm_jax.sweep import cost
+from blindvalm_jax.toyworld import recipes
+from blindvalm_jax.toyworld.world import WorldConfig
 from tests import small_index, small_valm, test_train, tiny_tokenizers
 
 ROWS, LENGTH = 64, 64
@@ -186,7 +188,7 @@ def test_gflops_a_token_of_valm_at_the_papers_size() -> None:
     assert 0 < once["lists and codes of the index"] < encoded / 100
 
 
-def valm_of(clip: Path, index: str, **grounding: object) -> Config:
+def valm_of(clip: Path | str, index: str, **grounding: object) -> Config:
     values = ladder.rung(config.default(), "10m", "valm", LENGTH)
     values.tokenizer.update(kind="clip", path=str(clip))
     values.grounding.update(tower=str(clip), index=index, **grounding)
@@ -200,8 +202,8 @@ def test_a_named_clip_says_what_its_images_took_once(tmp_path: Path) -> None:
     image = products.image_tower(clip_model.load_vision(clip).config)
     encoded = 1000 * sum(one.forward for one in image)
     assert once == {
-        Made("training of the CLIP clip", str(clip)): None,
-        Made("images encoded with clip", f"{clip}, vectors:1000"): encoded,
+        Made("training of the CLIP clip", (str(clip),)): None,
+        Made("images encoded with clip", (str(clip), "vectors:1000", "")): encoded,
     }
     text_alone = test_train.write_tower(tmp_path / "text", vocab_size=700)
     tiny_tokenizers.write_pair(text_alone, *tiny_tokenizers.clip_parts())
@@ -243,10 +245,25 @@ def test_things_of_one_name_that_are_made_apart_are_counted_apart(tmp_path: Path
             f"images encoded with clip ({clips[1]}, vectors:5000)",
         ]
     )
+    slashed = valm_of(f"{clips[0]}/", "vectors:1000")
+    assert of_settings.account(slashed).once == accounts[0].once
     assert set(tables.names_of(accounts[0].once).values()) == {
         "training of the CLIP clip",
         "images encoded with clip",
     }
+
+
+def test_what_is_built_of_two_worlds_is_two_things() -> None:
+    def account(seed: int, variant: str) -> Account:
+        values = recipes.language(WorldConfig(seed=seed), variant)
+        values.grounding.search = "faiss"
+        return of_settings.account(config.parse(values))
+
+    found = [account(1, "valm"), account(2, "valm"), account(2, "valm_eos")]
+    names = tables.names_of(tables.done_once(found)).values()
+    built = [name for name in names if name.startswith("lists and codes of the index")]
+    assert len(set(built)) == len(built) == 2
+    assert all("lists, " not in name for name in built)  # which are as many in both
 
 
 def test_what_is_guessed_is_said_of_a_run_and_of_a_sweep() -> None:
@@ -254,6 +271,9 @@ def test_what_is_guessed_is_said_of_a_run_and_of_a_sweep() -> None:
     values.tokenizer.kind = "train"
     account = of_settings.account(config.parse(values))
     (guess,) = account.guessed
+    pairs = recipes.clip(WorldConfig())
+    pairs.tokenizer.path = ""
+    assert of_settings.account(config.parse(pairs)).guessed == (guess,)
     assert guess.startswith("the vocabulary is yet to be learned")
     assert f"guessed: {guess}" in tables.of_run(account, mfu=0.4)
     both = {"a": account, "b": account}

@@ -80,8 +80,8 @@ def test_an_end_does_not_wait_for_a_file_system_that_hangs(
     ending.join(60)
     assert not ending.is_alive()
     assert capfd.readouterr().err == "error: it ends\n"
-    reader = os.open(second, os.O_RDONLY | os.O_NONBLOCK)  # whoever waits there goes on
     waiting = set(threading.enumerate()) - before
+    reader = os.open(second, os.O_RDONLY | os.O_NONBLOCK)  # whoever waits there goes on
     for thread in waiting:
         thread.join(60)
     os.close(reader)

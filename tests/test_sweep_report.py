@@ -269,7 +269,7 @@ def test_readers_are_told_what_is_not_alike(tmp_path: Path) -> None:
     found = collected.read(tmp_path, {"a": planned(), "b": planned()})
     assert [run.device for run in found] == ["H100", "A100"]
     (other / "run.json").write_text("{}")
-    with pytest.raises(UserError, match="lacks starts, devices or tokenizer"):
+    with pytest.raises(UserError, match="lacks starts, devices, tokenizer or"):
         collected.notes(tmp_path, found)
 
 

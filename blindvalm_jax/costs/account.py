@@ -13,10 +13,10 @@ _TRAINED_BYTES = 12  # fp32: a parameter and its two moments
 
 
 class Made(NamedTuple):
-    """What is done once: in words, and which of those that are called so."""
+    """What is done once: in words, and of what, by which those that are called so differ."""
 
     what: str
-    which: str
+    which: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)

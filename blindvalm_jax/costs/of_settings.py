@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 
 from blindvalm_jax import addresses, system
-from blindvalm_jax.config import Config, GroundingConfig
+from blindvalm_jax.config import Config, TokenizerConfig
 from blindvalm_jax.costs import clips, language, parameters, products, searching
 from blindvalm_jax.costs.account import HOST_SEARCH, USEFUL, Account, Made
 from blindvalm_jax.costs.products import FORWARD, Product
@@ -41,16 +41,21 @@ def account(settings: Config) -> Account:
     """
     told = sizes.told(settings)
     if told.train.objective == "contrastive":
-        return _contrastive(told)
-    made = _language(told)
+        guessed = _guessed_entries(settings.tokenizer, known=False)
+        return dataclasses.replace(_contrastive(told), guessed=guessed)
+    made = _language(told, which=_which(settings))
     once = {**_of_clip(settings, told), **made.once_whole}
-    guessed = made.guessed
     windows = settings.data.windows
     here = windows and not addresses.is_address(windows)
-    known = here or settings.tokenizer.path or settings.decoder.vocab_size
-    if settings.tokenizer.kind == "train" and not known:
-        guessed = (*guessed, _GUESSED_ENTRIES)
+    known = bool(here or settings.decoder.vocab_size)
+    guessed = (*made.guessed, *_guessed_entries(settings.tokenizer, known=known))
     return dataclasses.replace(made, once_whole=once, guessed=guessed)
+
+
+def _guessed_entries(tokenizer: TokenizerConfig, *, known: bool) -> tuple[str, ...]:
+    """What is guessed of a vocabulary; known: its entries are, whatever the tokenizer is."""
+    learned = tokenizer.kind == "train" and not tokenizer.path
+    return (_GUESSED_ENTRIES,) if learned and not known else ()
 
 
 def _of_clip(settings: Config, told: Config) -> dict[Made, float | None]:
@@ -65,27 +70,30 @@ def _of_clip(settings: Config, told: Config) -> dict[Made, float | None]:
         name, tower = clips.of_openai(told.grounding.random.projection)
     else:
         name, tower = Path(grounding.tower).name, clip_model.vision_shape(grounding.tower)
-        trained = Made(f"training of the CLIP {name}", grounding.tower)
+        trained = Made(f"training of the CLIP {name}", _which(settings)[:1])
         found[trained] = clips.training(grounding.tower)
     if vectors:
         cost = None if tower is None else searching.encoding(vectors, tower)
-        found[Made(f"images encoded with {name}", _which(grounding))] = cost
+        found[Made(f"images encoded with {name}", _which(settings))] = cost
     return found
 
 
-def _which(grounding: GroundingConfig) -> str:
-    """Tower and index, by which what is made of them differs."""
-    return f"{grounding.tower or 'no tower named'}, {grounding.index}"
+def _which(settings: Config) -> tuple[str, ...]:
+    """Tower and index, and the toy world whose they are, by which what is made of them differs."""
+    named = settings.grounding.tower, settings.grounding.index
+    world = settings.data.tfds if recipes.OWN in named else ""
+    return (*(name and str(Path(name)) for name in named), world)
 
 
 def _of_world(settings: Config, vectors: int) -> dict[Made, float | None]:
     """The same of a toy world."""
     clip = _contrastive(sizes.told(sizes.clip(settings)))
-    world = settings.data.tfds
-    found: dict[Made, float | None] = {Made("the toy world's CLIP", world): clip.budget}
+    found: dict[Made, float | None] = {
+        Made("the toy world's CLIP", (settings.data.tfds,)): clip.budget
+    }
     if settings.grounding.index == recipes.OWN:
         image = sum(one.forward for one in clip.products if one.part == "image tower")
-        found[Made("its images embedded", world)] = image * vectors
+        found[Made("its images embedded", (settings.data.tfds,))] = image * vectors
     return found
 
 
@@ -109,7 +117,7 @@ def _contrastive(settings: Config) -> Account:
     )
 
 
-def _language(settings: Config) -> Account:
+def _language(settings: Config, *, which: tuple[str, ...]) -> Account:
     entries = vocabulary(
         settings.tokenizer, entries=settings.decoder.vocab_size, windows=settings.data.windows
     )
@@ -143,7 +151,9 @@ def _language(settings: Config) -> Account:
     )
     if tower is not None:
         made = _with_tower(made, settings, tower)
-    return made if tower is None or not vectors else _with_images(made, settings, tower, vectors)
+    if tower is None or not vectors:
+        return made
+    return _with_images(made, settings, tower, vectors, which=which)
 
 
 def _with_tower(made: Account, settings: Config, tower: TowerConfig) -> Account:
@@ -160,7 +170,9 @@ def _with_tower(made: Account, settings: Config, tower: TowerConfig) -> Account:
     )
 
 
-def _with_images(made: Account, settings: Config, tower: TowerConfig, vectors: int) -> Account:
+def _with_images(
+    made: Account, settings: Config, tower: TowerConfig, vectors: int, *, which: tuple[str, ...]
+) -> Account:
     """With the search, what it reads, and what is done once for it."""
     grounding, width = settings.grounding, tower.projection
     value = _value_bytes(settings)
@@ -172,8 +184,8 @@ def _with_images(made: Account, settings: Config, tower: TowerConfig, vectors: i
         visited = {"nprobe": grounding.nprobe or PAPER_NPROBE, "candidates": grounding.rerank}
         query, part = searching.ivf_pq(vectors, width, index, **visited), HOST_SEARCH
         building = searching.building(vectors, width, index)
-        asks = f"{_which(grounding)}: {index.lists} lists, codes of {index.code_bytes} bytes"
-        once = {**once, Made("lists and codes of the index", asks): building}
+        built = f"{index.lists} lists", f"codes of {index.code_bytes} bytes"
+        once = {**once, Made("lists and codes of the index", (*which, *built)): building}
         found = (*found, Product(part=part, flops=query.flops, times=FORWARD))
         value = 4  # on disk
     read = searching.gathered(grounding.neighbours, width, value_bytes=value)
@@ -181,8 +193,8 @@ def _with_images(made: Account, settings: Config, tower: TowerConfig, vectors: i
         length, eos = settings.data.sequence_length, grounding.readout == "eos"
         row = products.packed_tower(tower, length=length, eos=eos)
         token = sum(one.forward for one in row) / length + query.flops
-        asks = f"{_which(grounding)}: readout {grounding.readout}"
-        ahead = {Made("neighbours by exact search, each token seen once", asks): token}
+        what = "neighbours by exact search, each token seen once"
+        ahead = {Made(what, (*which, f"readout {grounding.readout}")): token}
         return dataclasses.replace(made, once_a_unit=ahead, gathered=read)
     return dataclasses.replace(
         made,

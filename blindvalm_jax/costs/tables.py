@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -129,9 +128,14 @@ def done_once(accounts: Iterable[Account]) -> dict[Made, float | None]:
 
 
 def names_of(once: Collection[Made]) -> dict[Made, str]:
-    """How each is called: with which it is, where several would be called the same."""
-    called = collections.Counter(one.what for one in once)
-    return {one: f"{one.what} ({one.which})" if called[one.what] > 1 else one.what for one in once}
+    """How each is called: those that would be called the same with what they differ by."""
+    names = {}
+    for one in once:
+        columns = zip(*(other.which for other in once if other.what == one.what), strict=True)
+        apart = [len({*column}) > 1 for column in columns]
+        parts = [part for part, told in zip(one.which, apart, strict=True) if told and part]
+        names[one] = f"{one.what} ({', '.join(parts)})" if parts else one.what
+    return names
 
 
 def _guesses(accounts: Iterable[Account]) -> list[str]:

@@ -51,7 +51,7 @@ def ensure_prepared(
     """
     longest = tower_context - 2
     if config.data.windows:
-        directory = Path(config.data.windows)
+        directory = Path(config.data.windows).expanduser()
         found = manifest.load(directory)
         _check(
             found,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -215,9 +216,10 @@ def vocabulary(
     """
     kind = named.kind
     if not entries and windows and not addresses.is_address(windows):
-        entries = manifest.load(Path(windows).expanduser()).tokenizer.vocab_size
-    if not entries and named.path and (kind == "train" or Path(named.path).expanduser().is_dir()):
-        entries = _entries(kind, named.path)
+        entries = _entries_of_windows(windows)
+    if not entries and named.path:
+        here = os.path.isdir(os.path.expanduser(named.path))  # a path of any text
+        entries = _entries(kind, named.path) if here or kind == "train" else 0
     return TokenizerRecord(
         kind=kind,
         vocab_size=entries or _VOCABULARIES.get(kind) or named.train_vocab_size,
@@ -226,6 +228,15 @@ def vocabulary(
         pad_id=0,
         fingerprint="",
     )
+
+
+def _entries_of_windows(directory: str) -> int:
+    try:
+        return manifest.load(Path(os.path.expanduser(directory))).tokenizer.vocab_size
+    except UserError as error:
+        raise UserError(
+            f"data.windows: {error}, or say how large its vocabulary is, decoder.vocab_size"
+        ) from error
 
 
 @functools.lru_cache(maxsize=8)

@@ -253,7 +253,9 @@ def _record(directory: Path) -> _Record:
             else None,
         )
     except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} lacks starts, devices or tokenizer: {error!r}") from error
+        raise UserError(
+            f"{path} lacks starts, devices, tokenizer or the FLOPs of a token: {error!r}"
+        ) from error
 
 
 def _on(start: Mapping[str, Any]) -> _On:
