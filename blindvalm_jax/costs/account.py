@@ -40,10 +40,10 @@ class Account:
 
     unit: token or pair. vocabulary: its entries. once_whole: FLOPs of what is done once, outside of
     the budget, None where nothing tells; once_a_unit: the same of what is done once for each unit.
-    units: trained on in all. padded_tower: the frozen tower as the reference
-    pads it (`USEFUL`), for comparison. read: bytes of the index that a query reads, which queries
-    of a batch share where the search is exact. gathered: bytes of the vectors found for a token.
-    guessed: what is taken for granted, as nothing tells it yet, and what to do, a sentence each.
+    units: trained on in all. padded_tower: the frozen tower as the reference pads it (`USEFUL`),
+    for comparison. read: bytes of the index that a query reads, which queries of a batch share
+    where the search is exact. gathered: bytes of the vectors found for a token. guessed: what is
+    taken for granted, as nothing tells it yet, and what to do, a sentence each.
     """
 
     unit: str

@@ -1,7 +1,7 @@
 """The account of a run: what its settings cost.
 
-Made from them alone, without data and without compiling: the vocabulary is that of
-`decoder.vocab_size` or the tokenizer's kind, the index may be told as `vectors:NUMBER`.
+Made without compiling, and without data but what settings name: how large a vocabulary is,
+`shapes.vocabulary` tells; an index may be told as `vectors:NUMBER`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from blindvalm_jax import addresses, system
-from blindvalm_jax.config import Config, TokenizerConfig
+from blindvalm_jax import system
+from blindvalm_jax.config import Config
 from blindvalm_jax.costs import clips, language, parameters, products, searching
 from blindvalm_jax.costs.account import HOST_SEARCH, USEFUL, Account, Made
 from blindvalm_jax.costs.products import FORWARD, Product
@@ -20,7 +20,13 @@ from blindvalm_jax.grounding.index import ImageIndex
 from blindvalm_jax.interop import clip_model
 from blindvalm_jax.models.clip import TowerConfig
 from blindvalm_jax.objectives import contrastive_shapes
-from blindvalm_jax.objectives.shapes import tower_length, tower_of, vectors_of, vocabulary
+from blindvalm_jax.objectives.shapes import (
+    tower_length,
+    tower_of,
+    vectors_of,
+    vocabulary,
+    yet_to_learn,
+)
 from blindvalm_jax.toyworld import recipes, sizes
 
 _GUESSED_ROWS = (
@@ -37,25 +43,20 @@ def account(settings: Config) -> Account:
     """The account of a run of either objective.
 
     Raises:
-      UserError: a tower or index that settings name cannot be read.
+      UserError: a tower, index, tokenizer or windows that settings name cannot be read.
     """
-    told = sizes.told(settings)
+    told, tokenizer = sizes.told(settings), settings.tokenizer
     if told.train.objective == "contrastive":
-        guessed = _guessed_entries(settings.tokenizer, known=False)
-        return dataclasses.replace(_contrastive(told), guessed=guessed)
-    made = _language(told, which=_which(settings))
-    once = {**_of_clip(settings, told), **made.once_whole}
-    windows = settings.data.windows
-    here = windows and not addresses.is_address(windows)
-    known = bool(here or settings.decoder.vocab_size)
-    guessed = (*made.guessed, *_guessed_entries(settings.tokenizer, known=known))
-    return dataclasses.replace(made, once_whole=once, guessed=guessed)
-
-
-def _guessed_entries(tokenizer: TokenizerConfig, *, known: bool) -> tuple[str, ...]:
-    """What is guessed of a vocabulary; known: its entries are, whatever the tokenizer is."""
-    learned = tokenizer.kind == "train" and not tokenizer.path
-    return (_GUESSED_ENTRIES,) if learned and not known else ()
+        made, learned = _contrastive(told), yet_to_learn(tokenizer)
+    else:
+        entries, windows = settings.decoder.vocab_size, settings.data.windows
+        learned = yet_to_learn(tokenizer, entries=entries, windows=windows)
+        made = _language(told, which=_which(settings))
+        once = {**_of_clip(settings, told), **made.once_whole}
+        made = dataclasses.replace(made, once_whole=once)
+    if learned:
+        made = dataclasses.replace(made, guessed=(*made.guessed, _GUESSED_ENTRIES))
+    return made
 
 
 def _of_clip(settings: Config, told: Config) -> dict[Made, float | None]:

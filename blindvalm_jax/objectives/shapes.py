@@ -215,10 +215,11 @@ def vocabulary(
       UserError: windows, or a tokenizer that lies here or was learned before, cannot be read.
     """
     kind = named.kind
-    if not entries and windows and not addresses.is_address(windows):
-        entries = _entries_of_windows(windows)
+    if not entries and (prepared := _prepared(windows)) is not None:
+        entries = prepared.tokenizer.vocab_size
     if not entries and named.path:
-        here = os.path.isdir(os.path.expanduser(named.path))  # a path of any text
+        # Unlike pathlib, os.path takes a "~" of nobody for a name, which is not there.
+        here = os.path.isdir(os.path.expanduser(named.path))
         entries = _entries(kind, named.path) if here or kind == "train" else 0
     return TokenizerRecord(
         kind=kind,
@@ -230,12 +231,21 @@ def vocabulary(
     )
 
 
-def _entries_of_windows(directory: str) -> int:
+def yet_to_learn(named: config.TokenizerConfig, *, entries: int = 0, windows: str = "") -> bool:
+    """Whether `vocabulary` guesses: the tokenizer is learned from the text that is trained on."""
+    known = entries or named.path or (windows and not addresses.is_address(windows))
+    return named.kind == "train" and not known
+
+
+def _prepared(windows: str) -> manifest.Manifest | None:
+    """What prepared text says of itself; None where none is named, or it lies in a bucket."""
+    if not windows or addresses.is_address(windows):
+        return None
     try:
-        return manifest.load(Path(os.path.expanduser(directory))).tokenizer.vocab_size
+        return manifest.load(Path(os.path.expanduser(windows)))
     except UserError as error:
         raise UserError(
-            f"data.windows: {error}, or say how large its vocabulary is, decoder.vocab_size"
+            f"data.windows: {error}; to plan without it, name none and set decoder.vocab_size"
         ) from error
 
 
@@ -268,8 +278,8 @@ def tower_length(data: config.DataConfig, *, aligned: bool) -> tuple[int, bool]:
     """
     if not aligned:
         return data.sequence_length, False
-    here = data.windows and not addresses.is_address(data.windows)
-    known = manifest.load(Path(data.windows).expanduser()).tower_length if here else None
+    prepared = _prepared(data.windows)
+    known = None if prepared is None else prepared.tower_length
     return known or round(_ALIGNED * data.sequence_length), known is None
 
 
